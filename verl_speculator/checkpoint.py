@@ -1,0 +1,326 @@
+"""A speculator on disk: `pytorch_model.bin` with its weights alone, and `config.json` that explains them.
+
+`config.json` is what ArcticInference reads, as it stands (docs/checkpoint-format.md), with our own keys beside it.
+Loading is strict: exactly the tensors and shapes that the configuration calls for, or an error that names them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_speculator.config import SpeculatorConfig
+from verl_speculator.errors import UserError
+from verl_speculator.families import FAMILIES
+from verl_speculator.files import atomic_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from verl_speculator.models import Speculator
+
+WEIGHTS_FILE = "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+STATE_DIRECTORY = "training_state"
+STEP_DIRECTORY = re.compile(r"^global_step_(\d+)$")
+PROVENANCE_KEY = "verl_speculator"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `config.json` says, without reading a weight.
+
+    Attributes:
+        directory: where the checkpoint lies.
+        config: family and shape.
+        hidden_size: width D of the base it was trained for.
+        vocab_size: V, the rows of the base's output head.
+        dtype: of the tensors on disk, as in `torch.<dtype>`.
+        provenance: base, data, step, seed and versions; empty for checkpoints made elsewhere.
+    """
+
+    directory: Path
+    config: SpeculatorConfig
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    provenance: dict[str, Any]
+
+    def check_base(self, hidden_size: int, vocab_size: int) -> None:
+        """Refuse a base of another width or vocabulary.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        for name, mine, theirs in (
+            ("width (hidden_size)", self.hidden_size, hidden_size),
+            ("vocabulary (vocab_size)", self.vocab_size, vocab_size),
+        ):
+            if mine != theirs:
+                raise UserError(f"{self.directory}: trained for a base of {name} {mine}, this base has {theirs}")
+
+
+def latest_step(run: Path) -> int | None:
+    """The step that a run's tracker file names, None where there is none."""
+    try:
+        return int((run / TRACKER_FILE).read_text().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise UserError(f"{run / TRACKER_FILE}: expected a step number") from None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The directory of a checkpoint: itself, or the latest step of a run's folder.
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
+    directory = Path(path).expanduser()
+    if (directory / CONFIG_FILE).is_file():
+        return directory
+    step = latest_step(directory)
+    if step is not None and (directory / f"global_step_{step}" / CONFIG_FILE).is_file():
+        return directory / f"global_step_{step}"
+    raise UserError(f"{path}: no speculator checkpoint here (expected {CONFIG_FILE} or a run's {TRACKER_FILE})")
+
+
+def find_resume_path(directory: Path, settings: Any) -> Path | None:
+    """The checkpoint that a run continues, None for a fresh start.
+
+    Args:
+        directory: the run's folder.
+        settings: verl's `trainer` settings: resume_mode and resume_from_path.
+
+    Raises:
+        UserError: if the settings name a checkpoint that is not there.
+    """
+    mode, named = settings.resume_mode, settings.resume_from_path
+    if mode == "disable":
+        return None
+    if named is not None:
+        folder = Path(named).expanduser()
+        if not STEP_DIRECTORY.match(folder.name) or not folder.is_dir():
+            raise UserError(f"trainer.resume_from_path={named}: expected an existing global_step_N folder")
+    elif mode == "resume_path":
+        raise UserError("trainer.resume_mode=resume_path needs trainer.resume_from_path=<a global_step_N folder>")
+    else:
+        step = latest_step(directory)
+        if step is None:
+            return None
+        folder = directory / f"global_step_{step}"
+        if not folder.is_dir():
+            raise UserError(f"{directory / TRACKER_FILE} names step {step}, but {folder} is not there")
+    if not (folder / STATE_DIRECTORY).is_dir():
+        raise UserError(
+            f"{folder} has no {STATE_DIRECTORY} to resume from; start from its weights: model.speculator.path={folder}"
+        )
+    return folder
+
+
+def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
+    """Read `config.json`. Imports no torch.
+
+    Raises:
+        UserError: if there is no checkpoint, or its configuration cannot be used.
+    """
+    directory = resolve_checkpoint(path)
+    try:
+        content = json.loads((directory / CONFIG_FILE).read_text())
+        settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}
+        return CheckpointInfo(
+            directory=directory,
+            config=SpeculatorConfig(**settings),
+            hidden_size=int(content["input_hidden_dim"]),
+            vocab_size=int(content["vocab_size"]),
+            dtype=str(content.get("torch_dtype", "float32")).removeprefix("torch."),
+            provenance=dict(content.get(PROVENANCE_KEY, {})),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {reason}") from None
+
+
+def config_content(
+    config: SpeculatorConfig,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: str,
+    base_architectures: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `config.json`: the keys of ArcticInference 0.3.0, then our own."""
+    content = {
+        "model_type": "mlp_speculator",
+        "architectures": [FAMILIES[config.method].serving_architecture],
+        "base_model_archs": list(base_architectures),
+        "torch_dtype": dtype,
+        "input_hidden_dim": hidden_size,
+        "vocab_size": vocab_size,
+        # ArcticInference asserts one entry for each draft token.
+        "top_k_tokens_per_head": [1] * config.n_predict,
+    }
+    return content | config.to_dict() | {PROVENANCE_KEY: dict(provenance or {})}
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: SpeculatorConfig,
+    state: Mapping[str, torch.Tensor],
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    base_architectures: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint from the parameters of a speculator.
+
+    Args:
+        directory: made if it does not exist.
+        config: family and shape.
+        state: every parameter of the module, whole and on the CPU, under the module's own names.
+        hidden_size: D.
+        vocab_size: V.
+        base_architectures: as in the base's own `config.json`.
+        provenance: kept under the key `verl_speculator`.
+
+    Returns:
+        The directory.
+    """
+    import torch
+
+    from verl_speculator.models import build_speculator
+
+    keys = build_speculator(config, hidden_size=hidden_size, vocab_size=vocab_size, device="meta").checkpoint_keys()
+    tensors = {key: state[name].contiguous() for key, name in keys.items()}
+    (dtype,) = {tensor.dtype for tensor in tensors.values()}
+    content = config_content(
+        config,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+        base_architectures=base_architectures,
+        provenance=provenance,
+    )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(directory / WEIGHTS_FILE) as path:
+        torch.save(tensors, path)
+    with atomic_file(directory / CONFIG_FILE) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    return directory
+
+
+def save_speculator(
+    speculator: Speculator,
+    directory: str | Path,
+    *,
+    base_architectures: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a speculator that lives in this process (the trainer saves sharded ones by itself).
+
+    Args:
+        speculator: any family.
+        directory: made if it does not exist; its two files are replaced if it does.
+        base_architectures: as in the base's own `config.json`; some versions of ArcticInference demand it.
+        provenance: anything worth keeping, under the key `verl_speculator`.
+
+    Returns:
+        The directory.
+    """
+    return write_checkpoint(
+        directory,
+        speculator.config,
+        {name: parameter.detach().cpu() for name, parameter in speculator.named_parameters()},
+        hidden_size=speculator.hidden_size,
+        vocab_size=speculator.vocab_size,
+        base_architectures=base_architectures,
+        provenance=provenance,
+    )
+
+
+def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint under the module's own names, memory-mapped and strictly checked.
+
+    Raises:
+        UserError: if the file is missing or truncated, or holds other tensors than the configuration calls for.
+    """
+    import pickle
+
+    import torch
+
+    from verl_speculator.models import build_speculator
+
+    path = info.directory / WEIGHTS_FILE
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        raise UserError(f"{path}: truncated, or not a file of tensors") from None
+    module = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
+    keys, shapes = module.checkpoint_keys(), {name: p.shape for name, p in module.named_parameters()}
+    faults = [f"missing {key}" for key in keys if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in keys]
+    state: dict[str, torch.Tensor] = {}
+    for key, name in keys.items():
+        if key not in tensors:
+            continue
+        if tensors[key].shape != shapes[name]:
+            faults.append(f"{key} is {list(tensors[key].shape)}, the configuration says {list(shapes[name])}")
+        elif not torch.equal(state.setdefault(name, tensors[key]), tensors[key]):
+            faults.append(f"{key} differs from the tensor that it is tied to")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(faults[:5])}{more}")
+    return state
+
+
+def base_shape(base: Any) -> tuple[int, int]:
+    """(D, V) of a base given as a model, a Hugging Face configuration, or the path or name of one."""
+    if isinstance(base, (str, Path)):
+        from transformers import AutoConfig
+
+        base = AutoConfig.from_pretrained(base)
+    if hasattr(base, "get_output_embeddings"):
+        return base.config.get_text_config().hidden_size, base.get_output_embeddings().weight.shape[0]
+    text_config = base.get_text_config()
+    return text_config.hidden_size, text_config.vocab_size
+
+
+def load_speculator(
+    path: str | Path,
+    *,
+    base: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Speculator:
+    """Load a trained speculator, strictly.
+
+    Args:
+        path: a checkpoint's directory, or a run's folder for its latest step.
+        base: a model, a configuration or a path; if given, its width and vocabulary must be those of the speculator.
+        device: where to put it.
+        dtype: of its parameters; the one on disk by default.
+
+    Raises:
+        UserError: if there is no checkpoint, it is incomplete, or the base is of another shape.
+    """
+    import torch
+
+    from verl_speculator.models import build_speculator
+
+    info = read_checkpoint_info(path)
+    if base is not None:
+        info.check_base(*base_shape(base))
+    speculator = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
+    state = {name: tensor.clone() for name, tensor in read_weights(info).items()}
+    speculator.load_state_dict(state, assign=True)
+    return speculator.to(device=device, dtype=dtype or getattr(torch, info.dtype))

@@ -1,0 +1,162 @@
+"""Every `model.speculator.*` setting: frozen, validated once, with its help beside it. Imports no torch, no verl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any
+
+from verl_speculator.errors import UserError, nearest
+from verl_speculator.families import FAMILIES
+
+PREFIX = "model.speculator."
+DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")
+
+
+def parse_dims(setting: str, value: Any) -> tuple[int, ...]:
+    """Widths from a single integer or the text `"a.b.c"`.
+
+    Args:
+        setting: the full name of the setting, for the error message.
+        value: an int, or a string of positive integers joined by dots. A float is refused: `1024.2560` has become
+            1024.256 by the time it is one, so what was meant can't be told.
+
+    Raises:
+        UserError: naming the setting, the value and what is accepted.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        parts = [str(value)]
+    elif isinstance(value, str):
+        parts = value.strip().split(".")
+    else:
+        parts = [""]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(
+            f'{setting}={value} is no width: expected a positive integer, or several joined by dots such as "1024.2048"'
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _setting(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"help": doc})
+
+
+@dataclass(frozen=True)
+class SpeculatorConfig:
+    """What a speculator is: its family and its shape. The same for training, decoding and serving.
+
+    Raises:
+        UserError: on construction, for the first setting that cannot be used.
+    """
+
+    method: str = _setting("sum_rnn", "family of the speculator: " + ", ".join(FAMILIES))
+    n_predict: int = _setting(5, "number of draft tokens, K")
+    inner_dim: int | str | None = _setting(None, 'width of the state, or several layers as "a.b.c"')
+    emb_dim: int | str | None = _setting(None, 'width of the token embedding, or several layers as "a.b.c"')
+    proj_dim: int | str | None = _setting(None, 'width of the state projection, or several layers as "a.b.c"')
+    scale_input: bool = _setting(False, "normalise the base's hidden state and divide it by sqrt(2) at the first step")
+    tie_weights: bool = _setting(True, "share embedding, norm and head between the depths")
+    tie_lstm_embs: bool = _setting(False, "sum_lstm: one embedding for all four gates")
+
+    def __post_init__(self) -> None:
+        if self.method not in FAMILIES:
+            raise UserError(
+                f"{PREFIX}method={self.method}: expected one of {', '.join(FAMILIES)}"
+                + nearest(str(self.method), FAMILIES)
+            )
+        family = FAMILIES[self.method]
+        if isinstance(self.n_predict, bool) or not isinstance(self.n_predict, int) or self.n_predict < 1:
+            raise UserError(f"{PREFIX}n_predict={self.n_predict}: expected an integer of at least 1")
+        for name in ("scale_input", "tie_weights", "tie_lstm_embs"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{PREFIX}{name}={getattr(self, name)}: expected true or false")
+        for name, default in family.dim_defaults.items():
+            value = getattr(self, name)
+            dims = parse_dims(PREFIX + name, default if value is None else value)
+            object.__setattr__(self, name, dims[0] if len(dims) == 1 else ".".join(map(str, dims)))
+        if family.merges_widths and self.emb_dims[-1] != self.proj_dims[-1]:
+            raise UserError(
+                f"{PREFIX}emb_dim={self.emb_dim} and {PREFIX}proj_dim={self.proj_dim} must end in the same width: "
+                f"they are summed there, got {self.emb_dims[-1]} and {self.proj_dims[-1]}"
+            )
+        for name, needed in family.requires.items():
+            if getattr(self, name) != needed:
+                raise UserError(
+                    f"{PREFIX}{name}={str(getattr(self, name)).lower()}: {PREFIX}method={self.method} "
+                    f"needs {PREFIX}{name}={str(needed).lower()}"
+                )
+
+    @property
+    def inner_dims(self) -> tuple[int, ...]:
+        """Widths of the inner chain, outermost last."""
+        return parse_dims(PREFIX + "inner_dim", self.inner_dim)
+
+    @property
+    def emb_dims(self) -> tuple[int, ...]:
+        """Widths of the embedding chain; the last is the merge width M."""
+        return parse_dims(PREFIX + "emb_dim", self.emb_dim)
+
+    @property
+    def proj_dims(self) -> tuple[int, ...]:
+        """Widths of the projection chain; the last is the merge width M."""
+        return parse_dims(PREFIX + "proj_dim", self.proj_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, several widths as the dotted text, a single one as an integer."""
+        return asdict(self)
+
+    def differences(self, other: SpeculatorConfig) -> list[str]:
+        """Settings in which two configurations differ, as `name (self's value, other's value)`."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{name} ({mine[name]}, {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True)
+class SpeculatorTraining:
+    """How a speculator is trained: what the command line sets beside its shape."""
+
+    path: str | None = _setting(None, "trained speculator to start from: a checkpoint, or a run (its latest step)")
+    detach_hidden: bool = _setting(False, "joint training: keep the speculator's gradient away from the base")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.detach_hidden, bool):
+            raise UserError(f"{PREFIX}detach_hidden={self.detach_hidden}: expected true or false")
+        if self.path is not None and not isinstance(self.path, str):
+            raise UserError(f"{PREFIX}path={self.path}: expected a directory")
+
+
+def known_settings() -> dict[str, Field]:
+    """Every `model.speculator.*` key with its dataclass field, in the order of the documentation."""
+    return {f.name: f for cls in (SpeculatorConfig, SpeculatorTraining) for f in fields(cls)}
+
+
+def default_of(setting: Field) -> Any:
+    """The default of a field from `known_settings`."""
+    return None if setting.default is MISSING else setting.default
+
+
+def check_setting_names(names: Any) -> None:
+    """Refuse a `model.speculator.*` key that does not exist, with the nearest one that does.
+
+    Raises:
+        UserError: for the first unknown name.
+    """
+    known = known_settings()
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"{PREFIX}{name} is not a setting{nearest(name, known)}; known: {', '.join(PREFIX + k for k in known)}"
+            )
+
+
+def split_settings(values: Mapping[str, Any]) -> tuple[SpeculatorConfig, SpeculatorTraining]:
+    """The two configurations from one mapping of `model.speculator.*` keys.
+
+    Raises:
+        UserError: for an unknown key or a value that cannot be used.
+    """
+    check_setting_names(values)
+    return tuple(
+        cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        for cls in (SpeculatorConfig, SpeculatorTraining)
+    )

@@ -1,0 +1,213 @@
+"""A training run on disk: one directory a step, whole or not there at all, for any number of processes.
+
+    <save_path>/global_step_N/pytorch_model.bin, config.json    the speculator (verl_speculator.checkpoint)
+    <save_path>/global_step_N/training_state/                   optimizer, schedule, random states: what resuming needs
+    <save_path>/global_step_N/huggingface/                      the base, only if it was trained
+    <save_path>/latest_checkpointed_iteration.txt               N, written last
+
+Rank 0 gathers and writes, reads and sends: the number of processes may change in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from verl.utils.device import get_device_name, get_torch_device
+
+from verl_speculator.checkpoint import (
+    STATE_DIRECTORY,
+    STEP_DIRECTORY,
+    TRACKER_FILE,
+    find_resume_path,
+    read_checkpoint_info,
+    read_weights,
+    write_checkpoint,
+)
+from verl_speculator.engine.engine import SpeculatorEngine
+from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX
+from verl_speculator.errors import UserError
+from verl_speculator.files import atomic_directory, atomic_file, remove_temporaries
+
+logger = logging.getLogger(__name__)
+
+BASE_DIRECTORY = "huggingface"
+SPECULATOR_PREFIX = "speculator."
+GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+SEND = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+class RunCheckpoints:
+    """Saves and resumes a run; the interface is that of verl's CheckpointHandler.
+
+    Args:
+        engine: initialised by the time anything is saved or loaded.
+        directory: the run's folder.
+        settings: verl's `trainer` settings: resume_mode, resume_from_path, max_ckpt_to_keep, default_hdfs_dir.
+        save_state: whether to write what resuming needs.
+        provenance: gives what config.json records of a step.
+    """
+
+    def __init__(
+        self,
+        engine: SpeculatorEngine,
+        directory: str,
+        settings: Any,
+        *,
+        save_state: bool,
+        provenance: Callable[[int], dict[str, Any]],
+    ) -> None:
+        self.engine = engine
+        self.directory = Path(directory)
+        self.settings = settings
+        self.save_state = save_state
+        self.provenance = provenance
+        self.rank = dist.get_rank()
+
+    # Saving
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write `global_step_<step>`, point the tracker to it, and remove what `max_ckpt_to_keep` no longer keeps."""
+        engine = self.engine
+        speculator, base = self._gather_weights()
+        optimizer = get_optimizer_state_dict(engine.module, engine.optimizer, options=GATHER)
+        random_states = [None] * dist.get_world_size()
+        dist.all_gather_object(random_states, _random_state())
+        if self.rank == 0:
+            target = self.directory / f"global_step_{step}"
+            self.directory.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(self.directory)
+            with atomic_directory(target) as folder:
+                config = engine.model_config.speculator_config
+                write_checkpoint(
+                    folder,
+                    config,
+                    speculator,
+                    hidden_size=engine.base.config.get_text_config().hidden_size,
+                    vocab_size=speculator["heads.0.weight"].shape[0],
+                    base_architectures=engine.model_config.architectures,
+                    provenance=self.provenance(step),
+                )
+                if self.save_state:
+                    state = folder / STATE_DIRECTORY
+                    state.mkdir()
+                    torch.save(optimizer, state / "optimizer.pt")
+                    torch.save(engine.lr_scheduler.state_dict(), state / "lr_scheduler.pt")
+                    torch.save(random_states, state / "random.pt")
+                if base:
+                    self._save_base(folder / BASE_DIRECTORY, base)
+            with atomic_file(self.directory / TRACKER_FILE) as path:
+                path.write_text(str(step))
+            logger.info("saved %s", target)
+            self._prune(step)
+            if self.settings.default_hdfs_dir:
+                from verl.utils import hdfs_io
+
+                hdfs_io.makedirs(self.settings.default_hdfs_dir, exist_ok=True)
+                hdfs_io.copy(src=str(target), dst=self.settings.default_hdfs_dir, dirs_exist_ok=True)
+        dist.barrier()
+
+    def _gather_weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Whole weights of the speculator, and of the base if it is trained; filled on rank 0 only."""
+        engine = self.engine
+        if engine.model_config.freeze_base_model:  # never gather a base that does not change
+            draft, base = get_model_state_dict(engine.draft, options=GATHER), {}
+        else:
+            state = get_model_state_dict(engine.module, options=GATHER)
+            draft = {k.removeprefix(DRAFT_PREFIX): v for k, v in state.items() if k.startswith(DRAFT_PREFIX)}
+            base = {k.removeprefix(BASE_PREFIX): v for k, v in state.items() if k.startswith(BASE_PREFIX)}
+        return {k.removeprefix(SPECULATOR_PREFIX): v for k, v in draft.items()}, base
+
+    def _save_base(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        """The base as a Hugging Face folder, in the type it is trained in, with its tokenizer."""
+        from verl.utils.transformers_compat import drop_tied_target_keys
+
+        base = self.engine.base
+        with torch.device("meta"):
+            model = type(base)(base.config)
+        drop_tied_target_keys(state, model, base.config)
+        model.generation_config = self.engine.model_config.generation_config or model.generation_config
+        model.save_pretrained(folder, state_dict=state)
+        self.engine.model_config.get_processor().save_pretrained(folder)
+
+    def _prune(self, step: int) -> None:
+        keep = self.settings.max_ckpt_to_keep
+        if not keep or keep < 1:
+            return
+        steps = sorted(int(m[1]) for entry in self.directory.iterdir() if (m := STEP_DIRECTORY.match(entry.name)))
+        for old in [s for s in steps if s <= step][:-keep]:
+            shutil.rmtree(self.directory / f"global_step_{old}")
+
+    # Resuming
+
+    def load_checkpoint(self) -> int:
+        """Continue where the settings say; the step reached so far, 0 for a fresh start."""
+        found = [find_resume_path(self.directory, self.settings) if self.rank == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return 0
+        folder, engine = found[0], self.engine
+        speculator, optimizer, schedule, random_states = self._read(folder) if self.rank == 0 else ({}, {}, None, None)
+        set_model_state_dict(engine.draft, speculator, options=SEND)
+        if not engine.model_config.freeze_base_model:
+            set_model_state_dict(engine.base, self._read_base(folder) if self.rank == 0 else {}, options=SEND)
+        set_optimizer_state_dict(engine.module, engine.optimizer, optimizer, options=SEND)
+        small = [schedule, random_states]
+        dist.broadcast_object_list(small, src=0)
+        engine.lr_scheduler.load_state_dict(small[0])
+        if len(small[1]) == dist.get_world_size():
+            _set_random_state(small[1][self.rank])
+        logger.info("resumed from %s", folder)
+        return int(STEP_DIRECTORY.match(folder.name)[1])
+
+    def _read(self, folder: Path) -> tuple[dict, dict, dict, list]:
+        info = read_checkpoint_info(folder)
+        if differing := info.config.differences(self.engine.model_config.speculator_config):
+            raise UserError(f"cannot resume from {folder}: {', '.join(differing)}")
+        weights = {SPECULATOR_PREFIX + name: tensor for name, tensor in read_weights(info).items()}
+        state = [
+            torch.load(folder / STATE_DIRECTORY / f"{name}.pt", map_location="cpu", weights_only=True)
+            for name in ("optimizer", "lr_scheduler", "random")
+        ]
+        return weights, *state
+
+    def _read_base(self, folder: Path) -> dict[str, torch.Tensor]:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
+
+
+def _random_state() -> dict[str, Any]:
+    """The random states of this process, in types that a weights-only load accepts."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+    if get_device_name() != "cpu":
+        state["device"] = get_torch_device().get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if "device" in state and get_device_name() != "cpu":
+        get_torch_device().set_rng_state(state["device"])

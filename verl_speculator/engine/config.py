@@ -1,0 +1,52 @@
+"""verl's HFModelConfig with a speculator beside the base."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.workers.config import HFModelConfig
+
+from verl_speculator.chat import end_token_ids, ensure_chat_template
+from verl_speculator.config import SpeculatorConfig, SpeculatorTraining, split_settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SpeculatorModelConfig(HFModelConfig):
+    """The base as verl describes it, and the speculator that goes with it.
+
+    Attributes:
+        partial_pretrain: another name for `path`.
+        speculator: the `model.speculator.*` keys.
+        speculator_loss_coeff: weight of the speculator's loss.
+        freeze_base_model: whether the base keeps its weights.
+        speculator_config: what `speculator` says, validated: the shape.
+        speculator_training: what `speculator` says, validated: how to train it.
+        end_token_ids: tokens that end an assistant's turn. The trainer empties it for plain text.
+    """
+
+    _mutable_fields = HFModelConfig._mutable_fields | {
+        "speculator_config",
+        "speculator_training",
+        "end_token_ids",
+    }
+
+    partial_pretrain: str | None = None
+    speculator: Any = field(default_factory=dict)
+    speculator_loss_coeff: float = 1.0
+    freeze_base_model: bool = True
+    speculator_config: SpeculatorConfig | None = None
+    speculator_training: SpeculatorTraining | None = None
+    end_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings: Mapping[str, Any] = dict(self.speculator)
+        self.speculator_config, self.speculator_training = split_settings(settings)
+        if ensure_chat_template(self.tokenizer):
+            logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
+        self.end_token_ids = end_token_ids(self.tokenizer, self.generation_config)

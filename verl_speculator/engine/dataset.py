@@ -1,0 +1,96 @@
+"""Training data: verl's conversations, plain text, and validation without a lost row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+from verl.trainer.sft_trainer import create_sft_dataset
+
+from verl_speculator.errors import UserError
+
+
+class TextDataset(Dataset):
+    """Rows of plain text, closed with the tokenizer's end token; every token is a target.
+
+    Args:
+        files: parquet files.
+        tokenizer: of the base.
+        config: verl's `data` settings: text_key, max_length, truncation.
+        max_samples: rows to keep, all if not positive.
+    """
+
+    def __init__(self, files: Sequence[str], tokenizer: Any, config: Any, max_samples: int = -1) -> None:
+        self.texts: list[str] = []
+        for file in files:
+            self.texts += pq.read_table(file, columns=[config.text_key])[config.text_key].to_pylist()
+        self.texts = self.texts[:max_samples] if max_samples > 0 else self.texts
+        self.tokenizer, self.max_length, self.truncation = tokenizer, config.max_length, config.truncation
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        ids = tokenize_text(self.tokenizer, self.texts[item])
+        if len(ids) > self.max_length:
+            if self.truncation == "error":
+                raise UserError(f"text row {item} has {len(ids)} tokens, data.max_length is {self.max_length}")
+            ids = ids[-self.max_length :] if self.truncation == "left" else ids[: self.max_length]
+        tokens = torch.tensor(ids, dtype=torch.long)
+        return {"input_ids": tokens, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(tokens)}
+
+
+def tokenize_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a plain text, as the tokenizer begins a document, with its end token behind."""
+    ids = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def is_text(files: Sequence[str], config: Any) -> bool:
+    """Whether the files hold plain text: no column of conversations, but one named `text_key`."""
+    names = pq.read_schema(files[0]).names
+    return config.messages_key not in names and config.text_key in names
+
+
+def build_dataset(files: Sequence[str], config: Any, tokenizer: Any, processor: Any, max_samples: int) -> Dataset:
+    """verl's dataset (or the user's, `data.custom_cls`) for conversations, `TextDataset` for plain text."""
+    if not config.custom_cls.get("path") and is_text(files, config):
+        return TextDataset(files, tokenizer, config, max_samples)
+    return create_sft_dataset(list(files), config, tokenizer, processor, max_samples=max_samples)
+
+
+class PaddedDataset(Dataset):
+    """A dataset made longer, to a multiple of `multiple` rows, by copies of its last row that count for nothing."""
+
+    def __init__(self, dataset: Dataset, multiple: int) -> None:
+        self.dataset, self.rows = dataset, len(dataset)
+        self.padded = -(-self.rows // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.padded
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        row = self.dataset[min(item, self.rows - 1)]
+        return row if item < self.rows else row | {"loss_mask": torch.zeros_like(row["loss_mask"])}
+
+
+class ResumableSampler(DistributedSampler):
+    """A distributed sampler that can start in the middle of an epoch.
+
+    Rank r takes every world-size-th row from r on, so a global batch holds the same rows for any number of ranks, and
+    the place in the data follows from the step alone.
+    """
+
+    skip = 0
+
+    def set_position(self, epoch: int, skip: int) -> None:
+        """Epoch, and how many rows of this rank's to leave out at its beginning."""
+        self.set_epoch(epoch)
+        self.skip = skip
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[self.skip :])

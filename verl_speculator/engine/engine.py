@@ -1,0 +1,197 @@
+"""`language_model_with_speculator`: verl's FSDP engine for a base with a speculator attached."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor, nn
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from verl_speculator.alignment import DraftRows, align, padded_positions
+from verl_speculator.checkpoint import read_checkpoint_info, read_weights
+from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
+from verl_speculator.errors import UserError
+from verl_speculator.losses import DraftSums, mean_loss
+from verl_speculator.models import Speculator, build_speculator
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPE = "language_model_with_speculator"
+DRAFT_SUMS = "draft_sums"
+BASE_SUMS = "base_sums"
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"])
+class SpeculatorEngine(FSDPEngineWithLMHead):
+    """Trains a speculator on the hidden states of its base, alone or together with the base.
+
+    Frozen base: only the speculator has gradients, optimizer state and fp32 master weights; clipping and the reported
+    norm see nothing else. Joint: the base's loss is whatever loss function verl sets, and the total is
+    that loss + speculator_loss_coeff · speculator loss.
+
+    Metrics of a batch are sums over all its micro-batches and ranks: `draft_sums`, what `DraftSums.unstack` reads, and
+    in joint training `base_sums`, the base's summed loss and its number of tokens.
+
+    Raises:
+        UserError: on construction, for engine features that a speculator does not go with.
+    """
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config) -> None:
+        if engine_config.ulysses_sequence_parallel_size > 1:
+            raise UserError(
+                f"engine.ulysses_sequence_parallel_size={engine_config.ulysses_sequence_parallel_size}: "
+                f"{MODEL_TYPE} supports 1 only"
+            )
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    @property
+    def speculator(self) -> Speculator:
+        """The speculator inside the sharded model. Its parameters are shards outside the model's forward."""
+        return self.draft.speculator
+
+    @property
+    def draft(self) -> nn.Module:
+        """The sharding unit that holds the speculator and its loss."""
+        return getattr(self.module, "_fsdp_wrapped_module", self.module).draft
+
+    @property
+    def base(self) -> nn.Module:
+        """The base inside the sharded model."""
+        return getattr(self.module, "_fsdp_wrapped_module", self.module).base
+
+    # Building
+
+    def _build_module(self) -> ModelWithSpeculator:
+        # verl's engine builds language_model and value_model only; the base is the former.
+        self.model_config.model_type = "language_model"
+        try:
+            base = super()._build_module()
+        finally:
+            self.model_config.model_type = MODEL_TYPE
+        head = base.get_output_embeddings().weight
+        training = self.model_config.speculator_training
+        speculator = build_speculator(
+            self.model_config.speculator_config,
+            hidden_size=base.config.get_text_config().hidden_size,
+            vocab_size=head.shape[0],
+            seed=self.engine_config.seed,
+        )
+        if training.path is not None and self.rank == 0:  # the other ranks are sent rank 0's weights
+            info = read_checkpoint_info(training.path)
+            info.check_base(speculator.hidden_size, speculator.vocab_size)
+            if differing := info.config.differences(speculator.config):
+                raise UserError(f"model.speculator.path={training.path} differs: {', '.join(differing)}")
+            speculator.load_state_dict(read_weights(info))
+            logger.info("speculator starts from %s", info.directory)
+        return ModelWithSpeculator(
+            base,
+            speculator,
+            freeze_base=self.model_config.freeze_base_model,
+            detach_hidden=training.detach_hidden,
+        )
+
+    def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        from verl.workers.config.optimizer import build_optimizer
+
+        return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
+
+    # One batch
+
+    def _align(self, batch: TensorDict) -> DraftRows:
+        tokens = batch["input_ids"]
+        return align(
+            tokens.values(),
+            batch["loss_mask"].values(),
+            tokens.offsets(),
+            self.model_config.speculator_config.n_predict,
+            self.model_config.end_token_ids,
+        )
+
+    def _all_reduce_sum(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values, group=self.get_data_parallel_group())
+        return values
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False):
+        if loss_function is None:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        # The divisor of every micro-batch is the batch's own number of pairs, on all ranks, known before the first.
+        self._batch_pairs = self._all_reduce_sum(self._align(data).valid.sum(1).to(get_device_id()))
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        for name in (DRAFT_SUMS, BASE_SUMS):
+            if name in output["metrics"]:
+                total = torch.stack(output["metrics"][name]).sum(0)
+                output["metrics"][name] = self._all_reduce_sum(total).tolist()
+        return output
+
+    def _autocast(self) -> AbstractContextManager:
+        if self._autocast_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device_type=get_device_name(), dtype=self._autocast_dtype)
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool):
+        """One micro-batch: the loss to run backward on, and what is reported of it."""
+        if loss_function is None:  # log-probabilities of the base, as any language model engine gives them
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        micro_batch = micro_batch.to(get_device_id())
+        base_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
+        rows = self._align(micro_batch)
+        positions = rows.positions
+        if not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+            positions = padded_positions(
+                positions, micro_batch["input_ids"].offsets(), base_inputs["input_ids"].shape[1]
+            )
+        draft = {"rows": positions, "tokens": rows.tokens, "targets": rows.targets, "valid": rows.valid}
+        with self._autocast():
+            sums, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
+            sums = DraftSums(**sums)
+            # FSDP averages gradients over ranks, and the divisor counts the pairs of all of them.
+            draft_loss = mean_loss(sums.loss, self._batch_pairs) * self.get_data_parallel_size()
+            loss = self.model_config.speculator_loss_coeff * draft_loss
+            metrics: dict[str, Any] = {DRAFT_SUMS: sums.stack()}
+            if base_output is not None:
+                model_output = self.prepare_model_outputs(
+                    output=base_output,
+                    output_args=output_args,
+                    micro_batch=micro_batch,
+                    logits_processor_func=loss_function,
+                )
+                base_loss, base_metrics = loss_function(
+                    model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
+                )
+                loss = loss + base_loss
+                metrics |= base_metrics
+                metrics[BASE_SUMS] = self._base_sums(base_loss, micro_batch)
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+
+    def _base_sums(self, base_loss: Tensor, micro_batch: TensorDict) -> Tensor:
+        """[2] this micro-batch's share of the base's summed loss and of the batch's tokens."""
+        tokens = micro_batch["loss_mask"].values().sum()
+        share = base_loss.detach() * micro_batch["batch_num_tokens"] / self.get_data_parallel_size()
+        return torch.stack([share, tokens]).double()
+
+    # Weights for others
+
+    def get_per_tensor_param(self, *args, **kwargs):
+        """The base's weights under the base's own names: what a served base is synchronised with."""
+        parameters, peft_config = super().get_per_tensor_param(*args, **kwargs)
+        return _base_only(parameters), peft_config
+
+    def get_per_tensor_param_shard(self, **kwargs):
+        """As `get_per_tensor_param`, each rank its own shard."""
+        parameters, peft_config = super().get_per_tensor_param_shard(**kwargs)
+        return _base_only(parameters), peft_config
+
+
+def _base_only(parameters: Any) -> Iterator[tuple]:
+    for name, *rest in parameters:
+        if not name.startswith(DRAFT_PREFIX):
+            yield (name.removeprefix(BASE_PREFIX), *rest)

@@ -1,0 +1,77 @@
+"""Base and speculator side by side in one module, so that one sharding wrapper holds both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl_speculator.losses import DraftLoss
+from verl_speculator.models import Speculator
+
+BASE_PREFIX = "base."
+DRAFT_PREFIX = "draft."
+
+
+class ModelWithSpeculator(nn.Module):
+    """A Hugging Face causal language model and the speculator that drafts for it.
+
+    Shapes: R rows to draft for, D base width, K depths.
+
+    Args:
+        base: the language model.
+        speculator: any family.
+        freeze_base: keep the base as it is: no graph, no gradient, always in eval mode, and its output head is never
+            multiplied with.
+        detach_hidden: if the base is trained, keep the speculator's gradient away from it.
+    """
+
+    def __init__(self, base: nn.Module, speculator: Speculator, *, freeze_base: bool, detach_hidden: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.draft = DraftLoss(speculator)
+        self.freeze_base = freeze_base
+        self.detach_hidden = detach_hidden
+        # What sharding wrappers and verl ask of a model: its configuration, and the classes of its sharding units.
+        self.config = base.config
+        self._no_split_modules = [*(base._no_split_modules or []), DraftLoss.__name__]
+        if freeze_base:
+            base.requires_grad_(False)
+            base.gradient_checkpointing_disable()
+
+    def train(self, mode: bool = True) -> ModelWithSpeculator:
+        super().train(mode)
+        if self.freeze_base:
+            self.base.eval()
+        return self
+
+    def can_generate(self) -> bool:
+        """As the base says."""
+        return self.base.can_generate()
+
+    def forward(self, *, draft: dict[str, Tensor] | None = None, **base_inputs: Any) -> Any:
+        """
+        Args:
+            draft: `rows` [R], indices into the flattened batch of `base_inputs`, and the `tokens`, `targets` and
+                `valid` of `DraftLoss`. None runs the base alone.
+            base_inputs: of the base's own forward.
+
+        Returns:
+            The base's output without `draft`. With it `(sums, base_output)`: the sums of `DraftLoss`, and the base's
+            output if it is trained (None if it is frozen: its logits are never computed).
+        """
+        if draft is None:
+            return self.base(**base_inputs)
+        output = None
+        if self.freeze_base:
+            with torch.no_grad():
+                hidden = self.base.base_model(**base_inputs).last_hidden_state
+        else:
+            # The last entry is the state after the final norm; the others are alive for the backward pass anyway.
+            output = self.base(**base_inputs, output_hidden_states=True)
+            hidden = output.hidden_states[-1]
+            output.hidden_states = None
+            hidden = hidden.detach() if self.detach_hidden else hidden
+        rows = hidden.flatten(0, 1)[draft["rows"]]
+        return self.draft(rows, draft["tokens"], draft["targets"], draft["valid"]), output

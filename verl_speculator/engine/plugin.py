@@ -1,0 +1,11 @@
+"""What verl loads from the entry-point group `verl.plugins`: importing it registers the platform and the engine.
+
+Also importable by name, which fails loudly where a plugin fails silently: `VERL_USE_EXTERNAL_MODULES` or
+`model.external_lib=verl_speculator.engine.plugin`. The platform comes first: verl looks the device up while the
+engine's module is imported.
+"""
+
+from verl_speculator.engine.platform_cpu import PlatformCPU  # isort: skip
+from verl_speculator.engine.engine import SpeculatorEngine  # isort: skip
+
+__all__ = ["PlatformCPU", "SpeculatorEngine"]

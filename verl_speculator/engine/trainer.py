@@ -1,0 +1,249 @@
+"""verl's SFT trainer with a speculator: its own loop, because validation, metrics and resuming differ."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorData
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+from verl.trainer.sft_trainer import SFTTrainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.device import get_torch_device
+from verl.utils.memory_utils import aggressive_empty_cache
+from verl.utils.tracking import Tracking
+
+from verl_speculator.engine.checkpointing import RunCheckpoints
+from verl_speculator.engine.dataset import PaddedDataset, ResumableSampler, build_dataset, is_text
+from verl_speculator.engine.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
+from verl_speculator.errors import UserError
+from verl_speculator.losses import DraftSums
+from verl_speculator.provenance import git_commit, versions, weights_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+class SpeculatorTrainer(SFTTrainer):
+    """Trains a speculator, alone or with its base, as verl trains a model.
+
+    verl's constructor calls the `_build_*` methods in order, with the engine after the data; `fit` then runs to
+    `trainer.total_training_steps`, or over `trainer.total_epochs`, whichever is set.
+    """
+
+    # Building
+
+    def _build_dataset(self) -> None:
+        data, model = self.config.data, self.model_config
+        build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
+        self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
+        self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
+        if is_text(data.train_files, data):
+            model.end_token_ids = ()  # every token is a target
+
+    def _build_engine(self) -> None:
+        from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+        from verl.workers.utils.losses import sft_loss
+
+        self.training_client = TrainingWorker(
+            TrainingWorkerConfig(
+                model_type=MODEL_TYPE,
+                model_config=self.model_config,
+                engine_config=self.engine_config,
+                optimizer_config=self.optimizer_config,
+                checkpoint_config=self.checkpoint_config,
+                profiler_config=self.profiler_config,
+            )
+        )
+        self.training_client.set_loss_fn(partial(sft_loss, config=None))
+        self.engine = self.training_client.engine
+
+    def _build_dataloader(self) -> None:
+        data = self.config.data
+        ranks = self.engine.get_data_parallel_size()
+        self.global_batch_size = data.train_batch_size
+        self.batch_size_per_rank = self.global_batch_size // ranks
+        place = {"num_replicas": ranks, "rank": self.engine.get_data_parallel_rank(), "drop_last": True}
+        load = partial(
+            DataLoader,
+            batch_size=self.batch_size_per_rank,
+            collate_fn=SFTTensorCollator(data.pad_mode),
+            num_workers=data.num_workers,
+        )
+        self.train_sampler = ResumableSampler(self.train_dataset, shuffle=True, seed=self.config.trainer.seed, **place)
+        self.train_dataloader = load(self.train_dataset, sampler=self.train_sampler, drop_last=True)
+        self.val_dataloader = None
+        if self.val_dataset is not None:
+            # Every rank needs as many whole micro-batches as the others; what fills them up counts for nothing.
+            padded = PaddedDataset(self.val_dataset, ranks * data.micro_batch_size_per_gpu)
+            self.val_dataloader = load(padded, sampler=DistributedSampler(padded, shuffle=False, **place))
+
+    def _build_ckpt_handler(self) -> None:
+        self.ckpt_handler = RunCheckpoints(
+            self.engine,
+            self.config.trainer.default_local_dir,
+            self.config.trainer,
+            save_state="optimizer" in self.config.checkpoint.save_contents,
+            provenance=self._provenance,
+        )
+
+    def _provenance(self, step: int) -> dict[str, Any]:
+        model, data = self.model_config, self.config.data
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = weights_fingerprint(model.path)
+        trained = not model.freeze_base_model
+        return {
+            "base": {
+                "name": model.path,
+                "trained_jointly": trained,
+                # A jointly trained base is no longer the one that the fingerprint was taken of.
+                "weights_fingerprint": None if trained else self._fingerprint,
+            },
+            "data": {
+                "train_files": list(data.train_files),
+                "train_rows": len(self.train_dataset),
+                "val_files": list(data.val_files),
+                "val_rows": 0 if self.val_dataset is None else len(self.val_dataset),
+            },
+            "training": {
+                "step": step,
+                "total_steps": self.total_training_steps,
+                "train_batch_size": self.global_batch_size,
+                "lr": self.optimizer_config.lr,
+                "speculator_loss_coeff": model.speculator_loss_coeff,
+                "seed": self.config.trainer.seed,
+                "processes": dist.get_world_size(),
+            },
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+
+    # Metrics
+
+    def _metrics(self, sums: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
+        """Scalars from the sums of a batch, or of many."""
+        values = DraftSums.unstack(sums[DRAFT_SUMS]).metrics()
+        loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
+        if BASE_SUMS in sums:
+            total, tokens = sums[BASE_SUMS].tolist()
+            values["base_loss"] = total / max(tokens, 1.0)
+            loss += values["base_loss"]
+        return {f"{prefix}/{name}": value for name, value in ({"loss": loss} | values).items()}
+
+    @staticmethod
+    def _sums(output: TensorDict) -> dict[str, torch.Tensor]:
+        """The sums of a batch; verl collects one copy per rank, and all are alike."""
+        metrics = tu.get(output, "metrics")
+        return {
+            name: torch.tensor(metrics[name][0], dtype=torch.float64)
+            for name in (DRAFT_SUMS, BASE_SUMS)
+            if name in metrics
+        }
+
+    # The loop
+
+    @property
+    def _batch_settings(self) -> dict[str, Any]:
+        data = self.config.data
+        return {
+            "use_remove_padding": self.config.model.use_remove_padding,
+            "use_dynamic_bsz": data.use_dynamic_bsz,
+            "max_token_len_per_gpu": data.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+            "temperature": 1.0,
+            "global_batch_size": self.global_batch_size,
+            "pad_mode": data.pad_mode,
+            "pad_token_id": self.model_config.tokenizer.pad_token_id,
+        }
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimizer step on a rank's share of a global batch; the metrics of the whole batch."""
+        start = time.perf_counter()
+        data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
+        seqlens = self._get_batch_seqlens(data=data)
+        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(seqlens))
+        lr = self.engine.optimizer.param_groups[0]["lr"]
+        output = self.training_client.train_batch(data=data)
+        self.training_client.step_profile()
+        metrics = self._metrics(self._sums(output), "train")
+        device = get_torch_device()
+        return metrics | {
+            "train/grad_norm": tu.get(output, "metrics")["grad_norm"],
+            "train/lr": lr,
+            "train/global_tokens": sum(seqlens),
+            "perf/tokens_per_second": sum(seqlens) / (time.perf_counter() - start),
+            "perf/max_memory_allocated_gb": device.max_memory_allocated() / 1024**3,
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Metrics over every row of the validation files, each counted once."""
+        total: dict[str, torch.Tensor] = {}
+        for batch in self.val_dataloader:
+            data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
+            for name, sums in self._sums(self.training_client.infer_batch(data)).items():
+                total[name] = total.get(name, 0) + sums
+        return self._metrics(total, "val")
+
+    def fit(self) -> None:
+        """Train from the step resumed from to the last; validate and save on the way and at the end."""
+        is_logging = dist.get_rank() == 0
+        tracking = None
+        if is_logging:
+            tracking = Tracking(
+                project_name=self.config.trainer.project_name,
+                experiment_name=self.config.trainer.experiment_name,
+                default_backend=self.config.trainer.logger,
+                config=OmegaConf.to_container(self.config, resolve=True),
+            )
+        step, last = self.resume_global_step, self.total_training_steps
+        if step >= last:
+            logger.info("nothing to train: step %d of %d is reached", step, last)
+        total_epochs = -(-last // self.steps_per_epoch)
+        while step < last:
+            epoch, done = divmod(step, self.steps_per_epoch)
+            self.train_sampler.set_position(epoch, skip=done * self.batch_size_per_rank)
+            aggressive_empty_cache(force_sync=True)
+            progress = tqdm(
+                self.train_dataloader,
+                initial=done,
+                total=self.steps_per_epoch,
+                desc=f"Epoch {epoch + 1}/{total_epochs}",
+                disable=not is_logging,
+            )
+            # An epoch that was resumed is shorter by what is done, but its length says nothing of that.
+            for batch, _ in zip(progress, range(self.steps_per_epoch - done), strict=False):
+                step += 1
+                if step == self.start_profile_step:
+                    self.training_client.start_profile()
+                metrics = self.train_step(batch)
+                if step == self.end_profile_step:
+                    self.training_client.stop_profile()
+                if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
+                    metrics |= self.validate()
+                if tracking is not None:
+                    tracking.log(data=metrics, step=step)
+                if _is_due(step, last, self.save_freq):
+                    aggressive_empty_cache(force_sync=True)
+                    self.ckpt_handler.save_checkpoint(step=step)
+                if step == last:
+                    break
+
+    def _init_engine(self) -> None:
+        super()._init_engine()
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"data.train_batch_size={self.global_batch_size}: the training files have only "
+                f"{len(self.train_dataset)} rows"
+            )
+
+
+def _is_due(step: int, last: int, frequency: int | None) -> bool:
+    """Whether something that happens every `frequency` steps, and at the last one, happens now."""
+    return step == last or bool(frequency and frequency > 0 and step % frequency == 0)

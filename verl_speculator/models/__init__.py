@@ -1,0 +1,44 @@
+"""The speculator families. `build` makes one from its configuration; the table of them is `verl_speculator.families`."""
+
+from __future__ import annotations
+
+import torch
+
+from verl_speculator.config import SpeculatorConfig
+from verl_speculator.families import family_class
+from verl_speculator.models.base import DraftState, Speculator
+
+__all__ = ["DraftState", "Speculator", "build_speculator"]
+
+
+def build_speculator(
+    config: SpeculatorConfig,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Speculator:
+    """A freshly initialised speculator.
+
+    Args:
+        config: family and shape.
+        hidden_size: width D of the base's hidden states.
+        vocab_size: V, the rows of the base's output head.
+        seed: of the initialisation; None draws from torch's global generator.
+        device: where the parameters live; `"meta"` skips the initialisation.
+        dtype: of the parameters, float32 by default.
+
+    Returns:
+        A module with `unroll(hidden [T, D], tokens [T, K]) -> states [K, T, E]`, `head(k) -> weight [V, E]`, and
+        `start` and `step` for decoding.
+    """
+    with torch.device("meta"):
+        speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size)
+    dtype = dtype or torch.float32
+    if torch.device(device or "cpu").type == "meta":
+        return speculator.to(dtype)
+    speculator = speculator.to_empty(device="cpu")
+    speculator.reset_parameters(None if seed is None else torch.Generator().manual_seed(seed))
+    return speculator.to(device=device, dtype=dtype)

@@ -1,0 +1,104 @@
+"""Building blocks of the sum_rnn and sum_lstm speculators.
+
+Module and tensor names follow Snowflake's implementation, so that weights move between the two unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+
+
+def rms_normalise(x: Tensor) -> Tensor:
+    """`x · rsqrt(mean(x²) + 1e-6)` over the last axis, in float32 where x is a half type."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+class RMSNormWithBias(nn.Module):
+    """`w ⊙ rms_normalise(x) + b`: an RMS norm with a bias and without centring ("LN" in Snowflake's code)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * rms_normalise(x) + self.bias
+
+
+class TokenEmbedding(nn.Module):
+    """A [V, E] table. Not an `nn.Embedding`: sharding wrappers give each of those a unit of its own, and then its rows
+    can be read through its own forward only."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class OutputHead(nn.Module):
+    """The [V, E] weight of one head. It has no forward: losses and verification decide how to multiply with it."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+
+def widen(first: nn.Module, dims: Sequence[int]) -> nn.Sequential:
+    """`first`, which gives width dims[0], and for each further width RMSNormWithBias, GELU, Linear."""
+    layers: list[nn.Module] = [first]
+    for before, after in zip(dims, dims[1:], strict=False):
+        layers += [RMSNormWithBias(before), nn.GELU(), nn.Linear(before, after, bias=False)]
+    return nn.Sequential(*layers)
+
+
+def embedding_chain(vocab_size: int, dims: Sequence[int]) -> nn.Sequential:
+    """Token ids to width dims[-1]."""
+    return widen(TokenEmbedding(vocab_size, dims[0]), dims)
+
+
+def projection_chain(width: int, dims: Sequence[int]) -> nn.Sequential:
+    """A state of the given width to width dims[-1]."""
+    return widen(nn.Linear(width, dims[0], bias=False), dims)
+
+
+def inner_chain(merge_width: int, dims: Sequence[int]) -> nn.Sequential:
+    """From the merge width M to dims[-1]: norm, then GELU, Linear, norm for each further width.
+
+    dims[0] == M is the merged state itself; otherwise a first norm, GELU and Linear lead from M to dims[0].
+    """
+    if dims[0] != merge_width:
+        dims = (merge_width, *dims)
+    layers: list[nn.Module] = [RMSNormWithBias(dims[0])]
+    for before, after in zip(dims, dims[1:], strict=False):
+        layers += [nn.GELU(), nn.Linear(before, after, bias=False), RMSNormWithBias(after)]
+    return nn.Sequential(*layers)
+
+
+def unwrap_single(chain: nn.Sequential) -> nn.Module:
+    """The one layer of a chain of one, the chain itself otherwise: sum_lstm's names have no index for a single layer."""
+    return chain[0] if len(chain) == 1 else chain
+
+
+def embedding_scale(n_predict: int, merge_width: int) -> float:
+    """α, the weight of the token embedding against the projected state.
+
+    State weight sw = 0.5^(0.5/K), embedding weight ew = sqrt((1 − sw²)·M/2), α = ew/sw (IBM's MLP speculator).
+    """
+    state_weight = 0.5 ** (0.5 / n_predict)
+    return math.sqrt((1 - state_weight**2) * merge_width / 2) / state_weight
+
+
+def with_head_names(keys: dict[str, str], n_predict: int, *, tied: bool) -> dict[str, str]:
+    """Checkpoint names in which `heads.{k}` is called `head.{k}`, one for each depth even where all share one."""
+    named = {key: name for key, name in keys.items() if not name.startswith("heads.")}
+    return named | {f"head.{k}.weight": f"heads.{0 if tied else k}.weight" for k in range(n_predict)}

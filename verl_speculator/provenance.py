@@ -1,0 +1,79 @@
+"""Where a checkpoint comes from: versions, commit, and a fingerprint of the base's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("verl_speculator", "verl", "torch", "transformers")
+SAMPLE_BYTES = 4096
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a training run does."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, `-dirty` behind it if edited; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() if described.returncode == 0 and tracked.returncode == 0 else None
+
+
+def weights_directory(model: str) -> Path | None:
+    """The directory that holds a model's files: itself, or the hub's local snapshot; None if there is neither."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def weights_fingerprint(model: str) -> str | None:
+    """A hash of a Hugging Face model's weights that any change of any tensor is sure to move in practice.
+
+    Reads each tensor's name, type, shape and 4 KiB from its middle, so that a 70B model takes no longer than a small
+    one. None where the weights are not at hand as safetensors.
+    """
+    directory = weights_directory(model)
+    entries = {}
+    for path in sorted(directory.glob("*.safetensors")) if directory else []:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                middle = max(begin, (begin + end - SAMPLE_BYTES) // 2)
+                file.seek(8 + header_size + middle)
+                sample = file.read(min(SAMPLE_BYTES, end - middle))
+                entries[name] = [entry["dtype"], entry["shape"], hashlib.sha256(sample).hexdigest()]
+    if not entries:
+        return None
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,60 @@
+"""The training process that torchrun starts: `torchrun -m verl_speculator.train [hydra overrides]`.
+
+`run_speculator_training.sh` checks everything first, in a process of its own, and then starts this.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from verl_speculator.errors import UserError
+from verl_speculator.settings import load_settings
+
+
+def train(overrides: Sequence[str]) -> None:
+    """Train as the overrides say, in a process started by torchrun.
+
+    Raises:
+        UserError: for a setting that cannot be used.
+    """
+    config = load_settings(overrides)
+    if config.trainer.device == "cpu":
+        os.environ["VERL_PLATFORM"] = "cpu"  # before verl looks for a device
+    import torch.distributed
+    from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+
+    import verl_speculator.engine.plugin  # noqa: F401  registers platform and engine, loudly
+    from verl_speculator.engine.trainer import SpeculatorTrainer
+
+    if config.trainer.device == "cpu":
+        torch.distributed.init_process_group("gloo")  # verl would ask for "cpu:gloo,cpu:gloo"
+    else:
+        initialize_global_process_group()
+    logging.getLogger(__name__).info(
+        "device %s, compute type %s, attention %s",
+        config.trainer.device,
+        (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
+        config.model.override_config.attn_implementation,
+    )
+    SpeculatorTrainer(config).fit()
+    destroy_global_process_group()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `train`; a user's error is one line and exit code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("verl_speculator").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    try:
+        train(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        if rank == 0:
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
