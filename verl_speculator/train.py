@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -23,10 +24,10 @@ def train(overrides: Sequence[str]) -> None:
     config = load_settings(overrides)
     if config.trainer.device == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"  # before verl looks for a device
+    importlib.import_module("verl_speculator.engine.plugin")  # registers platform and engine, and fails loudly
     import torch.distributed
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-    import verl_speculator.engine.plugin  # noqa: F401  registers platform and engine, loudly
     from verl_speculator.engine.trainer import SpeculatorTrainer
 
     if config.trainer.device == "cpu":

@@ -1,4 +1,4 @@
-"""The speculator families. `build` makes one from its configuration; the table of them is `verl_speculator.families`."""
+"""The speculator families. `build_speculator` makes one; their table is `verl_speculator.families`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class OutputHead(nn.Module):
 def widen(first: nn.Module, dims: Sequence[int]) -> nn.Sequential:
     """`first`, which gives width dims[0], and for each further width RMSNormWithBias, GELU, Linear."""
     layers: list[nn.Module] = [first]
-    for before, after in zip(dims, dims[1:], strict=False):
+    for before, after in pairwise(dims):
         layers += [RMSNormWithBias(before), nn.GELU(), nn.Linear(before, after, bias=False)]
     return nn.Sequential(*layers)
 
@@ -79,13 +80,13 @@ def inner_chain(merge_width: int, dims: Sequence[int]) -> nn.Sequential:
     if dims[0] != merge_width:
         dims = (merge_width, *dims)
     layers: list[nn.Module] = [RMSNormWithBias(dims[0])]
-    for before, after in zip(dims, dims[1:], strict=False):
+    for before, after in pairwise(dims):
         layers += [nn.GELU(), nn.Linear(before, after, bias=False), RMSNormWithBias(after)]
     return nn.Sequential(*layers)
 
 
 def unwrap_single(chain: nn.Sequential) -> nn.Module:
-    """The one layer of a chain of one, the chain itself otherwise: sum_lstm's names have no index for a single layer."""
+    """The layer of a chain of one, the chain itself otherwise: sum_lstm's names give a single layer no index."""
     return chain[0] if len(chain) == 1 else chain
 
 
