@@ -1,0 +1,127 @@
+"""The launcher behind `run_speculator_training.sh`: check everything in this process, then become torchrun.
+
+torchrun turns every exit code of a worker into 1 and prints a traceback of its own, so what is the user's to mend is
+found here, and ends with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from verl_speculator.errors import UserError
+
+USAGE = """usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
+
+  nproc_per_node   processes on this machine: one per GPU
+  save_path        where checkpoints go: <save_path>/global_step_N
+
+  --cfg job        print the resolved configuration and stop
+  -h, --help       print this and stop
+
+Common overrides (all of verl's, and those of docs/configuration.md):
+  model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
+  model.speculator.method=sum_rnn                     sum_rnn or sum_lstm
+  model.speculator.n_predict=5                        number of draft tokens
+  data.train_files=train.parquet data.val_files=test.parquet
+  optim.lr=1e-4 trainer.total_epochs=1 data.train_batch_size=256 data.micro_batch_size_per_gpu=4
+
+More than one machine: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or any of torchrun's
+own PET_* variables.
+"""
+# Where torchrun's options come from, besides the PET_* variables that it reads itself.
+TORCHRUN_ENVIRONMENT = {
+    "--nnodes": "NNODES",
+    "--node-rank": "NODE_RANK",
+    "--master-addr": "MASTER_ADDR",
+    "--master-port": "MASTER_PORT",
+}
+# glibc returns large tensors to the kernel at every step and faults them in again; 32 MiB is the most it accepts.
+CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The command line of torchrun for this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    options = [f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment]
+    if not options and not any(name.startswith("PET_") for name in environment):
+        options = ["--standalone"]
+    return [*command, *options, "-m", "verl_speculator.train", *overrides]
+
+
+def node_count(environment: Mapping[str, str]) -> int:
+    """Machines that take part; of an elastic `min:max` the largest number."""
+    text = environment.get("NNODES", environment.get("PET_NNODES", "1")).rpartition(":")[2]
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"NNODES={text}: expected a number of machines")
+    return int(text)
+
+
+def worker_environment(device: str, processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the workers: on a CPU the thread count and the allocator are set, unless they are already."""
+    if device != "cpu":
+        return dict(environment)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {"OMP_NUM_THREADS": str(threads)} | CPU_ALLOCATOR | dict(environment)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
+    """Processes per node, save path and overrides.
+
+    Raises:
+        UserError: for what is missing or is no number.
+    """
+    if len(argv) < 2 or any("=" in argument for argument in argv[:2]):
+        raise UserError(f"expected <nproc_per_node> <save_path>, got {' '.join(argv[:2]) or 'nothing'}\n\n{USAGE}")
+    if not argv[0].isdigit() or int(argv[0]) < 1:
+        raise UserError(f"nproc_per_node={argv[0]}: expected a positive integer")
+    save_path = Path(argv[1]).expanduser()
+    if save_path.exists() and not save_path.is_dir():
+        raise UserError(f"save_path={argv[1]}: a file is in the way")
+    return int(argv[0]), save_path, list(argv[2:])
+
+
+def launch(argv: Sequence[str]) -> None:
+    """Check the run and replace this process by torchrun.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        sys.exit(0 if argv else 2)
+    show = [i for i, argument in enumerate(argv) if argument == "--cfg"]
+    arguments = [a for i, a in enumerate(argv) if not show or i not in (show[0], show[0] + 1)]
+    processes, save_path, overrides = parse_arguments(arguments)
+    if any(override.lstrip("+").startswith("trainer.default_local_dir=") for override in overrides):
+        raise UserError("trainer.default_local_dir: this is <save_path>, the second argument")
+    overrides.append(f"trainer.default_local_dir='{save_path.absolute()}'")
+
+    from omegaconf import OmegaConf
+
+    from verl_speculator.preflight import check_run
+    from verl_speculator.settings import load_settings
+
+    config = load_settings(overrides)
+    if show:
+        sys.stdout.write(OmegaConf.to_yaml(config))
+        return
+    check_run(config, processes=processes * node_count(os.environ), processes_per_node=processes)
+    command = torchrun_command(processes, overrides, os.environ)
+    sys.stdout.flush()
+    os.execve(command[0], command, worker_environment(config.trainer.device, processes, os.environ))
+
+
+def main() -> None:
+    """Console entry: a user's error is one line and exit code 2."""
+    try:
+        launch(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
