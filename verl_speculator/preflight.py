@@ -230,7 +230,9 @@ def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:
         kinds = ("conversations", "plain text")
         raise UserError(f"data.val_files hold {kinds[val.text]}, data.train_files {kinds[train.text]}")
     if train.count < data.train_batch_size:
-        raise UserError(f"data.train_batch_size={data.train_batch_size}: the training files have {train.count} rows only")
+        raise UserError(
+            f"data.train_batch_size={data.train_batch_size}: the training files have {train.count} rows only"
+        )
     return train, val
 
 
@@ -318,7 +320,9 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
     for file, first, batch in rows.read(data.tools_key):
         if must_fit:
             texts = [
-                row[rows.column] if rows.text else _render(config, base.tokenizer, row, f"{key}: {file}, row {first + i}")
+                row[rows.column]
+                if rows.text
+                else _render(config, base.tokenizer, row, f"{key}: {file}, row {first + i}")
                 for i, row in enumerate(batch)
             ]
             for i, ids in enumerate(base.tokenizer(texts, add_special_tokens=rows.text)["input_ids"]):

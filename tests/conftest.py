@@ -1,0 +1,50 @@
+"""Tiny bases, tokenizers and data, all made here; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything asks verl for a device: these tests run on the CPU, on machines with an accelerator too.
+os.environ["VERL_PLATFORM"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+from tiny import ARCHITECTURES, make_base, make_chat_rows, make_tokenizer, write_parquet
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and small real models, where they lie beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED.name}/ with real data and models is not beside the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer with ChatML's markers and template."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """One tiny base per architecture, saved as Hugging Face folders."""
+    root = tmp_path_factory.mktemp("bases")
+    return {name: make_base(name, root / name, tokenizer) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def base(bases) -> Path:
+    """The base of most tests: Qwen2 with a tied head."""
+    return bases["qwen2_tied"]
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory) -> Path:
+    """40 conversations, every third of them with two turns."""
+    return write_parquet(tmp_path_factory.mktemp("data") / "chat.parquet", make_chat_rows(40))

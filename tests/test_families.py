@@ -1,0 +1,150 @@
+"""The contract that every family keeps: one suite over every row of the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from variants import VARIANTS, configurations
+
+from verl_speculator import build_speculator, load_speculator, save_speculator
+from verl_speculator.errors import UserError
+from verl_speculator.families import FAMILIES, family_class
+from verl_speculator.losses import DraftLoss, DraftSums
+
+D, V, T = 20, 61, 7
+CONFIGS = configurations()
+
+
+def build(config, **options):
+    return build_speculator(config, hidden_size=D, vocab_size=V, **({"seed": 0, "dtype": torch.float64} | options))
+
+
+def inputs(config, rows=T, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
+    return hidden, torch.randint(V, (rows, config.n_predict), generator=generator)
+
+
+def test_every_family_is_in_the_suite():
+    assert set(VARIANTS) == set(FAMILIES)
+    assert all(family_class(method).method == method for method in FAMILIES)
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request):
+    return request.param
+
+
+def test_shapes(config):
+    speculator = build(config)
+    states = speculator.unroll(*inputs(config))
+    assert states.shape == (config.n_predict, T, config.inner_dims[-1])
+    for k in range(config.n_predict):
+        assert speculator.head(k).shape == (V, config.inner_dims[-1])
+
+
+def test_unroll_equals_repeated_step(config):
+    speculator, (hidden, tokens) = build(config), inputs(config)
+    states, state = speculator.unroll(hidden, tokens), speculator.start(hidden)
+    for k in range(config.n_predict):
+        state = speculator.step(state, tokens[:, k])
+        torch.testing.assert_close(state.output, states[k], rtol=0, atol=1e-12)
+
+
+def test_rows_do_not_see_each_other(config):
+    speculator, (hidden, tokens) = build(config), inputs(config)
+    together = speculator.unroll(hidden, tokens)
+    apart = torch.cat([speculator.unroll(hidden[i : i + 1], tokens[i : i + 1]) for i in range(T)], 1)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+
+
+def test_depth_k_reads_no_later_token(config):
+    speculator, (hidden, tokens) = build(config), inputs(config)
+    before = speculator.unroll(hidden, tokens)
+    for k in range(config.n_predict):
+        changed = tokens.clone()
+        changed[:, k] = (changed[:, k] + 1) % V
+        after = speculator.unroll(hidden, changed)
+        assert torch.equal(after[:k], before[:k])
+        assert not torch.equal(after[k], before[k])
+
+
+def test_every_parameter_is_used_and_gets_a_gradient(config):
+    loss = DraftLoss(build(config))
+    hidden, tokens = inputs(config)
+    targets = torch.randint(V, (config.n_predict, T))
+    loss(hidden, tokens, targets, torch.ones_like(targets, dtype=torch.bool))["loss"].sum().backward()
+    without = {name for name, p in loss.named_parameters() if p.grad is None or not p.grad.any()}
+    # sum_lstm: at the first step the forget gate multiplies an empty cell.
+    idle = {name for name in without if config.method == "sum_lstm" and name.startswith("speculator.forget_")}
+    assert without == idle
+    assert not idle or config.n_predict == 1 or all(".forget_proj.0" in name for name in idle)
+    assert all(p.grad is not None for p in loss.parameters())
+
+
+def test_no_rows_give_zero_gradients(config):
+    loss = DraftLoss(build(config))
+    hidden, tokens = inputs(config, rows=0)
+    nothing = torch.zeros(config.n_predict, 0, dtype=torch.long)
+    sums = DraftSums(**loss(hidden, tokens, nothing, nothing.bool()))
+    sums.loss.sum().backward()
+    assert not sums.pairs.any()
+    assert all(p.grad is not None and not p.grad.any() for p in loss.parameters())
+
+
+def test_initialisation(config):
+    speculator = build(config, dtype=torch.float32)
+    again, other = build(config, dtype=torch.float32), build(config, dtype=torch.float32, seed=1)
+    for name, parameter in speculator.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        if parameter.dim() == 2:
+            expected = 1 / min(parameter.shape) ** 0.5
+            assert parameter.std().item() == pytest.approx(expected, rel=0.2)
+            assert not torch.equal(parameter, other.get_parameter(name))
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, 0.0 if name.endswith("bias") else 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_are_bitwise(config, dtype, tmp_path):
+    speculator = build(config, dtype=dtype)
+    save_speculator(speculator, tmp_path / "spec")
+    loaded = load_speculator(tmp_path / "spec")
+    assert loaded.config == config
+    for name, parameter in speculator.named_parameters():
+        assert parameter.dtype == loaded.get_parameter(name).dtype == dtype
+        assert torch.equal(parameter, loaded.get_parameter(name))
+
+
+def test_tied_tensors_stand_under_every_name(config, tmp_path):
+    save_speculator(build(config), tmp_path)
+    tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    heads = [tensors[f"head.{k}.weight"] for k in range(config.n_predict)]
+    if config.tie_weights:
+        assert all(torch.equal(head, heads[0]) for head in heads)
+    if config.tie_lstm_embs:
+        assert sum(name.endswith("_emb.0.weight") or name.endswith("_emb.0.0.weight") for name in tensors) == 4
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "tied"])
+def test_a_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
+    save_speculator(build(config), tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    tensors = torch.load(file, weights_only=True)
+    key = sorted(tensors)[-1]
+    if fault == "missing":
+        del tensors[key]
+    elif fault == "unexpected":
+        key = "head.99.weight"
+        tensors[key] = torch.zeros(1)
+    elif fault == "shape":
+        tensors[key] = tensors[key][:-1]
+    else:
+        key = f"head.{config.n_predict - 1}.weight"
+        if not config.tie_weights or config.n_predict == 1:
+            pytest.skip("nothing is tied here")
+        tensors[key] = tensors[key] + 1
+    torch.save(tensors, file)
+    with pytest.raises(UserError) as error:
+        load_speculator(tmp_path)
+    assert key in str(error.value)

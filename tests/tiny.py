@@ -1,0 +1,130 @@
+"""Tiny models and data for the tests, made in the process."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sits",
+    "sings",
+]
+ARCHITECTURES = ("qwen2_tied", "qwen2_untied", "llama", "qwen2_moe", "gemma2")
+
+
+def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
+    """Byte-level BPE over the words of the tests."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), "system user assistant User Assistant", "\n"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def base_config(name: str, vocab_size: int):
+    """The configuration of one of ARCHITECTURES, two layers wide 32."""
+    from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    if name == "qwen2_tied":
+        return Qwen2Config(**common, tie_word_embeddings=True)
+    if name == "qwen2_untied":
+        return Qwen2Config(**common, tie_word_embeddings=False)
+    if name == "llama":
+        return LlamaConfig(**common, tie_word_embeddings=False)
+    if name == "gemma2":
+        return Gemma2Config(**common, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
+    return Qwen2MoeConfig(
+        **common,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        tie_word_embeddings=False,
+    )
+
+
+def make_base(name: str, folder: Path, tokenizer) -> Path:
+    """A base of random weights, saved with its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = base_config(name, len(tokenizer))
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than the default, so that hidden states differ
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_chat_rows(count: int, *, seed: int = 0) -> list[dict]:
+    """Conversations of random words, every third with two turns."""
+    rng = random.Random(seed)
+
+    def say(least: int, most: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+    rows = []
+    for i in range(count):
+        messages = []
+        for _ in range(2 if i % 3 == 0 else 1):
+            messages.append({"role": "user", "content": say(1, 6)})
+            messages.append({"role": "assistant", "content": say(2, 14)})
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    """Rows as a parquet file."""
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path

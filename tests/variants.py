@@ -1,0 +1,32 @@
+"""Shapes of every family that the contract suite runs over. A family without a row here fails the suite."""
+
+from verl_speculator.config import SpeculatorConfig
+
+VARIANTS = {
+    "sum_rnn": [
+        {},
+        {"tie_weights": False},
+        {"scale_input": True, "n_predict": 1},
+        {"inner_dim": "24.32"},
+        {"inner_dim": "20.24", "emb_dim": "16.24", "proj_dim": "40.32.24", "tie_weights": False},
+    ],
+    "sum_lstm": [
+        {},
+        {"tie_lstm_embs": True, "n_predict": 1},
+        {"scale_input": True, "inner_dim": "24.32"},
+        {"inner_dim": 20, "emb_dim": "16.24", "proj_dim": "32.24", "tie_lstm_embs": True},
+        {"inner_dim": "16.24", "emb_dim": "16.24", "proj_dim": "16.24"},
+    ],
+}
+
+
+def configurations() -> dict[str, SpeculatorConfig]:
+    """Every variant under a name for pytest."""
+    small = {"n_predict": 3, "inner_dim": 24, "emb_dim": 24, "proj_dim": 24}
+    return {
+        "-".join([method, *(f"{k}_{v}" for k, v in settings.items())]): SpeculatorConfig(
+            method=method, **(small | settings)
+        )
+        for method, variants in VARIANTS.items()
+        for settings in variants
+    }
