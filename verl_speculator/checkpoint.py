@@ -263,7 +263,7 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
         raise UserError(f"{path}: truncated, or not a file of tensors") from None
     module = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
     keys, shapes = module.checkpoint_keys(), {name: p.shape for name, p in module.named_parameters()}

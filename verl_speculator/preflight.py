@@ -231,7 +231,7 @@ def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:
         raise UserError(f"data.val_files hold {kinds[val.text]}, data.train_files {kinds[train.text]}")
     if train.count < data.train_batch_size:
         raise UserError(
-            f"data.train_batch_size={data.train_batch_size}: the training files have {train.count} rows only"
+            f"data.train_batch_size={data.train_batch_size}: the training files have only {train.count} rows"
         )
     return train, val
 
@@ -320,10 +320,8 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
     for file, first, batch in rows.read(data.tools_key):
         if must_fit:
             texts = [
-                row[rows.column]
-                if rows.text
-                else _render(config, base.tokenizer, row, f"{key}: {file}, row {first + i}")
-                for i, row in enumerate(batch)
+                row[rows.column] if rows.text else _render(config, base.tokenizer, row, f"{key}: {file}, row {i}")
+                for i, row in enumerate(batch, first)
             ]
             for i, ids in enumerate(base.tokenizer(texts, add_special_tokens=rows.text)["input_ids"]):
                 length = len(ids) + (rows.text and ids[-1:] != [base.tokenizer.eos_token_id])

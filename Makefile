@@ -1,0 +1,38 @@
+# The two commands of the README are `make demo` and `make test`; both set everything up first.
+# PYTHON is the interpreter that makes .venv; TORCH is what pip is asked for where a machine has no NVIDIA driver.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch>=2.11
+endif
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" -c constraints.txt
+	$(BIN)/python -m pip install -q -e ".[test]" -c constraints.txt
+	touch $@
+
+demo: setup
+	PYTHON=$(BIN)/python examples/demo/run.sh
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf demo $(VENV)

@@ -1,0 +1,39 @@
+"""The console script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "verl_speculator", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_inspect(tmp_path):
+    config = SpeculatorConfig(n_predict=2, inner_dim="8.16", emb_dim=8, proj_dim=8)
+    speculator = build_speculator(config, hidden_size=12, vocab_size=30, seed=0)
+    provenance = {"base": {"name": "some/base"}, "data": {"train_files": ["a", "b"]}, "training": {"step": 7}}
+    save_speculator(speculator, tmp_path / "spec", provenance=provenance)
+    shown = command("inspect", tmp_path / "spec")
+    assert shown.returncode == 0, shown.stderr
+    count = sum(p.numel() for p in speculator.parameters())
+    for words in ("sum_rnn", "8.16", f"{count:,}", "some/base", "a, b", "step"):
+        assert words in shown.stdout
+    facts = json.loads(command("inspect", "--json", tmp_path / "spec").stdout)
+    assert facts["parameters"] == {"count": count, "dtype": "float32"}
+    assert facts["training"]["step"] == 7
+
+
+def test_a_users_error_is_one_line_and_exit_code_2(tmp_path):
+    result = command("inspect", tmp_path / "nothing")
+    assert result.returncode == 2
+    assert result.stderr.strip() == (
+        f"error: {tmp_path / 'nothing'}: no speculator checkpoint here "
+        "(expected config.json or a run's latest_checkpointed_iteration.txt)"
+    )

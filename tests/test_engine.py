@@ -1,0 +1,249 @@
+"""The engine inside verl: gradients that depend on nothing they should not, a base that stays or moves as asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import build_engine, gradients, load_rows, make_batch, process_group, run_batch, weights, whole
+from tiny import ARCHITECTURES
+
+from verl_speculator.checkpoint import write_checkpoint
+from verl_speculator.errors import UserError
+from verl_speculator.losses import DraftSums
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory):
+    with process_group(tmp_path_factory.mktemp("group")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    return build_engine(base)
+
+
+@pytest.fixture(scope="module")
+def rows(chat, tokenizer):
+    """16 conversations, some of two turns."""
+    return load_rows(chat, tokenizer)[:16]
+
+
+def assert_same_gradients(found, expected, *, but=()):
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        if name not in but:
+            scale = gradient.abs().max()
+            assert scale > 0, f"{name}: no gradient"
+            assert (found[name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.fixture(scope="module")
+def expected(base, rows):
+    """The gradients of one micro-batch on one rank, frozen and joint."""
+    found = {}
+    for joint in (False, True):
+        engine = build_engine(base, freeze_base_model=not joint)
+        run_batch(engine, make_batch(rows, micro=16))
+        found[joint] = gradients(engine)
+    return found
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_gradients_do_not_depend_on_the_cut(base, rows, expected, joint):
+    engine = build_engine(base, freeze_base_model=not joint)
+    for micro in (1, 4, 16):
+        for packed in (True, False):
+            run_batch(engine, make_batch(rows, micro=micro, packed=packed))
+            assert_same_gradients(gradients(engine), expected[joint])
+
+
+def test_gradients_do_not_depend_on_the_ranks(base, chat, expected, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    harness = Path(__file__).with_name("harness.py")
+    subprocess.run([*command, harness, base, chat, tmp_path / "found.pt"], check=True, capture_output=True)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert len(found) == 8
+    for (joint, _, _), gradient in found.items():
+        assert_same_gradients(gradient, expected[joint])
+
+
+def test_the_loss_is_the_mean_over_pairs_then_over_depths(engine, rows):
+    """Against the definition, one conversation at a time."""
+    output = run_batch(engine, make_batch(rows), train=False)
+    sums = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"]))
+    one_by_one = [
+        torch.tensor(run_batch(engine, make_batch([row], micro=1), train=False)["metrics"]["draft_sums"])
+        for row in rows
+    ]
+    total = DraftSums.unstack(torch.stack(one_by_one).sum(0))
+    torch.testing.assert_close(sums.loss, total.loss, rtol=1e-6, atol=0)
+    assert torch.equal(sums.pairs, total.pairs)
+    assert torch.equal(sums.accepted, total.accepted)
+    expected = sum(float(loss / pairs) for loss, pairs in zip(sums.loss, sums.pairs, strict=True)) / 3
+    assert sum(output["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hidden_states_and_packing_on_every_base(bases, rows, name):
+    """Packed documents do not see each other, and both paths give the state that the output head reads."""
+    engine = build_engine(bases[name])
+    reference = torch.stack(
+        [
+            torch.tensor(run_batch(engine, make_batch([row], micro=1), train=False)["metrics"]["draft_sums"])
+            for row in rows[:4]
+        ]
+    ).sum(0)
+    for packed in (True, False):
+        found = run_batch(engine, make_batch(rows[:4], packed=packed), train=False)["metrics"]["draft_sums"]
+        torch.testing.assert_close(torch.tensor(found), reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_state_is_the_one_that_the_output_head_reads(bases, rows, name):
+    """Both ways to it, that of a frozen base and that of a trained one."""
+    from transformers import AutoModelForCausalLM
+
+    model, seen = AutoModelForCausalLM.from_pretrained(bases[name]).eval(), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = rows[0]["input_ids"][None]
+    with torch.no_grad():
+        joint = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        frozen = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.equal(frozen, seen[0])
+    assert torch.equal(joint, seen[0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+def test_frozen_base_does_not_move_by_a_bit(bases, rows, name, method):
+    engine = build_engine(bases[name], speculator={"method": method}, lr=1e-2)
+    before = weights(engine)
+    for _ in range(2):
+        run_batch(engine, make_batch(rows))
+        with_gradient = set(gradients(engine))
+        norm = engine.optimizer_step()
+    after = weights(engine)
+    drafts = {name for name in before if name.startswith("draft.")}
+    assert with_gradient == drafts
+    total = torch.cat([g.flatten() for g in gradients(engine).values()]).norm()
+    assert norm >= total.item() * 0.999  # the norm before clipping to 1 is that of the speculator alone
+    assert all(torch.equal(before[name], after[name]) for name in set(before) - drafts)
+    assert all(not torch.equal(before[name], after[name]) for name in drafts)
+    optimized = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for name, p in engine.module.named_parameters() if name in drafts}
+    assert set(engine.optimizer.state) == {p for name, p in engine.module.named_parameters() if name in drafts}
+
+
+def test_frozen_base_makes_no_graph_and_no_logits(engine, rows):
+    calls = []
+    hook = engine.base.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    states = []
+    other = engine.draft.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    run_batch(engine, make_batch(rows))
+    hook.remove()
+    other.remove()
+    assert not calls
+    assert states and not any(state.requires_grad for state in states)
+    assert not engine.base.training
+
+
+def test_joint_training_moves_both(base, rows):
+    engine = build_engine(base, freeze_base_model=False)
+    before = weights(engine)
+    output = run_batch(engine, make_batch(rows))
+    engine.optimizer_step()
+    after = weights(engine)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    total, tokens = output["metrics"]["base_sums"]
+    draft = torch.tensor(output["metrics"]["draft_sums"])
+    assert tokens == sum(int(row["loss_mask"].sum()) for row in rows)
+    expected = total / tokens + float((draft[0] / draft[1]).mean())
+    assert sum(output["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("detach", "coefficient"), [(False, 1.0), (False, 0.25), (True, 1.0)])
+def test_what_the_base_feels_of_the_speculator(base, rows, expected, detach, coefficient):
+    """The base's gradient is its own loss's plus the coefficient times the speculator's, or without it if detached."""
+    settings = {"freeze_base_model": False, "speculator_loss_coeff": coefficient}
+    engine = build_engine(base, speculator={"detach_hidden": detach}, **settings)
+    run_batch(engine, make_batch(rows))
+    found = gradients(engine)
+    alone = build_engine(base, speculator={"detach_hidden": True}, freeze_base_model=False)
+    run_batch(alone, make_batch(rows))
+    own = gradients(alone)
+    name = next(name for name in own if name.endswith("layers.0.self_attn.q_proj.weight"))
+    full = expected[True][name] - own[name]
+    share = 0.0 if detach else coefficient
+    torch.testing.assert_close(found[name], own[name] + share * full, rtol=1e-4, atol=1e-7)
+    drafts = [name for name in own if name.startswith("draft.")]
+    for name in drafts:
+        torch.testing.assert_close(found[name], coefficient * expected[True][name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_reads_no_other_document(engine, rows):
+    """Changing the second document of a packed row changes nothing in the first."""
+    changed = {name: value.clone() for name, value in rows[1].items()}
+    changed["input_ids"] = changed["input_ids"].flip(0)
+    first = []
+    for other in (rows[1], changed):
+        states = []
+        hook = engine.draft.register_forward_hook(
+            lambda module, args, output, states=states: states.append([a.clone() for a in args])
+        )
+        run_batch(engine, make_batch([rows[0], other], micro=2), train=False)
+        hook.remove()
+        alone = run_batch(engine, make_batch([rows[0]], micro=1), train=False)["metrics"]["draft_sums"][1][0]
+        hidden, tokens, targets, valid = states[0]
+        count = int(alone)
+        first.append((hidden[:count], tokens[:count][:, :1], targets[:, :count] * valid[:, :count]))
+    torch.testing.assert_close(first[0][0], first[1][0], rtol=0, atol=1e-5)
+    assert torch.equal(first[0][1], first[1][1])
+    assert torch.equal(first[0][2], first[1][2])
+
+
+def test_starts_from_a_trained_speculator(base, engine, tmp_path):
+    state = {
+        name.removeprefix("draft.speculator."): value + 1
+        for name, value in weights(engine).items()
+        if name.startswith("draft.")
+    }
+    config, head = engine.model_config.speculator_config, state["heads.0.weight"]
+    write_checkpoint(tmp_path, config, state, hidden_size=32, vocab_size=head.shape[0])
+    started = build_engine(base, speculator={"path": str(tmp_path)})
+    assert torch.equal(whole(started.speculator.heads[0].weight), head)
+    with pytest.raises(UserError, match=r"n_predict \(3, 2\)"):
+        build_engine(base, speculator={"path": str(tmp_path), "n_predict": 2})
+
+
+def test_a_served_base_gets_its_own_names_only(engine, base):
+    from transformers import AutoModelForCausalLM
+
+    parameters, _ = engine.get_per_tensor_param()
+    names = {name for name, _ in parameters}
+    assert names == set(AutoModelForCausalLM.from_pretrained(base).state_dict())
+
+
+def test_log_probs_as_any_language_model_engine(engine, rows):
+    """Without a loss function the engine gives the base's log-probabilities."""
+    with engine.eval_mode(), torch.no_grad():
+        output = engine.forward_backward_batch(make_batch(rows[:4]), None, forward_only=True)
+    log_probs = output["model_output"]["log_probs"]
+    assert [len(row) for row in log_probs.unbind()] == [len(row["input_ids"]) for row in rows[:4]]
+    assert all((row <= 0).all() for row in log_probs.unbind())
+
+
+def test_sequence_parallelism_is_refused_by_name(engine):
+    from verl.workers.config import FSDPEngineConfig
+
+    from verl_speculator.engine.engine import SpeculatorEngine
+
+    config = FSDPEngineConfig(strategy="fsdp2", ulysses_sequence_parallel_size=2)
+    with pytest.raises(UserError, match="ulysses_sequence_parallel_size=2"):
+        SpeculatorEngine(engine.model_config, config, engine.optimizer_config, engine.checkpoint_config)

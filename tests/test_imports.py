@@ -1,0 +1,96 @@
+"""The house: which room may import which, and that the front door stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "verl_speculator"
+
+# Each room with the rooms that it may import. A room is a module, or a folder of them.
+MAY_IMPORT = {
+    "errors": set(),
+    "files": set(),
+    "families": {"models"},
+    "config": {"errors", "families"},
+    "chat": set(),
+    "alignment": set(),
+    "provenance": set(),
+    "models": {"config", "families"},
+    "losses": {"models"},
+    "checkpoint": {"config", "errors", "families", "files", "models"},
+    "settings": {"config", "errors"},
+    "preflight": {"chat", "checkpoint", "config", "errors", "settings"},
+    "launch": {"errors", "preflight", "settings"},
+    "engine": {"alignment", "chat", "checkpoint", "config", "errors", "files", "losses", "models", "provenance"},
+    "train": {"engine", "errors", "settings"},
+    "__main__": {"checkpoint", "errors", "families"},
+    "__init__": {"checkpoint", "config", "models"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "verl_speculator" and len(parts) > 1 and parts[1] != room:
+                assert parts[1] in MAY_IMPORT[room], f"{room} imports {parts[1]}"
+            if parts[0] == "verl":
+                assert room in ("engine", "train"), f"{room} imports verl"
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nsys.stdout.write(' '.join(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_front_door_is_light():
+    heavy = {"torch", "verl", "ray", "transformers"}
+    assert not heavy & modules_after("import verl_speculator; verl_speculator.SpeculatorConfig")
+    reading = "from verl_speculator.checkpoint import read_checkpoint_info; import verl_speculator.settings"
+    assert not heavy & modules_after(reading)
+
+
+def test_verl_finds_the_engine_and_the_platform_by_itself():
+    """Through the entry point, in any process that imports verl."""
+    code = (
+        "import verl\n"
+        "from verl.workers.engine import EngineRegistry\n"
+        "from verl.plugin.platform import PlatformRegistry, get_platform\n"
+        "engines = EngineRegistry._engines['language_model_with_speculator']\n"
+        "assert {b: set(d) for b, d in engines.items()} == "
+        "{b: {'cuda', 'npu', 'cpu'} for b in ('fsdp', 'fsdp2')}\n"
+        "assert get_platform().device_name == 'cpu'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_public_names():
+    import verl_speculator
+
+    assert set(verl_speculator.__all__) == {
+        "SpeculatorConfig",
+        "build_speculator",
+        "load_speculator",
+        "save_speculator",
+    }
+    assert all(callable(getattr(verl_speculator, name)) for name in verl_speculator.__all__)

@@ -1,0 +1,232 @@
+"""What a user can get wrong: one line that names it, exit code 2, nothing written, no base loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import SCRIPT, overrides, script
+from tiny import make_chat_rows, write_parquet
+
+from verl_speculator import SpeculatorConfig, build_speculator, launch, save_speculator
+from verl_speculator.errors import UserError
+
+SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
+
+
+class Started(Exception):
+    """The checks passed and torchrun would have taken over."""
+
+
+@pytest.fixture
+def attempt(base, chat, tmp_path, monkeypatch):
+    """Run the launcher in this process up to the start of torchrun."""
+
+    def reached(path, command, environment):
+        raise Started(command, environment)
+
+    monkeypatch.setattr(os, "execve", reached)
+
+    def run(*more, nproc="1", save_path=tmp_path / "out", **settings):
+        launch.launch([nproc, str(save_path), *overrides(base, chat, **settings), *more])
+
+    return run
+
+
+def assert_refused(attempt, words, tmp_path, *more, **settings):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        attempt(*more, **settings)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_a_good_run_starts_one_torchrun(attempt, tmp_path):
+    with pytest.raises(Started) as started:
+        attempt('model.speculator.inner_dim="16.24"', nproc="2")
+    command, environment = started.value.args
+    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert command.count("verl_speculator.train") == 1
+    assert "--standalone" in command
+    assert environment["MALLOC_TRIM_THRESHOLD_"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
+    for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Started) as started:
+        attempt("data.micro_batch_size_per_gpu=2", nproc="2")
+    command = started.value.args[0]
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29501"} <= set(command)
+    assert "--standalone" not in command
+    with pytest.raises(UserError, match="not divisible by 6 processes"):
+        attempt(nproc="3")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("model.speculator.n_predct=3", "did you mean 'n_predict'"),
+        ("model.speculator.n_predict=0", "n_predict=0: expected an integer of at least 1"),
+        ("model.speculator.n_predict=2.5", "n_predict=2.5: expected an integer"),
+        ("model.speculator.n_predict=many", "n_predict=many: expected an integer"),
+        ("model.speculator.inner_dim=0", "inner_dim=0 is no width"),
+        ("model.speculator.emb_dim=-8", "emb_dim=-8 is no width"),
+        ("model.speculator.proj_dim=1024.", "proj_dim=1024. is no width"),
+        ("model.speculator.inner_dim=a.b", "inner_dim=a.b is no width"),
+        ("model.speculator.emb_dim=8", "must end in the same width"),
+        ("model.speculator.method=sum_lstms", "did you mean 'sum_lstm'"),
+        ("data.train_batch_size=7", "its 7 rows per process are not divisible by data.micro_batch_size_per_gpu=4"),
+        ("data.train_batch_size=44", "data.train_batch_size=44: the training files have only 40 rows"),
+        ("data.train_batch_size=0", "data.train_batch_size=0: expected an integer of at least 1"),
+        ("data.max_length=20", "data.max_length is 20"),
+        ("engine.strategy=fsdp", "torch has no FSDP1 for the CPU"),
+        ("engine.strategy=fdsp2", "did you mean 'fsdp2'"),
+        ("engine.ulysses_sequence_parallel_size=2", "engine.ulysses_sequence_parallel_size=2"),
+        ("model.lora_rank=8", "model.lora_rank=8"),
+        ("model.partial_pretrain=./no/such/base", "model.partial_pretrain=./no/such/base: no such directory"),
+        ("data.train_files=/no/such.parquet", "data.train_files=/no/such.parquet: no such file"),
+        ("data.val_files=/no/such.parquet", "data.val_files=/no/such.parquet: no such file"),
+        ("model.speculator.path=/no/such", "/no/such: no speculator checkpoint here"),
+        ("trainer.resume_mode=automatic", "did you mean 'auto'"),
+        ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
+        ("optim.lr=0", "optim.lr=0: expected a positive number"),
+        ("trainer.default_local_dir=x", "this is <save_path>"),
+    ],
+)
+def test_settings_refused(attempt, tmp_path, more, words):
+    assert_refused(attempt, words, tmp_path, more)
+
+
+def test_sum_lstm_needs_tied_weights(attempt, tmp_path):
+    more = ("model.speculator.method=sum_lstm", "model.speculator.tie_weights=false")
+    assert_refused(attempt, "needs model.speculator.tie_weights=true", tmp_path, *more)
+
+
+@pytest.mark.skipif(launch.sys.modules.get("flash_attn") is not None, reason="flash-attn is installed here")
+def test_flash_attention_has_to_be_installed(attempt, tmp_path):
+    more = "+model.override_config.attn_implementation=flash_attention_2"
+    assert_refused(attempt, "flash-attn is not installed", tmp_path, more)
+
+
+@pytest.mark.parametrize("nproc", ["two", "0", "-1", "1.5", ""])
+def test_nproc_is_a_number(attempt, nproc, tmp_path):
+    assert_refused(attempt, f"nproc_per_node={nproc}: expected a positive integer", tmp_path, nproc=nproc)
+
+
+@pytest.mark.parametrize("argv", [["2"], ["optim.lr=1", "x"], ["2", "optim.lr=1"]])
+def test_missing_arguments_show_the_usage(argv):
+    with pytest.raises(UserError, match=r"usage: run_speculator_training\.sh"):
+        launch.launch(argv)
+
+
+def test_a_file_in_the_way(attempt, tmp_path):
+    (tmp_path / "out").write_text("")
+    assert_refused(attempt, "a file is in the way", tmp_path)
+
+
+def test_data_refused(attempt, tmp_path):
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pa.table({"messages": pa.array([], pa.list_(pa.string()))}), empty)
+    other = write_parquet(tmp_path / "other.parquet", [{"question": "a"}] * 8)
+    text = write_parquet(tmp_path / "text.parquet", [{"text": "one two"}] * 8)
+    silent = [{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": ""}]}] * 8
+    mute = write_parquet(tmp_path / "mute.parquet", silent)
+    for file, words in {
+        tmp_path / "bad.parquet": "not a parquet file",
+        empty: "holds no rows",
+        other: "no column 'messages'",
+        mute: "no row has anything to draft",
+    }.items():
+        assert_refused(attempt, words, tmp_path, data__train_files=file)
+    assert_refused(attempt, "hold plain text", tmp_path, data__val_files=text)
+    odd = write_parquet(tmp_path / "odd.parquet", [{"messages": "one"}] * 8)
+    assert_refused(attempt, "row 0: messages is no list of messages", tmp_path, data__train_files=odd)
+
+
+def test_the_row_that_is_too_long_is_named(attempt, tmp_path):
+    rows = make_chat_rows(9)
+    rows[7]["messages"][-1]["content"] = "one two " * 600
+    file = write_parquet(tmp_path / "long.parquet", rows)
+    assert_refused(attempt, "row 7 has", tmp_path, data__train_files=file)
+    with pytest.raises(Started):
+        attempt("data.truncation=right", data__train_files=file)
+
+
+@pytest.fixture
+def run_folder(tmp_path, tokenizer):
+    """A run with a checkpoint at step 3, of the shape of SMALL."""
+    folder = tmp_path / "out" / "global_step_3"
+    speculator = build_speculator(SpeculatorConfig(**SMALL), hidden_size=32, vocab_size=len(tokenizer))
+    save_speculator(speculator, folder)
+    (folder / "training_state").mkdir()
+    torch.save({}, folder / "training_state" / "optimizer.pt")
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("3")
+    return folder
+
+
+def test_checkpoints_refused(attempt, run_folder, tmp_path):
+    with pytest.raises(Started):
+        attempt()
+    with pytest.raises(Started):
+        attempt(f"model.speculator.path={run_folder.parent}", save_path=tmp_path / "elsewhere")
+    differing = ("model.speculator.n_predict=4", "model.speculator.inner_dim=24")
+    words = "n_predict (3, 4), inner_dim (16, 24)"
+    assert_refused(attempt, words, tmp_path, *differing)
+    start = f"model.speculator.path={run_folder}"
+    assert_refused(attempt, words, tmp_path, *differing, start, "trainer.resume_mode=disable")
+
+    for file in (run_folder / "training_state" / "optimizer.pt", run_folder / "pytorch_model.bin"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        assert_refused(attempt, f"{file}: truncated", tmp_path)
+        file.write_bytes(whole)
+
+    config = json.loads((run_folder / "config.json").read_text())
+    (run_folder / "config.json").write_text(json.dumps(config | {"input_hidden_dim": 64}))
+    assert_refused(attempt, "trained for a base of width (hidden_size) 64, this base has 32", tmp_path)
+    (run_folder.parent / "latest_checkpointed_iteration.txt").write_text("9")
+    assert_refused(attempt, "names step 9", tmp_path)
+
+
+def test_a_base_without_a_chat_template_is_fine(attempt, bases, tmp_path):
+    from tiny import make_base, make_tokenizer
+
+    plain = make_base("llama", tmp_path / "plain", make_tokenizer(chat_template=None))
+    with pytest.raises(Started):
+        attempt(model__partial_pretrain=plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["2"], "usage: run_speculator_training.sh"),
+        (["two", "OUT"], "nproc_per_node=two"),
+        (["1", "OUT", "model.speculator.inner_dim=1024."], "inner_dim=1024. is no width"),
+        (["1", "OUT", "model.partial_pretrain=/no/such"], "data.train_files"),
+    ],
+)
+def test_the_script_exits_with_2(arguments, words, tmp_path):
+    out = tmp_path / "out"
+    result = script(*(out if argument == "OUT" else argument for argument in arguments), HOME=str(tmp_path))
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_help_and_configuration_are_shown(tmp_path):
+    assert "usage:" in script("--help").stdout
+    shown = script(1, tmp_path / "out", "--cfg", "job", "model.speculator.inner_dim=8.16")
+    assert "inner_dim: '8.16'" in shown.stdout or "inner_dim: 8.16" in shown.stdout
+    assert not (tmp_path / "out").exists()
+    assert Path(SCRIPT).stat().st_mode & 0o111

@@ -1,0 +1,68 @@
+"""The command table of `verl-speculator`. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from verl_speculator.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
+
+
+@app.callback()
+def commands() -> None:
+    """Speculators for language models. Training has a launcher of its own: run_speculator_training.sh"""
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="a checkpoint, or a run's folder for its latest step")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show what a checkpoint is: family, dims, parameters, base, data, step and versions. Reads every weight."""
+    from verl_speculator.checkpoint import read_checkpoint_info, read_weights
+    from verl_speculator.families import FAMILIES
+
+    info = read_checkpoint_info(directory)
+    weights = read_weights(info)
+    facts: dict[str, Any] = {
+        "directory": str(info.directory),
+        "family": {"method": info.config.method, "is": FAMILIES[info.config.method].summary},
+        "settings": {name: value for name, value in info.config.to_dict().items() if name != "method"},
+        "parameters": {"count": sum(t.numel() for t in weights.values()), "dtype": info.dtype},
+        "fits": {"hidden_size": info.hidden_size, "vocab_size": info.vocab_size},
+        **info.provenance,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for section, value in facts.items():
+        if not isinstance(value, dict):
+            table.add_row(section, "", str(value))
+            continue
+        for i, (name, one) in enumerate(value.items()):
+            text = f"{one:,}" if name == "count" else ", ".join(map(str, one)) if isinstance(one, list) else str(one)
+            table.add_row("" if i else section, name, text)
+    Console().print(table)
+
+
+def main() -> None:
+    """Console entry: a user's error is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
