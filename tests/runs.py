@@ -30,7 +30,7 @@ def overrides(base: Path, train: Path, **settings: Any) -> list[str]:
         "model__speculator__inner_dim": 16,
         "model__speculator__emb_dim": 16,
         "model__speculator__proj_dim": 16,
-        "optim__lr": 1e-2,
+        "optim__lr": 5e-2,
     }
     merged = {name.replace("__", "."): value for name, value in (small | settings).items()}
     return [f"{name}={value}" for name, value in merged.items()]

@@ -1,0 +1,73 @@
+"""What takes minutes: `make test-slow`."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from runs import environment, overrides, train
+
+from verl_speculator.checkpoint import latest_step, read_checkpoint_info, read_weights
+from verl_speculator.files import TEMPORARY
+
+KILLS = 10
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL for torchrun and its worker, which lives in a session of its own; the worker, that saves, first."""
+    agent = psutil.Process(process.pid)
+    for one in [*agent.children(recursive=True), agent]:
+        one.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_during_a_save_ten_times(base, chat, tmp_path):
+    """SIGKILL at a random moment of a save; what is there afterwards is whole, and resuming goes on from it."""
+    run = tmp_path / "run"
+    settings = overrides(
+        base,
+        chat,
+        # Wide enough for a save to take a while: the optimizer's state alone is 150 MB.
+        **{f"model__speculator__{name}_dim": 1024 for name in ("inner", "emb", "proj")},
+        model__speculator__tie_weights="false",
+        model__speculator__n_predict=5,
+        trainer__total_training_steps=400,
+        trainer__save_freq=1,
+        trainer__max_ckpt_to_keep=3,
+        optim__lr=1e-3,
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    command += ["-m", "verl_speculator.train", f"trainer.default_local_dir={run}", "trainer.logger=console", *settings]
+    rng = random.Random(0)
+    reached = []
+    for kill in range(KILLS):
+        before = latest_step(run) or 0
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            os.set_blocking(process.stdout.fileno(), False)
+            wanted = before + rng.randint(1, 3)  # let it get somewhere first, so that there is something to resume
+            deadline = time.monotonic() + 120
+            while (latest_step(run) or 0) < wanted or not list(run.glob(f"{TEMPORARY}*")):
+                process.stdout.read()
+                assert process.poll() is None, "training ended by itself"
+                assert time.monotonic() < deadline, "no save in two minutes"
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.6))
+        finally:
+            kill_all(process)
+        step = latest_step(run)
+        assert step is not None and step > before, f"kill {kill}: resuming made no progress"
+        info = read_checkpoint_info(run)
+        read_weights(info)
+        assert info.provenance["training"]["step"] == step
+        reached.append(step)
+    last = reached[-1] + 2
+    found = train(1, run, [*settings, f"trainer.total_training_steps={last}"])
+    assert sorted(found) == [reached[-1] + 1, last]
+    assert not list(run.glob(f"{TEMPORARY}*")), "temporaries of killed saves are still there"
