@@ -27,8 +27,17 @@ def process_group(folder: Path):
         dist.destroy_process_group()
 
 
-def build_engine(base: Path | str, *, steps: int = 10, lr: float = 1e-3, **model_settings: Any):
-    """An initialised engine on the CPU in fp32. `speculator` in the settings holds the model.speculator keys."""
+def build_engine(
+    base: Path | str,
+    *,
+    steps: int = 10,
+    lr: float = 1e-3,
+    param_dtype: str = "fp32",
+    forward_only: bool = False,
+    initialize: bool = True,
+    **model_settings: Any,
+):
+    """An engine on the CPU, initialised unless told not to be. `speculator` in the settings holds the model.speculator keys."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
     from verl.workers.engine import EngineRegistry
@@ -38,18 +47,25 @@ def build_engine(base: Path | str, *, steps: int = 10, lr: float = 1e-3, **model
 
     assert verl_speculator.engine.plugin
     speculator = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16} | model_settings.pop("speculator", {})
-    fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    precision = {"param_dtype": param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine = EngineRegistry.new(
         model_type="language_model_with_speculator",
         backend="fsdp2",
         model_config=SpeculatorModelConfig(
             path=str(base), override_config={"attn_implementation": "sdpa"}, speculator=speculator, **model_settings
         ),
-        engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=fp32, model_dtype="fp32", seed=1),
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2",
+            mixed_precision=precision,
+            model_dtype=param_dtype,
+            forward_only=forward_only,
+            seed=1,
+        ),
         optimizer_config=FSDPOptimizerConfig(lr=lr, total_training_steps=steps),
         checkpoint_config=CheckpointConfig(),
     )
-    engine.initialize()
+    if initialize:
+        engine.initialize()
     return engine
 
 

@@ -247,3 +247,27 @@ def test_sequence_parallelism_is_refused_by_name(engine):
     config = FSDPEngineConfig(strategy="fsdp2", ulysses_sequence_parallel_size=2)
     with pytest.raises(UserError, match="ulysses_sequence_parallel_size=2"):
         SpeculatorEngine(engine.model_config, config, engine.optimizer_config, engine.checkpoint_config)
+
+
+def test_half_precision_keeps_fp32_master_weights(base, rows):
+    """As on an accelerator: the frozen base in bf16, the speculator computed in bf16 from fp32 weights."""
+    engine = build_engine(base, param_dtype="bf16", lr=1e-2)
+    types = {name: p.dtype for name, p in engine.module.named_parameters()}
+    assert {t for name, t in types.items() if name.startswith("base.")} == {torch.bfloat16}
+    assert {t for name, t in types.items() if name.startswith("draft.")} == {torch.float32}
+    seen = []
+    engine.draft.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    losses = []
+    for _ in range(8):
+        losses.append(sum(run_batch(engine, make_batch(rows))["loss"]))
+        engine.optimizer_step()
+    assert set(seen) == {torch.bfloat16}
+    assert losses[-1] < losses[0] - 0.2
+    exact = build_engine(base)
+    assert losses[0] == pytest.approx(sum(run_batch(exact, make_batch(rows))["loss"]), rel=2e-2)
+
+
+def test_a_forward_only_engine_is_the_base_alone(base):
+    # Not initialised: verl gives such an engine pinned memory, which needs an accelerator.
+    module = build_engine(base, forward_only=True, initialize=False)._build_module()
+    assert type(module).__name__ == "Qwen2ForCausalLM"

@@ -16,6 +16,7 @@ from tiny import make_chat_rows, write_parquet
 
 from verl_speculator import SpeculatorConfig, build_speculator, launch, save_speculator
 from verl_speculator.errors import UserError
+from verl_speculator.settings import flash_attention_installed
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
 
@@ -111,7 +112,7 @@ def test_sum_lstm_needs_tied_weights(attempt, tmp_path):
     assert_refused(attempt, "needs model.speculator.tie_weights=true", tmp_path, *more)
 
 
-@pytest.mark.skipif(launch.sys.modules.get("flash_attn") is not None, reason="flash-attn is installed here")
+@pytest.mark.skipif(flash_attention_installed(), reason="flash-attn is installed here")
 def test_flash_attention_has_to_be_installed(attempt, tmp_path):
     more = "+model.override_config.attn_implementation=flash_attention_2"
     assert_refused(attempt, "flash-attn is not installed", tmp_path, more)

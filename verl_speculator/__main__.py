@@ -45,6 +45,8 @@ def inspect(
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for section, value in facts.items():
         if not isinstance(value, dict):
             table.add_row(section, "", str(value))

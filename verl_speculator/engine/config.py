@@ -9,8 +9,8 @@ from typing import Any
 
 from verl.workers.config import HFModelConfig
 
-from verl_speculator.chat import end_token_ids, ensure_chat_template
 from verl_speculator.config import SpeculatorConfig, SpeculatorTraining, split_settings
+from verl_speculator.tokens import end_token_ids, ensure_chat_template
 
 logger = logging.getLogger(__name__)
 

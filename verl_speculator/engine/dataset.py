@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from verl.trainer.sft_trainer import create_sft_dataset
 
 from verl_speculator.errors import UserError
+from verl_speculator.tokens import tokenize_texts
 
 
 class TextDataset(Dataset):
@@ -34,20 +35,13 @@ class TextDataset(Dataset):
         return len(self.texts)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        ids = tokenize_text(self.tokenizer, self.texts[item])
+        (ids,) = tokenize_texts(self.tokenizer, [self.texts[item]], plain=True)
         if len(ids) > self.max_length:
             if self.truncation == "error":
                 raise UserError(f"text row {item} has {len(ids)} tokens, data.max_length is {self.max_length}")
             ids = ids[-self.max_length :] if self.truncation == "left" else ids[: self.max_length]
         tokens = torch.tensor(ids, dtype=torch.long)
         return {"input_ids": tokens, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(tokens)}
-
-
-def tokenize_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a plain text, as the tokenizer begins a document, with its end token behind."""
-    ids = tokenizer(text)["input_ids"]
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def is_text(files: Sequence[str], config: Any) -> bool:

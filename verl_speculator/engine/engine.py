@@ -36,7 +36,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
 
     Frozen base: only the speculator has gradients, optimizer state and fp32 master weights; clipping and the reported
     norm see nothing else. Joint: the base's loss is whatever loss function verl sets, and the total is
-    that loss + speculator_loss_coeff · speculator loss.
+    that loss + speculator_loss_coeff · speculator loss. A forward-only engine is the base alone.
 
     Metrics of a batch are sums over all its micro-batches and ranks: `draft_sums`, what `DraftSums.unstack` reads, and
     in joint training `base_sums`, the base's summed loss and its number of tokens.
@@ -70,13 +70,15 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
 
     # Building
 
-    def _build_module(self) -> ModelWithSpeculator:
+    def _build_module(self) -> nn.Module:
         # verl's engine builds language_model and value_model only; the base is the former.
         self.model_config.model_type = "language_model"
         try:
             base = super()._build_module()
         finally:
             self.model_config.model_type = MODEL_TYPE
+        if self.engine_config.forward_only:  # a reference model has nothing to draft
+            return base
         head = base.get_output_embeddings().weight
         training = self.model_config.speculator_training
         speculator = build_speculator(

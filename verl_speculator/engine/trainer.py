@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -94,10 +94,12 @@ class SpeculatorTrainer(SFTTrainer):
             provenance=self._provenance,
         )
 
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return weights_fingerprint(self.model_config.path)
+
     def _provenance(self, step: int) -> dict[str, Any]:
         model, data = self.model_config, self.config.data
-        if not hasattr(self, "_fingerprint"):
-            self._fingerprint = weights_fingerprint(model.path)
         trained = not model.freeze_base_model
         return {
             "base": {
@@ -217,8 +219,7 @@ class SpeculatorTrainer(SFTTrainer):
                 desc=f"Epoch {epoch + 1}/{total_epochs}",
                 disable=not is_logging,
             )
-            # An epoch that was resumed is shorter by what is done, but its length says nothing of that.
-            for batch, _ in zip(progress, range(self.steps_per_epoch - done), strict=False):
+            for batch in progress:
                 step += 1
                 if step == self.start_profile_step:
                     self.training_client.start_profile()

@@ -1,0 +1,113 @@
+"""A run's checkpoints for every architecture, frozen and joint: what is saved comes back to the bit."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import build_engine, gradients, load_rows, make_batch, process_group, run_batch, weights
+from tiny import ARCHITECTURES
+
+from verl_speculator.checkpoint import find_resume_path
+from verl_speculator.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory):
+    with process_group(tmp_path_factory.mktemp("group")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows(chat, tokenizer):
+    return load_rows(chat, tokenizer)[:8]
+
+
+def settings(**more):
+    default = {"resume_mode": "auto", "resume_from_path": None, "max_ckpt_to_keep": None, "default_hdfs_dir": None}
+    return SimpleNamespace(**(default | more))
+
+
+def checkpoints(engine, folder, *, save_state=True, **more):
+    from verl_speculator.engine.checkpointing import RunCheckpoints
+
+    return RunCheckpoints(
+        engine, str(folder), settings(**more), save_state=save_state, provenance=lambda step: {"step": step}
+    )
+
+
+def step(engine, rows):
+    run_batch(engine, make_batch(rows))
+    engine.optimizer_step()
+    engine.lr_scheduler_step()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint):
+    options = {"freeze_base_model": not joint, "speculator": {"method": "sum_lstm"}}
+    engine = build_engine(bases[name], **options)
+    step(engine, rows)
+    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    files = {entry.name for entry in (tmp_path / "global_step_1").iterdir()}
+    assert files == {"config.json", "pytorch_model.bin", "training_state"} | ({"huggingface"} if joint else set())
+    architectures = json.loads((bases[name] / "config.json").read_text())["architectures"]
+    assert json.loads((tmp_path / "global_step_1" / "config.json").read_text())["base_model_archs"] == architectures
+
+    again = build_engine(bases[name], **options)
+    assert checkpoints(again, tmp_path).load_checkpoint() == 1
+    for one, other in ((weights(engine), weights(again)),):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert again.lr_scheduler.state_dict() == engine.lr_scheduler.state_dict()
+    for each in (engine, again):
+        step(each, rows)
+    one, other = gradients(engine), gradients(again)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    one, other = weights(engine), weights(again)
+    for key in one:  # the optimizer's state came back too
+        torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-7)
+
+
+def test_without_state_there_is_nothing_to_resume_from(base, rows, tmp_path):
+    engine = build_engine(base)
+    checkpoints(engine, tmp_path, save_state=False).save_checkpoint(step=1)
+    assert {entry.name for entry in (tmp_path / "global_step_1").iterdir()} == {"config.json", "pytorch_model.bin"}
+    with pytest.raises(UserError, match="has no training_state to resume from"):
+        checkpoints(engine, tmp_path).load_checkpoint()
+
+
+def test_modes(base, tmp_path):
+    engine = build_engine(base)
+    assert checkpoints(engine, tmp_path / "empty").load_checkpoint() == 0
+    run = tmp_path / "run"
+    for number in (1, 2):
+        checkpoints(engine, run).save_checkpoint(step=number)
+    assert checkpoints(engine, run, resume_mode="disable").load_checkpoint() == 0
+    assert checkpoints(engine, run).load_checkpoint() == 2
+    named = {"resume_mode": "resume_path", "resume_from_path": str(run / "global_step_1")}
+    assert checkpoints(engine, run, **named).load_checkpoint() == 1
+    with pytest.raises(UserError, match="expected an existing global_step_N folder"):
+        find_resume_path(run, settings(resume_from_path=str(run)))
+
+
+def test_old_checkpoints_go_and_leftovers_too(base, tmp_path):
+    engine = build_engine(base)
+    (tmp_path / ".tmp.1.global_step_9").mkdir()
+    for number in (1, 2, 3):
+        checkpoints(engine, tmp_path, max_ckpt_to_keep=2).save_checkpoint(step=number)
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "global_step_2",
+        "global_step_3",
+        "latest_checkpointed_iteration.txt",
+    }
+
+
+def test_another_speculator_is_not_resumed(base, tmp_path):
+    checkpoints(build_engine(base), tmp_path).save_checkpoint(step=1)
+    other = build_engine(base, speculator={"n_predict": 2})
+    with pytest.raises(UserError, match=r"cannot resume from .*: n_predict \(3, 2\)"):
+        checkpoints(other, tmp_path).load_checkpoint()

@@ -1,0 +1,37 @@
+"""Everything that can be wrong with a training run, found before the base model loads and before anything is written.
+
+The checks run in one light process, from the cheapest to the dearest. Each raises `UserError` with one line.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from verl_speculator.preflight.base import check_base, check_checkpoints
+from verl_speculator.preflight.data import check_data, check_rows
+from verl_speculator.preflight.values import check_batch, check_device, check_settings
+
+__all__ = ["check_run"]
+
+
+def check_run(config: DictConfig, *, processes: int, processes_per_node: int) -> None:
+    """All checks of a resolved configuration.
+
+    Args:
+        config: from `settings.load_settings`.
+        processes: over all nodes.
+        processes_per_node: on this one.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    check_settings(config)
+    check_device(config, processes_per_node)
+    check_batch(config, processes)
+    train, val = check_data(config)
+    base = check_base(config)
+    check_checkpoints(config, base)
+    if not config.data.custom_cls.get("path"):
+        check_rows(config, base, train, "data.train_files")
+        if val is not None:
+            check_rows(config, base, val, "data.val_files")

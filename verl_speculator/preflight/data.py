@@ -1,0 +1,157 @@
+"""Checks of the data: files and columns from their footers, then every row against the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_speculator.errors import UserError
+from verl_speculator.preflight.base import Base
+from verl_speculator.tokens import tokenize_texts
+
+ROWS_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The column of some parquet files that training reads.
+
+    Attributes:
+        files: paths, in order.
+        column: the one that holds the rows.
+        text: whether that is plain text; conversations otherwise.
+        count: rows that are used.
+    """
+
+    files: list[str]
+    column: str
+    text: bool
+    count: int
+
+    def read(self, *others: str) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+        """Rows as dictionaries with `column` and those of `others` that exist: (file, index of the first, rows)."""
+        import pyarrow.parquet as pq
+
+        left = self.count
+        for file in self.files:
+            parquet, first = pq.ParquetFile(file), 0
+            columns = [name for name in (self.column, *others) if name in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=columns):
+                rows = batch.to_pylist()[:left]
+                if not rows:
+                    return
+                yield file, first, rows
+                first, left = first + len(rows), left - len(rows)
+
+
+def _rows(config: DictConfig, key: str, max_samples: int) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data, files = config.data, list(OmegaConf.select(config, key))
+    if not files:
+        raise UserError(f"{key} is not set: expected one parquet file or a list of them")
+    count, texts = 0, set()
+    for file in files:
+        path = Path(file)
+        if not path.exists():
+            raise UserError(f"{key}={file}: no such file")
+        try:
+            parquet = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{key}={file}: not a parquet file ({str(error).splitlines()[0]})") from None
+        if parquet.metadata.num_rows == 0:
+            raise UserError(f"{key}={file}: holds no rows")
+        count += parquet.metadata.num_rows
+        names = parquet.schema_arrow.names
+        if data.messages_key not in names and data.text_key not in names:
+            raise UserError(
+                f"{key}={file}: no column {data.messages_key!r} (conversations) and none {data.text_key!r} (plain "
+                f"text); it has {', '.join(names)}; set data.messages_key or data.text_key"
+            )
+        texts.add(data.messages_key not in names)
+    if len(texts) > 1:
+        raise UserError(f"{key}: some files hold conversations and some plain text; expected one kind")
+    text = texts.pop()
+    if max_samples > 0:
+        count = min(count, max_samples)
+    return Rows(files, data.text_key if text else data.messages_key, text, count)
+
+
+def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:
+    """Files, columns and row counts, read from the files' footers."""
+    data = config.data
+    train = _rows(config, "data.train_files", data.train_max_samples)
+    val = _rows(config, "data.val_files", data.val_max_samples) if data.val_files else None
+    if val is not None and val.text != train.text:
+        kinds = ("conversations", "plain text")
+        raise UserError(f"data.val_files hold {kinds[val.text]}, data.train_files {kinds[train.text]}")
+    if train.count < data.train_batch_size:
+        raise UserError(
+            f"data.train_batch_size={data.train_batch_size}: the training files have only {train.count} rows"
+        )
+    return train, val
+
+
+def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
+    """Whether rows fit `data.max_length`, and whether any has something to draft."""
+    data, useful = config.data, False
+    must_fit = data.truncation == "error"
+    for file, first, batch in rows.read(data.tools_key):
+        if must_fit:
+            texts = [
+                row[rows.column] if rows.text else _render(config, base.tokenizer, row, f"{key}: {file}, row {i}")
+                for i, row in enumerate(batch, first)
+            ]
+            for i, ids in enumerate(tokenize_texts(base.tokenizer, texts, plain=rows.text), first):
+                if len(ids) > data.max_length:
+                    raise UserError(
+                        f"{key}: {file}, row {i} has {len(ids)} tokens, data.max_length is {data.max_length}; "
+                        "raise it, or cut with data.truncation=right"
+                    )
+        useful = useful or rows.text or any(_has_target(config, base, row) for row in batch)
+        if useful and not must_fit:
+            return
+    if not useful:
+        raise UserError(
+            f"{key}: no row has anything to draft: expected assistant messages of more than one token within "
+            f"data.max_length={data.max_length}"
+        )
+
+
+def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], where: str, **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    messages = row[config.data.messages_key]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
+        raise UserError(f"{where}: {config.data.messages_key} is no list of messages with a role and a content")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=row.get(config.data.tools_key),
+            tokenize=False,
+            **{"add_generation_prompt": False, **config.data.apply_chat_template_kwargs, **options},
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
+
+
+def _has_target(config: DictConfig, base: Base, row: dict[str, Any]) -> bool:
+    """Whether an assistant's turn leaves two tokens within the length, the first of which does not end it."""
+    key, limit = config.data.messages_key, config.data.max_length
+    for i, message in enumerate(row[key]):
+        if message["role"] != "assistant" or not message.get("content") or i == 0:
+            continue
+        before, after = (
+            _render(config, base.tokenizer, row | {key: row[key][:end]}, "row", add_generation_prompt=prompt)
+            for end, prompt in ((i, True), (i + 1, False))
+        )
+        prompt_ids, all_ids = tokenize_texts(base.tokenizer, [before, after], plain=False)
+        response = all_ids[len(prompt_ids) : limit]
+        if len(response) > 1 and response[0] not in base.end_token_ids:
+            return True
+    return False
