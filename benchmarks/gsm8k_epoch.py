@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gsm8k_epoch.csv")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    where = environment()
     for method in ("sum_rnn", "sum_lstm"):
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "log.jsonl"
@@ -63,7 +64,7 @@ def main() -> None:
                 "peak_memory_gb": round(data["perf/max_memory_allocated_gb"], 3),
                 "wall_seconds": round(wall, 1),
             }
-            rows.append(row | environment())
+            rows.append(row | where)
         append_rows(args.out, rows)
         Console().print(rows[-1])
 

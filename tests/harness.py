@@ -37,7 +37,7 @@ def build_engine(
     initialize: bool = True,
     **model_settings: Any,
 ):
-    """An engine on the CPU, initialised unless told not to be. `speculator` in the settings holds the model.speculator keys."""
+    """An engine on the CPU, initialised unless told not to be; `speculator` holds the model.speculator keys."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
     from verl.workers.engine import EngineRegistry
