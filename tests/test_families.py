@@ -8,8 +8,9 @@ from variants import VARIANTS, configurations
 
 from verl_speculator import build_speculator, load_speculator, save_speculator
 from verl_speculator.errors import UserError
-from verl_speculator.families import FAMILIES, family_class
+from verl_speculator.families import FAMILIES
 from verl_speculator.losses import DraftLoss, DraftSums
+from verl_speculator.models import family_class
 
 D, V, T = 20, 61, 7
 CONFIGS = configurations()

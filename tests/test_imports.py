@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "verl_speculator"
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
-    "families": {"models"},
+    "families": set(),
     "config": {"errors", "families"},
     "tokens": set(),
     "alignment": set(),

@@ -7,14 +7,10 @@ they default to and which settings it insists on; `verl_speculator.config` valid
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from verl_speculator.models.base import Speculator
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,3 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )
-
-
-def family_class(method: str) -> type[Speculator]:
-    """The class that implements `method`, a key of `FAMILIES`. Imports torch."""
-    module, _, name = FAMILIES[method].target.partition(":")
-    return getattr(importlib.import_module(module), name)

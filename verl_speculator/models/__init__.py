@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 from verl_speculator.config import SpeculatorConfig
-from verl_speculator.families import family_class
+from verl_speculator.families import FAMILIES
 from verl_speculator.models.base import DraftState, Speculator
 
-__all__ = ["DraftState", "Speculator", "build_speculator"]
+__all__ = ["DraftState", "Speculator", "build_speculator", "family_class"]
+
+
+def family_class(method: str) -> type[Speculator]:
+    """The class that implements `method`, a key of `FAMILIES`."""
+    module, _, name = FAMILIES[method].target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def build_speculator(
