@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
+from harness import load_rows, process_group
 from tiny import ARCHITECTURES, make_base, make_chat_rows, make_tokenizer, write_parquet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -42,6 +43,19 @@ def bases(tmp_path_factory, tokenizer) -> dict[str, Path]:
 def base(bases) -> Path:
     """The base of most tests: Qwen2 with a tied head."""
     return bases["qwen2_tied"]
+
+
+@pytest.fixture(scope="module")
+def gloo(tmp_path_factory):
+    """A process group of this one process."""
+    with process_group(tmp_path_factory.mktemp("group")):
+        yield
+
+
+@pytest.fixture(scope="session")
+def rows(chat, tokenizer):
+    """The first 16 conversations of `chat`, tokenized; six of them have two turns."""
+    return load_rows(chat, tokenizer)[:16]
 
 
 @pytest.fixture(scope="session")

@@ -89,15 +89,18 @@ def load_rows(parquet: Path | str, tokenizer: Any) -> list[dict[str, torch.Tenso
     return [dataset[i] for i in range(len(dataset))]
 
 
-def make_batch(rows: list[dict[str, torch.Tensor]], *, micro: int = 4, packed: bool = True):
-    """This rank's share of a global batch, as the trainer makes it."""
+def make_batch(
+    rows: list[dict[str, torch.Tensor]], *, micro: int = 4, packed: bool = True, max_tokens: int | None = None
+):
+    """This rank's share of a global batch, as the trainer makes it; with `max_tokens` cut by tokens, not by rows."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode, SFTTensorCollator
 
     mine = rows[dist.get_rank() :: dist.get_world_size()]
     settings = {
         "use_remove_padding": packed,
-        "use_dynamic_bsz": False,
+        "use_dynamic_bsz": max_tokens is not None,
+        "max_token_len_per_gpu": max_tokens,
         "micro_batch_size_per_gpu": micro,
         "temperature": 1.0,
         "global_batch_size": len(rows),

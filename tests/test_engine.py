@@ -8,31 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import build_engine, gradients, load_rows, make_batch, process_group, run_batch, weights, whole
+from harness import build_engine, gradients, make_batch, run_batch, weights, whole
 from tiny import ARCHITECTURES
 
 from verl_speculator.checkpoint import write_checkpoint
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftSums
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory):
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
+pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
-def engine(base):
+def engine(base, gloo):
     return build_engine(base)
-
-
-@pytest.fixture(scope="module")
-def rows(chat, tokenizer):
-    """16 conversations, some of two turns."""
-    return load_rows(chat, tokenizer)[:16]
 
 
 def assert_same_gradients(found, expected, *, but=()):
@@ -45,7 +33,7 @@ def assert_same_gradients(found, expected, *, but=()):
 
 
 @pytest.fixture(scope="module")
-def expected(base, rows):
+def expected(base, rows, gloo):
     """The gradients of one micro-batch on one rank, frozen and joint."""
     found = {}
     for joint in (False, True):
@@ -62,6 +50,8 @@ def test_gradients_do_not_depend_on_the_cut(base, rows, expected, joint):
         for packed in (True, False):
             run_batch(engine, make_batch(rows, micro=micro, packed=packed))
             assert_same_gradients(gradients(engine), expected[joint])
+    run_batch(engine, make_batch(rows, max_tokens=100))
+    assert_same_gradients(gradients(engine), expected[joint])
 
 
 def test_gradients_do_not_depend_on_the_ranks(base, chat, expected, tmp_path):

@@ -7,24 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import build_engine, gradients, load_rows, make_batch, process_group, run_batch, weights
+from harness import build_engine, gradients, make_batch, run_batch, weights
 from tiny import ARCHITECTURES
 
 from verl_speculator.checkpoint import find_resume_path
 from verl_speculator.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory):
-    with process_group(tmp_path_factory.mktemp("group")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows(chat, tokenizer):
-    return load_rows(chat, tokenizer)[:8]
+pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
 
 
 def settings(**more):
@@ -41,7 +30,7 @@ def checkpoints(engine, folder, *, save_state=True, **more):
 
 
 def step(engine, rows):
-    run_batch(engine, make_batch(rows))
+    run_batch(engine, make_batch(rows[:8]))
     engine.optimizer_step()
     engine.lr_scheduler_step()
 

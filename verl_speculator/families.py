@@ -2,7 +2,7 @@
 
 A family is one module of `verl_speculator.models` and one row here. The row says which settings the family reads, what
 they default to and which settings it insists on; `verl_speculator.config` validates from the row, and
-`family_class` imports the module when a speculator is really built.
+`verl_speculator.models` imports the module when a speculator is really built.
 """
 
 from __future__ import annotations

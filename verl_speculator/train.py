@@ -24,6 +24,7 @@ def train(overrides: Sequence[str]) -> None:
     config = load_settings(overrides)
     if config.trainer.device == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"  # before verl looks for a device
+        os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"  # verl would take flash-attn's loss wherever that is installed
     importlib.import_module("verl_speculator.engine.plugin")  # registers platform and engine, and fails loudly
     import torch.distributed
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group

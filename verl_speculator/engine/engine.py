@@ -178,7 +178,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         """[2] this micro-batch's share of the base's summed loss and of the batch's tokens."""
         tokens = micro_batch["loss_mask"].values().sum()
         share = base_loss.detach() * micro_batch["batch_num_tokens"] / self.get_data_parallel_size()
-        return torch.stack([share, tokens]).double()
+        return torch.stack([share, tokens]).float()
 
     # Weights for others
 

@@ -33,8 +33,8 @@ class DraftSums:
     accepted: Tensor
 
     def stack(self) -> Tensor:
-        """[5, K] float64 without a gradient: add these, over micro-batches and ranks."""
-        return torch.stack([getattr(self, f.name).detach().double() for f in fields(self)])
+        """[5, K] float32 without a gradient: add these, over micro-batches and ranks."""
+        return torch.stack([getattr(self, f.name).detach().float() for f in fields(self)])
 
     @classmethod
     def unstack(cls, sums: Tensor) -> DraftSums:
