@@ -24,12 +24,11 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for style, (method, rows) in zip(("-", "--"), table.groupby("method", sort=False), strict=False):
         rows = rows[rows["commit"] == rows["commit"].iloc[-1]].sort_values("step")
-        smooth = rows.rolling(SMOOTH, on="step", min_periods=1)
-        axes[0].plot(rows["step"], smooth["speculator_loss"].mean()["speculator_loss"], "k" + style, label=method)
+        smooth = rows.select_dtypes("number").rolling(SMOOTH, min_periods=1).mean()
+        axes[0].plot(rows["step"], smooth["speculator_loss"], "k" + style, label=method)
         for k, colour in enumerate(("tab:blue", "tab:orange", "tab:green")):
-            name = f"depth{k}_accuracy"
-            mean = smooth[name].mean()[name]
-            axes[1].plot(rows["step"], 100 * mean, style, color=colour, label=f"{method}, depth {k}")
+            accuracy = 100 * smooth[f"depth{k}_accuracy"]
+            axes[1].plot(rows["step"], accuracy, style, color=colour, label=f"{method}, depth {k}")
     axes[0].set(xlabel="step", ylabel="cross-entropy, mean over depths", title="loss")
     axes[1].set(xlabel="step", ylabel="top-1 accuracy, %", title="accuracy per depth")
     for axis in axes:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "losses": {"models"},
     "checkpoint": {"config", "errors", "families", "files", "models"},
     "settings": {"config", "errors"},
-    "preflight": {"checkpoint", "config", "errors", "settings", "tokens"},
+    "preflight": {"checkpoint", "config", "errors", "provenance", "settings", "tokens"},
     "launch": {"errors", "preflight", "settings"},
     "engine": {"alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "tokens"},
     "train": {"engine", "errors", "settings"},
@@ -39,7 +39,7 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 

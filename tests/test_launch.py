@@ -15,8 +15,9 @@ from runs import SCRIPT, overrides, script
 from tiny import make_chat_rows, write_parquet
 
 from verl_speculator import SpeculatorConfig, build_speculator, launch, save_speculator
+from verl_speculator.checkpoint import STATE_FILES
 from verl_speculator.errors import UserError
-from verl_speculator.settings import flash_attention_installed
+from verl_speculator.settings import flash_attention_installed, load_settings
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
 
@@ -70,6 +71,9 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
     assert "--standalone" not in command
     with pytest.raises(UserError, match="not divisible by 6 processes"):
         attempt(nproc="3")
+    monkeypatch.delenv("NODE_RANK")
+    with pytest.raises(UserError, match="NNODES=2: set NODE_RANK too"):
+        attempt()
 
 
 @pytest.mark.parametrize(
@@ -99,8 +103,20 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         ("model.speculator.path=/no/such", "/no/such: no speculator checkpoint here"),
         ("trainer.resume_mode=automatic", "did you mean 'auto'"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
-        ("optim.lr=0", "optim.lr=0: expected a positive number"),
+        ("optim.lr=0", "optim.lr=0: expected a number above 0"),
         ("trainer.default_local_dir=x", "this is <save_path>"),
+        ("optim.lr=nan", "optim.lr=nan: expected a number above 0"),
+        ("optim.lr=${foo.bar}", "foo"),
+        ("optim.min_lr_ratio=2", "expected a number of at least 0 and at most 1"),
+        ("optim.lr_scheduler_type=linear", "optim.lr_scheduler_type=linear: expected one of cosine, constant"),
+        ("engine.mixed_precision.param_dtype=bf17", "did you mean 'bf16'"),
+        ("engine.strategy=null", "engine.strategy=null: expected one of fsdp2, fsdp"),
+        ("trainer.seed=abc", "trainer.seed=abc: expected an integer"),
+        ("trainer.logger=wandbb", "did you mean 'wandb'"),
+        ("trainer.logger=[console,swanlab]", "the package swanlab is not installed"),
+        ("data.train_max_samples=null", "data.train_max_samples=null: expected an integer of at least -1"),
+        ("model.speculator=null", "model.speculator=None: expected settings"),
+        ("model.tokenizer_path=/no/such", "model.tokenizer_path=/no/such"),
     ],
 )
 def test_settings_refused(attempt, tmp_path, more, words):
@@ -118,7 +134,7 @@ def test_flash_attention_has_to_be_installed(attempt, tmp_path):
     assert_refused(attempt, "flash-attn is not installed", tmp_path, more)
 
 
-@pytest.mark.parametrize("nproc", ["two", "0", "-1", "1.5", ""])
+@pytest.mark.parametrize("nproc", ["two", "0", "-1", "1.5", "", "²"])
 def test_nproc_is_a_number(attempt, nproc, tmp_path):
     assert_refused(attempt, f"nproc_per_node={nproc}: expected a positive integer", tmp_path, nproc=nproc)
 
@@ -127,6 +143,20 @@ def test_nproc_is_a_number(attempt, nproc, tmp_path):
 def test_missing_arguments_show_the_usage(argv):
     with pytest.raises(UserError, match=r"usage: run_speculator_training\.sh"):
         launch.launch(argv)
+
+
+def test_any_name_of_a_folder(attempt, tmp_path):
+    for name in ("bob's", "runs/lr=1e-4", "a b"):
+        with pytest.raises(Started) as started:
+            attempt(save_path=tmp_path / name)
+        (given,) = [text for text in started.value.args[0] if text.startswith("trainer.default_local_dir=")]
+        assert load_settings([given, "trainer.device=cpu"]).trainer.default_local_dir == str(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_made(attempt, tmp_path, monkeypatch):
+    # The superuser, as whom tests may run, could write everywhere; what the kernel tells others is stood in for.
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    assert_refused(attempt, f"{tmp_path} cannot be written to", tmp_path)
 
 
 def test_a_file_in_the_way(attempt, tmp_path):
@@ -151,7 +181,13 @@ def test_data_refused(attempt, tmp_path):
         assert_refused(attempt, words, tmp_path, data__train_files=file)
     assert_refused(attempt, "hold plain text", tmp_path, data__val_files=text)
     odd = write_parquet(tmp_path / "odd.parquet", [{"messages": "one"}] * 8)
-    assert_refused(attempt, "row 0: messages is no list of messages", tmp_path, data__train_files=odd)
+    holes = write_parquet(tmp_path / "holes.parquet", [{"text": "one"}] * 8 + [{"text": None}])
+    for truncation in ("error", "right"):
+        cut = f"data.truncation={truncation}"
+        assert_refused(attempt, "row 0: messages is no list of messages", tmp_path, cut, data__train_files=odd)
+        assert_refused(attempt, "row 8: text is None, expected a text", tmp_path, cut, data__train_files=holes)
+    short = ("data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=64")
+    assert_refused(attempt, "data.max_token_len_per_gpu=64: must hold a whole row", tmp_path, *short)
 
 
 def test_the_row_that_is_too_long_is_named(attempt, tmp_path):
@@ -170,7 +206,8 @@ def run_folder(tmp_path, tokenizer):
     speculator = build_speculator(SpeculatorConfig(**SMALL), hidden_size=32, vocab_size=len(tokenizer))
     save_speculator(speculator, folder)
     (folder / "training_state").mkdir()
-    torch.save({}, folder / "training_state" / "optimizer.pt")
+    for name in STATE_FILES:
+        torch.save({}, folder / "training_state" / name)
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("3")
     return folder
 
@@ -188,11 +225,32 @@ def test_checkpoints_refused(attempt, run_folder, tmp_path):
 
     for file in (run_folder / "training_state" / "optimizer.pt", run_folder / "pytorch_model.bin"):
         whole = file.read_bytes()
+        file.unlink()
+        assert_refused(attempt, f"{file}: no such file", tmp_path)
         file.write_bytes(whole[: len(whole) // 2])
         assert_refused(attempt, f"{file}: truncated", tmp_path)
         file.write_bytes(whole)
 
     config = json.loads((run_folder / "config.json").read_text())
+    recorded = {
+        "base": {"trained_jointly": True, "weights_fingerprint": "other"},
+        "data": {"train_rows": 41},
+        "training": {"train_batch_size": 16, "lr": 5e-2, "seed": 2},
+    }
+    (run_folder / "config.json").write_text(json.dumps(config | {"verl_speculator": recorded}))
+    with pytest.raises(UserError) as error:
+        attempt()
+    for words in (
+        "model.freeze_base_model (False, True)",
+        "the base's weights (other, ",
+        "data.train_batch_size (16, 8)",
+        "trainer.seed (2, 1)",
+        "rows of data.train_files (41, 40)",
+    ):
+        assert words in str(error.value)
+    assert "optim.lr" not in str(error.value)
+    (run_folder / "config.json").write_text(json.dumps(config))
+    assert_refused(attempt, "the trained base is not there", tmp_path, "model.freeze_base_model=false")
     (run_folder / "config.json").write_text(json.dumps(config | {"input_hidden_dim": 64}))
     assert_refused(attempt, "trained for a base of width (hidden_size) 64, this base has 32", tmp_path)
     (run_folder.parent / "latest_checkpointed_iteration.txt").write_text("9")

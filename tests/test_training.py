@@ -13,6 +13,7 @@ from tiny import WORDS, make_chat_rows, write_parquet
 
 from verl_speculator import load_speculator
 from verl_speculator.checkpoint import read_checkpoint_info
+from verl_speculator.settings import load_settings
 
 STEPS = 6
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
@@ -26,7 +27,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(base, chat):
     def make(**more):
-        steps = {"trainer__total_training_steps": STEPS, "trainer__save_freq": 3}
+        steps = {"trainer__total_training_steps": STEPS, "trainer__save_freq": 3, "optim__lr_warmup_steps_ratio": 0.5}
         return overrides(base, chat, **(steps | more))
 
     return make
@@ -71,8 +72,13 @@ def test_golden_loss_curve(uninterrupted):
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth(uninterrupted):
     rates = [metrics["train/lr"] for metrics in uninterrupted.values()]
-    assert all(rate > 0 for rate in rates)
-    assert rates[-1] == pytest.approx(5e-3, rel=1e-6)
+    peak = 5e-2
+    assert rates[:2] == pytest.approx([peak / 3, peak * 2 / 3])
+    assert rates[2] == pytest.approx(peak)
+    assert rates[2] > rates[3] > rates[4] > rates[5]
+    assert rates[5] == pytest.approx(peak / 10)
+    optim = load_settings(["trainer.default_local_dir=x", "trainer.device=cpu"]).optim
+    assert (optim.lr, optim.lr_warmup_steps_ratio, optim.min_lr_ratio) == (1e-4, 0.05, 0.1)
 
 
 def test_checkpoint_holds_the_speculator_alone(uninterrupted, runs, base):

@@ -27,6 +27,8 @@ WEIGHTS_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_DIRECTORY = "training_state"
+STATE_FILES = ("optimizer.pt", "lr_scheduler.pt", "random.pt")
+BASE_DIRECTORY = "huggingface"
 STEP_DIRECTORY = re.compile(r"^global_step_(\d+)$")
 PROVENANCE_KEY = "verl_speculator"
 

@@ -59,6 +59,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that no half of it is ever found under its name."""
+    doomed = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
 def remove_temporaries(directory: Path) -> None:
     """Clear away what a killed writer left in `directory`."""
     for entry in directory.glob(f"{TEMPORARY}*"):

@@ -7,6 +7,7 @@ found here, and ends with one line and exit code 2.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,11 @@ def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapp
 def node_count(environment: Mapping[str, str]) -> int:
     """Machines that take part; of an elastic `min:max` the largest number."""
     text = environment.get("NNODES", environment.get("PET_NNODES", "1")).rpartition(":")[2]
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise UserError(f"NNODES={text}: expected a number of machines")
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in environment]
+    if "NNODES" in environment and int(text) > 1 and missing and not any(n.startswith("PET_") for n in environment):
+        raise UserError(f"NNODES={text}: set {' and '.join(missing)} too, or torchrun's own PET_* variables")
     return int(text)
 
 
@@ -73,13 +77,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
     Raises:
         UserError: for what is missing or is no number.
     """
-    if len(argv) < 2 or any("=" in argument for argument in argv[:2]):
+    if len(argv) < 2 or any(re.match(r"[+~]*\w+(\.\w+)+=", argument) for argument in argv[:2]):
         raise UserError(f"expected <nproc_per_node> <save_path>, got {' '.join(argv[:2]) or 'nothing'}\n\n{USAGE}")
-    if not argv[0].isdigit() or int(argv[0]) < 1:
+    if not (argv[0].isascii() and argv[0].isdigit()) or int(argv[0]) < 1:
         raise UserError(f"nproc_per_node={argv[0]}: expected a positive integer")
     save_path = Path(argv[1]).expanduser()
     if save_path.exists() and not save_path.is_dir():
         raise UserError(f"save_path={argv[1]}: a file is in the way")
+    existing = next(folder for folder in (save_path.absolute(), *save_path.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"save_path={argv[1]}: {existing} cannot be written to")
     return int(argv[0]), save_path, list(argv[2:])
 
 
@@ -97,7 +104,8 @@ def launch(argv: Sequence[str]) -> None:
     processes, save_path, overrides = parse_arguments(arguments)
     if any(override.lstrip("+").startswith("trainer.default_local_dir=") for override in overrides):
         raise UserError("trainer.default_local_dir: this is <save_path>, the second argument")
-    overrides.append(f"trainer.default_local_dir='{save_path.absolute()}'")
+    quoted = str(save_path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    overrides.append(f"trainer.default_local_dir='{quoted}'")
 
     from omegaconf import OmegaConf
 
@@ -108,7 +116,13 @@ def launch(argv: Sequence[str]) -> None:
     if show:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
-    check_run(config, processes=processes * node_count(os.environ), processes_per_node=processes)
+    check_run(
+        config,
+        processes=processes * node_count(os.environ),
+        processes_per_node=processes,
+        # Only the first machine reads checkpoints; the others' disks need not hold them.
+        first_node=os.environ.get("NODE_RANK", os.environ.get("PET_NODE_RANK", "0")) == "0",
+    )
     command = torchrun_command(processes, overrides, os.environ)
     sys.stdout.flush()
     os.execve(command[0], command, worker_environment(config.trainer.device, processes, os.environ))

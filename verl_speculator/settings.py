@@ -97,6 +97,13 @@ def flash_attention_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+def device_runs_flash_attention() -> bool:
+    """Whether the CUDA device can run flash-attn 2: Ampere and later. Imports torch."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def as_files(value: Any) -> list[str]:
     """A file setting as a list of paths, `~` expanded: one path, or a list of them."""
     if value is None:
@@ -111,7 +118,14 @@ def resolve(config: DictConfig) -> DictConfig:
     Raises:
         UserError: for a setting that cannot be used.
     """
-    OmegaConf.resolve(config)
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(config.model.speculator, DictConfig):
+        raise UserError(f"model.speculator={config.model.speculator}: expected settings, model.speculator.<name>=…")
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from None
     with open_dict(config):
         speculator, training = split_settings(OmegaConf.to_container(config.model.speculator))
         config.model.speculator = speculator.to_dict() | vars(training)
@@ -152,9 +166,13 @@ def _resolve_types(config: DictConfig) -> None:
 
 def _resolve_attention(config: DictConfig) -> None:
     """flash-attn where it is installed and the device has it, else sdpa; what the user names stays."""
+    if config.model.override_config is None:
+        config.model.override_config = {}
     if "attn_implementation" in config.model.override_config:
         return
-    usable = config.trainer.device == "cuda" and flash_attention_installed()
+    precision = config.engine.mixed_precision
+    half = precision is None or precision.get("param_dtype") not in ("fp32", "float32")
+    usable = config.trainer.device == "cuda" and half and flash_attention_installed() and device_runs_flash_attention()
     config.model.override_config["attn_implementation"] = "flash_attention_2" if usable else "sdpa"
 
 

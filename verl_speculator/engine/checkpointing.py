@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from verl.utils.device import get_device_name, get_torch_device
+from verl.utils.device import get_device_id, get_device_name, get_torch_device
+from verl.utils.fsdp_utils import (
+    load_fsdp_model_to_gpu,
+    load_fsdp_optimizer,
+    offload_fsdp_model_to_cpu,
+    offload_fsdp_optimizer,
+)
 
 from verl_speculator.checkpoint import (
+    BASE_DIRECTORY,
     STATE_DIRECTORY,
+    STATE_FILES,
     STEP_DIRECTORY,
     TRACKER_FILE,
     find_resume_path,
@@ -41,11 +49,10 @@ from verl_speculator.checkpoint import (
 from verl_speculator.engine.engine import SpeculatorEngine
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX
 from verl_speculator.errors import UserError
-from verl_speculator.files import atomic_directory, atomic_file, remove_temporaries
+from verl_speculator.files import atomic_directory, atomic_file, remove_directory, remove_temporaries
 
 logger = logging.getLogger(__name__)
 
-BASE_DIRECTORY = "huggingface"
 SPECULATOR_PREFIX = "speculator."
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SEND = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -83,8 +90,9 @@ class RunCheckpoints:
     def save_checkpoint(self, step: int) -> None:
         """Write `global_step_<step>`, point the tracker to it, and remove what `max_ckpt_to_keep` no longer keeps."""
         engine = self.engine
-        speculator, base = self._gather_weights()
-        optimizer = get_optimizer_state_dict(engine.module, engine.optimizer, options=GATHER)
+        with _on_device(engine):
+            speculator, base = self._gather_weights()
+            optimizer = get_optimizer_state_dict(engine.module, engine.optimizer, options=GATHER)
         random_states = [None] * dist.get_world_size()
         dist.all_gather_object(random_states, _random_state())
         if self.rank == 0:
@@ -105,9 +113,10 @@ class RunCheckpoints:
                 if self.save_state:
                     state = folder / STATE_DIRECTORY
                     state.mkdir()
-                    torch.save(optimizer, state / "optimizer.pt")
-                    torch.save(engine.lr_scheduler.state_dict(), state / "lr_scheduler.pt")
-                    torch.save(random_states, state / "random.pt")
+                    for name, content in zip(
+                        STATE_FILES, (optimizer, engine.lr_scheduler.state_dict(), random_states), strict=True
+                    ):
+                        torch.save(content, state / name)
                 if base:
                     self._save_base(folder / BASE_DIRECTORY, base)
             with atomic_file(self.directory / TRACKER_FILE) as path:
@@ -150,7 +159,7 @@ class RunCheckpoints:
             return
         steps = sorted(int(m[1]) for entry in self.directory.iterdir() if (m := STEP_DIRECTORY.match(entry.name)))
         for old in [s for s in steps if s <= step][:-keep]:
-            shutil.rmtree(self.directory / f"global_step_{old}")
+            remove_directory(self.directory / f"global_step_{old}")
 
     # Resuming
 
@@ -161,11 +170,13 @@ class RunCheckpoints:
         if found[0] is None:
             return 0
         folder, engine = found[0], self.engine
-        speculator, optimizer, schedule, random_states = self._read(folder) if self.rank == 0 else ({}, {}, None, None)
-        set_model_state_dict(engine.draft, speculator, options=SEND)
-        if not engine.model_config.freeze_base_model:
-            set_model_state_dict(engine.base, self._read_base(folder) if self.rank == 0 else {}, options=SEND)
-        set_optimizer_state_dict(engine.module, engine.optimizer, optimizer, options=SEND)
+        weights, optimizer, schedule, random_states = self._read(folder) if self.rank == 0 else ({}, {}, None, None)
+        with _on_device(engine):
+            if engine.model_config.freeze_base_model:
+                set_model_state_dict(engine.draft, weights, options=SEND)
+            else:
+                set_model_state_dict(engine.module, weights, options=SEND)
+            set_optimizer_state_dict(engine.module, engine.optimizer, optimizer, options=SEND)
         small = [schedule, random_states]
         dist.broadcast_object_list(small, src=0)
         engine.lr_scheduler.load_state_dict(small[0])
@@ -179,16 +190,35 @@ class RunCheckpoints:
         if differing := info.config.differences(self.engine.model_config.speculator_config):
             raise UserError(f"cannot resume from {folder}: {', '.join(differing)}")
         weights = {SPECULATOR_PREFIX + name: tensor for name, tensor in read_weights(info).items()}
+        if not self.engine.model_config.freeze_base_model:
+            weights = {DRAFT_PREFIX + name: tensor for name, tensor in weights.items()} | _read_base(folder)
         state = [
-            torch.load(folder / STATE_DIRECTORY / f"{name}.pt", map_location="cpu", weights_only=True)
-            for name in ("optimizer", "lr_scheduler", "random")
+            torch.load(folder / STATE_DIRECTORY / name, map_location="cpu", weights_only=True) for name in STATE_FILES
         ]
         return weights, *state
 
-    def _read_base(self, folder: Path) -> dict[str, torch.Tensor]:
-        from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
+def _read_base(folder: Path) -> dict[str, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    state = AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
+    return {BASE_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def _on_device(engine: SpeculatorEngine) -> Iterator[None]:
+    """With shards that verl offloads to the host on the device, as verl has them for its own checkpoints.
+
+    Under FSDP1 this is also where the whole model becomes the root of its units, before one of them is asked alone.
+    """
+    if not engine._uses_fsdp2_cpu_offload_policy:
+        load_fsdp_model_to_gpu(engine.module)
+        load_fsdp_optimizer(engine.optimizer, get_device_id())
+    yield
+    if engine.is_param_offload_enabled:
+        offload_fsdp_model_to_cpu(engine.module)
+    if engine.is_optimizer_offload_enabled:
+        offload_fsdp_optimizer(engine.optimizer)
 
 
 def _random_state() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from verl_speculator.alignment import DraftRows, align, padded_positions
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
 from verl_speculator.errors import UserError
-from verl_speculator.losses import DraftSums, mean_loss
+from verl_speculator.losses import DraftLoss, DraftSums, mean_loss
 from verl_speculator.models import Speculator, build_speculator
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             self.model_config.model_type = MODEL_TYPE
         if self.engine_config.forward_only:  # a reference model has nothing to draft
             return base
+        if named := self.engine_config.wrap_policy.get("transformer_layer_cls_to_wrap"):
+            # The user's list of sharding units replaces the model's own, which names ours.
+            named = [named] if isinstance(named, str) else list(named)
+            self.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = [*named, DraftLoss.__name__]
         head = base.get_output_embeddings().weight
         training = self.model_config.speculator_training
         speculator = build_speculator(
@@ -178,6 +182,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         """[2] this micro-batch's share of the base's summed loss and of the batch's tokens."""
         tokens = micro_batch["loss_mask"].values().sum()
         share = base_loss.detach() * micro_batch["batch_num_tokens"] / self.get_data_parallel_size()
+        share = share if micro_batch["batch_num_tokens"] else torch.zeros_like(share)  # verl's loss is 0/0 then
         return torch.stack([share, tokens]).float()
 
     # Weights for others

@@ -14,13 +14,14 @@ from verl_speculator.preflight.values import check_batch, check_device, check_se
 __all__ = ["check_run"]
 
 
-def check_run(config: DictConfig, *, processes: int, processes_per_node: int) -> None:
+def check_run(config: DictConfig, *, processes: int, processes_per_node: int, first_node: bool = True) -> None:
     """All checks of a resolved configuration.
 
     Args:
         config: from `settings.load_settings`.
         processes: over all nodes.
         processes_per_node: on this one.
+        first_node: whether this machine is the one that reads and writes checkpoints.
 
     Raises:
         UserError: for the first thing that is wrong.
@@ -30,7 +31,8 @@ def check_run(config: DictConfig, *, processes: int, processes_per_node: int) ->
     check_batch(config, processes)
     train, val = check_data(config)
     base = check_base(config)
-    check_checkpoints(config, base)
+    if first_node:
+        check_checkpoints(config, base, train.count)
     if not config.data.custom_cls.get("path"):
         check_rows(config, base, train, "data.train_files")
         if val is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_speculator.checkpoint import (
+    BASE_DIRECTORY,
+    CONFIG_FILE,
     STATE_DIRECTORY,
+    STATE_FILES,
+    CheckpointInfo,
     find_resume_path,
     read_checkpoint_info,
     read_weights,
 )
-from verl_speculator.config import PREFIX, split_settings
+from verl_speculator.config import PREFIX, SpeculatorConfig, split_settings
 from verl_speculator.errors import UserError
+from verl_speculator.provenance import weights_fingerprint
 from verl_speculator.tokens import end_token_ids, ensure_chat_template
+
+HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,22 @@ class Base:
     end_token_ids: tuple[int, ...]
 
 
+def _load(setting: str, loader: Any, name: str, **options: Any) -> Any:
+    """What `loader` makes of a directory or hub name."""
+    try:
+        return loader.from_pretrained(name, **options)
+    except Exception as error:  # OSError, ValueError, ImportError and, of a broken tokenizer.json, a bare Exception
+        reason = " ".join(str(error).split())[:200]
+        where = "" if Path(name).exists() else "neither a directory nor a name that the hub knows: "
+        raise UserError(f"{setting}: {where}{reason}") from None
+
+
 def check_base(config: DictConfig) -> Base:
     """Whether the base's configuration and tokenizer load. No weight is read."""
     name = config.model.path
     setting = f"model.partial_pretrain={name}"
     path = Path(name)
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    if not path.exists() and not HUB_NAME.match(name):
         raise UserError(f"{setting}: no such directory")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"{setting}: no model there (no config.json)")
@@ -45,16 +63,12 @@ def check_base(config: DictConfig) -> Base:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     options = {"trust_remote_code": config.model.trust_remote_code}
-    try:
-        hf_config = AutoConfig.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        where = "" if path.exists() else "neither a directory nor a model that the hub gives: "
-        raise UserError(f"{setting}: {where}{reason}") from None
+    hf_config = _load(setting, AutoConfig, config.model.hf_config_path or name, **options)
+    named = config.model.tokenizer_path
+    tokenizer = _load(f"model.tokenizer_path={named}" if named else setting, AutoTokenizer, named or name, **options)
     try:
         generation = GenerationConfig.from_pretrained(name)
-    except OSError:
+    except (OSError, ValueError):
         generation = None
     if config.model.custom_chat_template is not None:
         tokenizer.chat_template = config.model.custom_chat_template
@@ -68,21 +82,53 @@ def check_base(config: DictConfig) -> Base:
     )
 
 
-def check_checkpoints(config: DictConfig, base: Base) -> None:
+def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     """Whether the checkpoints to start from and to resume are whole, and of the speculator that is asked for."""
     wanted, training = split_settings(dict(config.model.speculator))
+    if training.path is not None:
+        _check_speculator(f"{PREFIX}path={training.path}", training.path, wanted, base)
     resumed = find_resume_path(Path(config.trainer.default_local_dir), config.trainer)
-    for setting, path in ((f"{PREFIX}path", training.path), ("resume", resumed)):
-        if path is None:
-            continue
-        info = read_checkpoint_info(path)
-        if differing := info.config.differences(wanted):
-            raise UserError(
-                f"{setting}={path}: the checkpoint differs (its own, this run's): {', '.join(differing)}"
-                + ("; train elsewhere, or with trainer.resume_mode=disable" if setting == "resume" else "")
-            )
-        info.check_base(base.hidden_size, base.vocab_size)
-        read_weights(info)
-        for file in (info.directory / STATE_DIRECTORY).glob("*.pt") if setting == "resume" else []:
-            if not zipfile.is_zipfile(file):
-                raise UserError(f"{file}: truncated, or not a file of tensors")
+    if resumed is None:
+        return
+    setting, otherwise = f"resume={resumed}", "; train elsewhere, or with trainer.resume_mode=disable"
+    info = _check_speculator(setting, resumed, wanted, base, otherwise)
+    if differing := _run_differences(info, config, train_rows):
+        raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(differing)}{otherwise}")
+    for name in STATE_FILES:
+        file = resumed / STATE_DIRECTORY / name
+        if not file.is_file():
+            raise UserError(f"{file}: no such file{otherwise}")
+        if not zipfile.is_zipfile(file):
+            raise UserError(f"{file}: truncated, or not a file of tensors")
+    if not config.model.freeze_base_model and not (resumed / BASE_DIRECTORY / CONFIG_FILE).is_file():
+        raise UserError(f"{resumed / BASE_DIRECTORY}: the trained base is not there{otherwise}")
+
+
+def _check_speculator(
+    setting: str, path: Any, wanted: SpeculatorConfig, base: Base, otherwise: str = ""
+) -> CheckpointInfo:
+    info = read_checkpoint_info(path)
+    if differing := info.config.differences(wanted):
+        raise UserError(f"{setting}: the checkpoint differs (its own, this run's): {', '.join(differing)}{otherwise}")
+    info.check_base(base.hidden_size, base.vocab_size)
+    read_weights(info)
+    return info
+
+
+def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) -> list[str]:
+    """What would make a resumed run another one, as far as the checkpoint records it."""
+    recorded = {key: info.provenance.get(key, {}) for key in ("base", "data", "training")}
+    joint = recorded["base"].get("trained_jointly")
+    pairs = {
+        "model.freeze_base_model": (None if joint is None else not joint, config.model.freeze_base_model),
+        "the base's weights": (
+            recorded["base"].get("weights_fingerprint"),
+            weights_fingerprint(config.model.path),
+        ),
+        "data.train_batch_size": (recorded["training"].get("train_batch_size"), config.data.train_batch_size),
+        "optim.lr": (recorded["training"].get("lr"), config.optim.lr),
+        "trainer.seed": (recorded["training"].get("seed"), config.trainer.seed),
+    }
+    if not config.data.custom_cls.get("path"):
+        pairs["rows of data.train_files"] = (recorded["data"].get("train_rows"), train_rows)
+    return [f"{name} ({a}, {b})" for name, (a, b) in pairs.items() if a is not None and b is not None and a != b]

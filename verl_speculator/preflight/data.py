@@ -101,7 +101,9 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
     """Whether rows fit `data.max_length`, and whether any has something to draft."""
     data, useful = config.data, False
     must_fit = data.truncation == "error"
-    for file, first, batch in rows.read(data.tools_key):
+    for file, first, batch in rows.read(data.tools_key, data.enable_thinking_key):
+        for i, row in enumerate(batch, first):
+            _check_row(row[rows.column], rows, f"{key}: {file}, row {i}")
         if must_fit:
             texts = [
                 row[rows.column] if rows.text else _render(config, base.tokenizer, row, f"{key}: {file}, row {i}")
@@ -114,7 +116,7 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
                         "raise it, or cut with data.truncation=right"
                     )
         useful = useful or rows.text or any(_has_target(config, base, row) for row in batch)
-        if useful and not must_fit:
+        if useful and not must_fit and not rows.text:
             return
     if not useful:
         raise UserError(
@@ -123,18 +125,26 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
         )
 
 
+def _check_row(value: Any, rows: Rows, where: str) -> None:
+    if rows.text and not isinstance(value, str):
+        raise UserError(f"{where}: {rows.column} is {value!r}, expected a text")
+    if not rows.text and (
+        not isinstance(value, list) or not value or not all(isinstance(m, dict) and m.get("role") for m in value)
+    ):
+        raise UserError(f"{where}: {rows.column} is no list of messages with a role and a content")
+
+
 def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], where: str, **options: Any) -> str:
     from jinja2 import TemplateError
 
-    messages = row[config.data.messages_key]
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
-        raise UserError(f"{where}: {config.data.messages_key} is no list of messages with a role and a content")
+    data = config.data
+    options = {"add_generation_prompt": False, **data.apply_chat_template_kwargs, **options}
+    thinking = row.get(data.enable_thinking_key, data.enable_thinking_default)
+    if thinking is not None:  # as verl's dataset reads it
+        options["enable_thinking"] = bool(thinking)
     try:
         return tokenizer.apply_chat_template(
-            messages,
-            tools=row.get(config.data.tools_key),
-            tokenize=False,
-            **{"add_generation_prompt": False, **config.data.apply_chat_template_kwargs, **options},
+            row[data.messages_key], tools=row.get(data.tools_key), tokenize=False, **options
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
@@ -144,7 +154,7 @@ def _has_target(config: DictConfig, base: Base, row: dict[str, Any]) -> bool:
     """Whether an assistant's turn leaves two tokens within the length, the first of which does not end it."""
     key, limit = config.data.messages_key, config.data.max_length
     for i, message in enumerate(row[key]):
-        if message["role"] != "assistant" or not message.get("content") or i == 0:
+        if message["role"] != "assistant" or i == 0:
             continue
         before, after = (
             _render(config, base.tokenizer, row | {key: row[key][:end]}, "row", add_generation_prompt=prompt)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Sequence
+import math
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,43 +24,100 @@ UNSUPPORTED = {
 }
 
 
-def _whole(config: DictConfig, key: str, least: int, also: Sequence[Any] = ()) -> None:
-    value = OmegaConf.select(config, key)
-    if value in also and not isinstance(value, bool):
+# Settings whose value is one of a few.
+CHOICES = {
+    "trainer.resume_mode": ("auto", "disable", "resume_path"),
+    "data.truncation": ("error", "left", "right"),
+    "engine.strategy": ("fsdp2", "fsdp"),
+    "optim.lr_scheduler_type": ("cosine", "constant"),
+    "engine.mixed_precision.param_dtype": ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32"),
+    "model.freeze_base_model": (True, False),
+    "data.use_dynamic_bsz": (True, False),
+    "model.use_remove_padding": (True, False),
+}
+# Whole numbers, with the least that makes sense and what else is accepted.
+WHOLE_NUMBERS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "data.train_batch_size": (1, ()),
+    "data.micro_batch_size_per_gpu": (1, ()),
+    "data.max_token_len_per_gpu": (1, ()),
+    "data.max_length": (2, ()),
+    "data.train_max_samples": (-1, ()),
+    "data.val_max_samples": (-1, ()),
+    "data.num_workers": (0, ()),
+    "trainer.seed": (0, ()),
+    "trainer.total_epochs": (1, ()),
+    "trainer.total_training_steps": (1, (None,)),
+    "trainer.save_freq": (-1, ("after_each_epoch",)),
+    "trainer.test_freq": (-1, ("after_each_epoch",)),
+    "trainer.max_ckpt_to_keep": (1, (None,)),
+}
+# Numbers, with the range that makes sense; the least is excluded where it stands alone.
+NUMBERS = {
+    "optim.lr": (0.0, math.inf, False),
+    "optim.clip_grad": (0.0, math.inf, False),
+    "optim.weight_decay": (0.0, math.inf, True),
+    "optim.lr_warmup_steps_ratio": (0.0, 1.0, True),
+    "optim.min_lr_ratio": (0.0, 1.0, True),
+}
+# verl's logging backends, with the package that each needs.
+LOGGERS = {
+    **{name: None for name in ("console", "file", "rl_insight")},
+    **{name: name for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")},
+    "vemlp_wandb": "volcengine_ml_platform",
+}
+HALF_TYPES = ("bf16", "bfloat16", "fp16", "float16")
+
+
+def _say(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+
+
+def _choice(config: DictConfig, key: str) -> None:
+    value, known = OmegaConf.select(config, key), CHOICES[key]
+    if not any(value is one or (isinstance(one, str) and value == one) for one in known):
+        names = [_say(one) for one in known]
+        raise UserError(f"{key}={_say(value)}: expected one of {', '.join(names)}" + nearest(str(value), names))
+
+
+def _whole(config: DictConfig, key: str) -> None:
+    value, (least, also) = OmegaConf.select(config, key), WHOLE_NUMBERS[key]
+    if any(value is one or (isinstance(one, str) and value == one) for one in also):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        more = "".join(f" or {a}" for a in also if a is not None)
-        raise UserError(f"{key}={value}: expected an integer of at least {least}{more}")
+        more = "".join(f" or {_say(one)}" for one in also)
+        raise UserError(f"{key}={_say(value)}: expected an integer of at least {least}{more}")
 
 
-def _number(config: DictConfig, key: str, *, positive: bool) -> None:
+def _number(config: DictConfig, key: str, least: float, most: float, inclusive: bool) -> None:
     value = OmegaConf.select(config, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (positive and value == 0):
-        raise UserError(f"{key}={value}: expected a {'positive ' if positive else 'non-negative '}number")
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or value < least or value > most or (value == least and not inclusive):
+        bounds = f"of at least {least:g}" if inclusive else f"above {least:g}"
+        bounds += "" if math.isinf(most) else f" and at most {most:g}"
+        raise UserError(f"{key}={_say(value)}: expected a number {bounds}")
+
+
+def _loggers(config: DictConfig) -> None:
+    given = config.trainer.logger
+    for name in [given] if isinstance(given, str) else list(given or []):
+        if name not in LOGGERS:
+            known = ", ".join(LOGGERS)
+            raise UserError(f"trainer.logger={name}: expected one or several of {known}" + nearest(str(name), LOGGERS))
+        if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
+            raise UserError(f"trainer.logger={name}: the package {LOGGERS[name]} is not installed")
 
 
 def check_settings(config: DictConfig) -> None:
     """Values of single settings."""
-    for key in ("data.train_batch_size", "data.micro_batch_size_per_gpu", "data.max_length", "trainer.total_epochs"):
-        _whole(config, key, 1)
-    _whole(config, "data.num_workers", 0)
-    _whole(config, "trainer.total_training_steps", 1, also=(None,))
-    for key in ("trainer.save_freq", "trainer.test_freq"):
-        _whole(config, key, -1, also=("after_each_epoch",))
-    _whole(config, "trainer.max_ckpt_to_keep", 1, also=(None,))
-    _number(config, "optim.lr", positive=True)
-    _number(config, "model.speculator_loss_coeff", positive=config.model.freeze_base_model)
-    for key in ("model.freeze_base_model", "data.use_dynamic_bsz", "model.use_remove_padding"):
-        if not isinstance(OmegaConf.select(config, key), bool):
-            raise UserError(f"{key}={OmegaConf.select(config, key)}: expected true or false")
-    modes = ("auto", "disable", "resume_path")
-    if config.trainer.resume_mode not in modes:
-        raise UserError(
-            f"trainer.resume_mode={config.trainer.resume_mode}: expected one of {', '.join(modes)}"
-            + nearest(str(config.trainer.resume_mode), modes)
-        )
-    if config.data.truncation not in ("error", "left", "right"):
-        raise UserError(f"data.truncation={config.data.truncation}: expected error, left or right")
+    for key in CHOICES:
+        if key != "engine.mixed_precision.param_dtype" or config.engine.mixed_precision is not None:
+            _choice(config, key)
+    for key in WHOLE_NUMBERS:
+        _whole(config, key)
+    for key, bounds in NUMBERS.items():
+        _number(config, key, *bounds)
+    _number(config, "model.speculator_loss_coeff", 0.0, math.inf, inclusive=not config.model.freeze_base_model)
+    _loggers(config)
     for key, only in UNSUPPORTED.items():
         if OmegaConf.select(config, key) != only:
             raise UserError(
@@ -70,8 +128,6 @@ def check_settings(config: DictConfig) -> None:
 def check_device(config: DictConfig, processes_per_node: int) -> None:
     """Whether the device has what is asked of it."""
     device, strategy = config.trainer.device, config.engine.strategy
-    if strategy not in ("fsdp", "fsdp2"):
-        raise UserError(f"engine.strategy={strategy}: expected fsdp2 or fsdp" + nearest(strategy, ("fsdp2", "fsdp")))
     if device == "cpu" and strategy == "fsdp":
         raise UserError("engine.strategy=fsdp: torch has no FSDP1 for the CPU; use engine.strategy=fsdp2")
     attention = config.model.override_config.get("attn_implementation")
@@ -82,6 +138,12 @@ def check_device(config: DictConfig, processes_per_node: int) -> None:
         )
     if attention == "flash_attention_2" and device == "cpu":
         raise UserError("model.override_config.attn_implementation=flash_attention_2: not on a CPU; use sdpa")
+    precision = config.engine.mixed_precision
+    if attention == "flash_attention_2" and precision is not None and precision.param_dtype not in HALF_TYPES:
+        raise UserError(
+            "model.override_config.attn_implementation=flash_attention_2: needs a half type, "
+            f"engine.mixed_precision.param_dtype is {precision.param_dtype}"
+        )
     if device in ("cuda", "npu"):
         import torch
 
@@ -98,6 +160,11 @@ def check_batch(config: DictConfig, processes: int) -> None:
     data = config.data
     if data.train_batch_size % processes:
         raise UserError(f"data.train_batch_size={data.train_batch_size}: not divisible by {processes} processes")
+    if data.use_dynamic_bsz and data.max_token_len_per_gpu < data.max_length:
+        raise UserError(
+            f"data.max_token_len_per_gpu={data.max_token_len_per_gpu}: must hold a whole row, "
+            f"data.max_length is {data.max_length}"
+        )
     per_rank = data.train_batch_size // processes
     if not data.use_dynamic_bsz and per_rank % data.micro_batch_size_per_gpu:
         raise UserError(
