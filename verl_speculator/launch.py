@@ -40,6 +40,7 @@ TORCHRUN_ENVIRONMENT = {
     "--master-port": "MASTER_PORT",
 }
 # glibc returns large tensors to the kernel at every step and faults them in again; 32 MiB is the most it accepts.
+# What it brings is in docs/results.md.
 CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 

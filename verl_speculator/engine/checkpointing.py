@@ -105,8 +105,8 @@ class RunCheckpoints:
                     folder,
                     config,
                     speculator,
-                    hidden_size=engine.base.config.get_text_config().hidden_size,
-                    vocab_size=speculator["heads.0.weight"].shape[0],
+                    hidden_size=engine.speculator.hidden_size,
+                    vocab_size=engine.speculator.vocab_size,
                     base_architectures=engine.model_config.architectures,
                     provenance=self.provenance(step),
                 )
