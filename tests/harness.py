@@ -19,12 +19,15 @@ import torch.distributed as dist
 @contextmanager
 def process_group(folder: Path):
     """A gloo group of this one process."""
+    before = dict(os.environ)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def build_engine(
