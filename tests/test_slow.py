@@ -33,8 +33,8 @@ def test_killed_during_a_save_ten_times(base, chat, tmp_path):
     settings = overrides(
         base,
         chat,
-        # Wide enough for a save to take a while: the optimizer's state alone is 150 MB.
-        **{f"model__speculator__{name}_dim": 1024 for name in ("inner", "emb", "proj")},
+        # Wide enough for a save to take a while: 300 MB with the optimizer's state.
+        **{f"model__speculator__{name}_dim": 2048 for name in ("inner", "emb", "proj")},
         model__speculator__tie_weights="false",
         model__speculator__n_predict=5,
         trainer__total_training_steps=400,
@@ -58,7 +58,7 @@ def test_killed_during_a_save_ten_times(base, chat, tmp_path):
                 assert process.poll() is None, "training ended by itself"
                 assert time.monotonic() < deadline, "no save in two minutes"
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.2))
         finally:
             kill_all(process)
         during += bool(list(run.glob(f"{TEMPORARY}*")))

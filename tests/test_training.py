@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_resuming_continues_the_same_losses(uninterrupted, runs, settings, proce
         torch.testing.assert_close(again.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
+def test_more_steps_follow_the_longer_schedule(uninterrupted, runs, settings):
+    """Three steps of six, then on to eight: the rates are those of a run of eight."""
+    longer = settings(optim__lr_warmup_steps_ratio=0, trainer__total_training_steps=8)
+    found = train(1, interrupted(runs, "one", "longer"), longer)
+    rates = [5e-2 * (0.45 * math.cos(math.pi * step / 8) + 0.55) for step in (4, 5, 6, 7, 8)]
+    assert [found[step]["train/lr"] for step in sorted(found)] == pytest.approx(rates)
+
+
 def test_joint_training_saves_the_base_and_resumes(runs, settings, bases):
     from transformers import AutoModelForCausalLM
 
@@ -174,6 +183,7 @@ def test_the_guides_commands(runs, base, chat):
             VERL_FILE_LOGGER_PATH=str(log),
         )
         assert result.returncode == 0, result.stderr[-3000:]
+        assert "verl_speculator.train: device cpu, compute type fp32, attention sdpa" in result.stderr
         metrics = read_log(log)
         losses = [metrics[step]["train/loss"] for step in sorted(metrics)]
         assert losses[-1] < losses[0]

@@ -35,7 +35,7 @@ def inspect(
         "family": {"method": info.config.method, "is": FAMILIES[info.config.method].summary},
         "settings": {name: value for name, value in info.config.to_dict().items() if name != "method"},
         "parameters": {"count": sum(t.numel() for t in weights.values()), "dtype": info.dtype},
-        "fits": {"hidden_size": info.hidden_size, "vocab_size": info.vocab_size},
+        "fits a base of": {"input_hidden_dim": info.hidden_size, "vocab_size": info.vocab_size},
         **info.provenance,
     }
     if as_json:

@@ -290,7 +290,10 @@ def base_shape(base: Any) -> tuple[int, int]:
     if isinstance(base, (str, Path)):
         from transformers import AutoConfig
 
-        base = AutoConfig.from_pretrained(base)
+        try:
+            base = AutoConfig.from_pretrained(base)
+        except (OSError, ValueError) as error:
+            raise UserError(f"base={base}: no model there: {' '.join(str(error).split())[:200]}") from None
     if hasattr(base, "get_output_embeddings"):
         return base.config.get_text_config().hidden_size, base.get_output_embeddings().weight.shape[0]
     text_config = base.get_text_config()

@@ -35,7 +35,8 @@ def train(overrides: Sequence[str]) -> None:
         torch.distributed.init_process_group("gloo")  # verl would ask for "cpu:gloo,cpu:gloo"
     else:
         initialize_global_process_group()
-    logging.getLogger(__name__).info(
+    # By name: this module is __main__ where torchrun starts it.
+    logging.getLogger("verl_speculator.train").info(
         "device %s, compute type %s, attention %s",
         config.trainer.device,
         (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),

@@ -180,6 +180,7 @@ class RunCheckpoints:
         small = [schedule, random_states]
         dist.broadcast_object_list(small, src=0)
         engine.lr_scheduler.load_state_dict(small[0])
+        _apply_schedule(engine.lr_scheduler)
         if len(small[1]) == dist.get_world_size():
             _set_random_state(small[1][self.rank])
         logger.info("resumed from %s", folder)
@@ -203,6 +204,15 @@ def _read_base(folder: Path) -> dict[str, torch.Tensor]:
 
     state = AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
     return {BASE_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def _apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Learning rates of the step reached, on the schedule as it is now: a run may have been given more steps."""
+    factors = [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 @contextmanager

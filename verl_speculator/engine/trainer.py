@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -212,10 +213,11 @@ class SpeculatorTrainer(SFTTrainer):
             epoch, done = divmod(step, self.steps_per_epoch)
             self.train_sampler.set_position(epoch, skip=done * self.batch_size_per_rank)
             aggressive_empty_cache(force_sync=True)
+            end = min(self.steps_per_epoch, last - epoch * self.steps_per_epoch)
             progress = tqdm(
-                self.train_dataloader,
+                islice(self.train_dataloader, end - done),
                 initial=done,
-                total=self.steps_per_epoch,
+                total=end,
                 desc=f"Epoch {epoch + 1}/{total_epochs}",
                 disable=not is_logging,
             )
@@ -233,8 +235,6 @@ class SpeculatorTrainer(SFTTrainer):
                 if _is_due(step, last, self.save_freq):
                     aggressive_empty_cache(force_sync=True)
                     self.ckpt_handler.save_checkpoint(step=step)
-                if step == last:
-                    break
 
     def _init_engine(self) -> None:
         super()._init_engine()

@@ -44,7 +44,7 @@ def _load(setting: str, loader: Any, name: str, **options: Any) -> Any:
         return loader.from_pretrained(name, **options)
     except Exception as error:  # OSError, ValueError, ImportError and, of a broken tokenizer.json, a bare Exception
         reason = " ".join(str(error).split())[:200]
-        where = "" if Path(name).exists() else "neither a directory nor a name that the hub knows: "
+        where = "" if Path(name).exists() else "no directory, and not to be had from the hub: "
         raise UserError(f"{setting}: {where}{reason}") from None
 
 
@@ -90,7 +90,8 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     resumed = find_resume_path(Path(config.trainer.default_local_dir), config.trainer)
     if resumed is None:
         return
-    setting, otherwise = f"resume={resumed}", "; train elsewhere, or with trainer.resume_mode=disable"
+    setting = f"resume={resumed}"
+    otherwise = "; start another run in a new <save_path> (model.speculator.path takes over the weights)"
     info = _check_speculator(setting, resumed, wanted, base, otherwise)
     if differing := _run_differences(info, config, train_rows):
         raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(differing)}{otherwise}")
