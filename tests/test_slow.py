@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,12 +20,13 @@ from verl_speculator.files import TEMPORARY
 KILLS = 10
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL for torchrun and its worker, which lives in a session of its own; the worker, that saves, first."""
-    agent = psutil.Process(process.pid)
-    for one in [*agent.children(recursive=True), agent]:
-        one.kill()
-    process.communicate()
+def weight(path: Path) -> int:
+    """Bytes in a file or a directory, whatever comes and goes meanwhile."""
+    total = 0
+    for entry in [path, *path.rglob("*")]:
+        with contextlib.suppress(OSError):
+            total += entry.stat().st_size if entry.is_file() else 0
+    return total
 
 
 @pytest.mark.slow
@@ -47,7 +50,7 @@ def test_killed_during_a_save_ten_times(base, chat, tmp_path):
     rng = random.Random(0)
     reached, during = [], 0
     for kill in range(KILLS):
-        before = latest_step(run) or 0
+        before, doomed = latest_step(run) or 0, []
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             os.set_blocking(process.stdout.fileno(), False)
@@ -58,9 +61,16 @@ def test_killed_during_a_save_ten_times(base, chat, tmp_path):
                 assert process.poll() is None, "training ended by itself"
                 assert time.monotonic() < deadline, "no save in two minutes"
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.2))
+            doomed = psutil.Process(process.pid).children(recursive=True)
+            # A random share of what a whole checkpoint weighs: a moment of the save, however fast the disk is.
+            share = rng.random() * (weight(run / f"global_step_{latest_step(run)}") if latest_step(run) else 0)
+            while any(weight(entry) < share for entry in run.glob(f"{TEMPORARY}*")):
+                pass
         finally:
-            kill_all(process)
+            for one in doomed:  # the worker, that saves, first: it lives in a session of its own
+                one.kill()
+            process.kill()
+            process.communicate()
         during += bool(list(run.glob(f"{TEMPORARY}*")))
         step = latest_step(run)
         assert step is not None and step > before, f"kill {kill}: resuming made no progress"
