@@ -261,3 +261,20 @@ def test_a_forward_only_engine_is_the_base_alone(base):
     # Not initialised: verl gives such an engine pinned memory, which needs an accelerator.
     module = build_engine(base, forward_only=True, initialize=False)._build_module()
     assert type(module).__name__ == "Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize("named", ["Qwen2DecoderLayer", ["Qwen2DecoderLayer"]])
+def test_sharding_units_of_the_users_keep_ours(base, named):
+    engine = build_engine(base, initialize=False)
+    engine.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = named
+    engine._build_module()
+    assert engine.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] == ["Qwen2DecoderLayer", "DraftLoss"]
+
+
+def test_a_batch_without_a_target_reports_zeros(base, rows):
+    """verl's own loss is 0/0 there; in validation it must not spoil the sum over all batches."""
+    silent = [row | {"loss_mask": torch.zeros_like(row["loss_mask"])} for row in rows[:4]]
+    engine = build_engine(base, freeze_base_model=False)
+    metrics = run_batch(engine, make_batch(silent), train=False)["metrics"]
+    assert metrics["base_sums"] == [0.0, 0.0]
+    assert not torch.tensor(metrics["draft_sums"]).any()

@@ -241,7 +241,7 @@ def test_checkpoints_refused(attempt, run_folder, tmp_path):
     with pytest.raises(UserError) as error:
         attempt()
     for words in (
-        "model.freeze_base_model (False, True)",
+        "model.freeze_base_model (false, true)",
         "the base's weights (other, ",
         "data.train_batch_size (16, 8)",
         "trainer.seed (2, 1)",

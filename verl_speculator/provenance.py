@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -24,6 +25,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, `-dirty` behind it if edited; None outside a checkout."""
     here = Path(__file__).resolve().parent

@@ -132,4 +132,8 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
     }
     if not config.data.custom_cls.get("path"):
         pairs["rows of data.train_files"] = (recorded["data"].get("train_rows"), train_rows)
-    return [f"{name} ({a}, {b})" for name, (a, b) in pairs.items() if a is not None and b is not None and a != b]
+    return [
+        f"{name} ({a}, {b})".replace("True", "true").replace("False", "false")  # as they are written on a command line
+        for name, (a, b) in pairs.items()
+        if a is not None and b is not None and a != b
+    ]
