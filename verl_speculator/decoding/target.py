@@ -1,0 +1,76 @@
+"""The base as the target of verification: reads tokens, gives hidden states and logits, forgets what was rejected."""
+
+from __future__ import annotations
+
+import inspect
+from types import TracebackType
+
+from torch import Tensor, nn
+
+from verl_speculator.decoding.cache import roll_back, rollback_cache
+from verl_speculator.errors import UserError
+
+
+def position_limit(base: nn.Module) -> int | None:
+    """The longest sequence that a Hugging Face model was made for, None where its configuration names none."""
+    return base.config.get_text_config().to_dict().get("max_position_embeddings")
+
+
+class Target:
+    """A base with a KV cache of its own, used as a context manager.
+
+    Shapes: N tokens read at once, D base width, V vocabulary.
+
+    Args:
+        base: any Hugging Face causal language model whose cache holds keys and values of every layer.
+
+    Raises:
+        UserError: for a base with recurrent layers, whose state cannot be rolled back.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        if base._is_stateful:
+            raise UserError(
+                f"base={base.name_or_path} ({type(base).__name__}): its recurrent state cannot be rolled back after a "
+                "rejected draft; expected a base with attention layers only"
+            )
+        self.base = base
+        self.cache = rollback_cache()
+        self._last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._hidden: Tensor | None = None
+
+    def _keep_hidden(self, module: nn.Module, inputs: object, output: object) -> None:
+        self._hidden = output[0]
+
+    def __enter__(self) -> Target:
+        # The state after the final norm, which training reads too. To ask for all hidden states would keep every
+        # layer's.
+        self._hook = self.base.base_model.register_forward_hook(self._keep_hidden)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hook.remove()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.cache.get_seq_length()
+
+    def read(self, tokens: Tensor, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+        """Read [N] tokens behind those in the cache.
+
+        Args:
+            tokens: [N] token ids.
+            last_only: give the last token's state and logits alone; N is then 1 in the result.
+
+        Returns:
+            The hidden states after the final norm [N, D] and the logits [N, V] for the tokens that follow each.
+        """
+        keep = {"logits_to_keep": 1} if last_only and self._last_only else {}
+        logits = self.base(input_ids=tokens.unsqueeze(0), past_key_values=self.cache, use_cache=True, **keep).logits[0]
+        hidden, self._hidden = self._hidden[0], None
+        return (hidden[-1:], logits[-1:]) if last_only else (hidden, logits)
+
+    def roll_back(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        roll_back(self.cache, length)

@@ -1,0 +1,70 @@
+"""Lossless verification (Leviathan et al. 2023, arXiv 2211.17192): pure functions of p, q and the uniforms.
+
+Shapes: K drafted tokens, V vocabulary. p_k is the target's distribution for the token at which draft k stands, given
+all drafts before it; p_K that for the token after the last draft. q_k is what draft k was drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from verl_speculator.decoding.sampling import draw
+
+
+class Verdict(NamedTuple):
+    """What a verification decides.
+
+    Attributes:
+        accepted: [] number of drafts accepted, 0 … K.
+        token: [] the token after them: from the residual after a rejection, from p_K when all were accepted.
+        overlap: [K] Σ_v min(p_k, q_k), the probability with which a draft from q_k is accepted.
+    """
+
+    accepted: Tensor
+    token: Tensor
+    overlap: Tensor
+
+
+def verify(target: Tensor, draft: Tensor | None, tokens: Tensor, uniforms: Tensor) -> Verdict:
+    """Accept draft k with probability min(1, p_k(y_k)/q_k(y_k)); at the first rejection draw from max(p_k − q_k, 0).
+
+    Args:
+        target: [K+1, V] the probabilities p_0 … p_K.
+        draft: [K, V] the probabilities q_0 … q_{K−1}; None for drafts that were not drawn but chosen, each q_k then
+            being a point mass on its token.
+        tokens: [K] the drafts y_0 … y_{K−1}.
+        uniforms: [K+1] in [0, 1), the last of them for the token after the accepted drafts.
+    """
+    count, vocab = tokens.shape[0], target.shape[-1]
+    if draft is None:
+        draft = F.one_hot(tokens, vocab).to(target.dtype)
+    column = tokens.unsqueeze(-1)
+    p, q = target[:count].gather(-1, column).squeeze(-1), draft.gather(-1, column).squeeze(-1)
+    # u·q < p happens with probability min(1, p/q), never for p = 0, and needs no division.
+    accepted = (uniforms[:count] * q < p).long().cumprod(0).sum()
+    # After K acceptances nothing is subtracted: the bonus token comes from p_K itself.
+    residual = (target[accepted] - F.pad(draft, (0, 0, 0, 1))[accepted]).clamp(min=0)
+    # Only rounding can leave nothing over: p and q are then the same.
+    residual = torch.where(residual.sum() > 0, residual, target[accepted])
+    return Verdict(accepted, draw(residual, uniforms[count]), torch.minimum(target[:count], draft).sum(-1))
+
+
+def verify_greedy(target: Sequence[int], tokens: Sequence[int]) -> tuple[int, int]:
+    """`verify` where every p_k is a one-hot: drafts are accepted for as long as they are the target's own tokens.
+
+    Args:
+        target: K+1 tokens, the most likely ones of p_0 … p_K.
+        tokens: K drafts.
+
+    Returns:
+        The number of accepted drafts and the token after them.
+    """
+    accepted = 0
+    while accepted < len(tokens) and tokens[accepted] == target[accepted]:
+        accepted += 1
+    return accepted, target[accepted]
