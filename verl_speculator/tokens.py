@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from verl_speculator.errors import UserError
 
 # Every message closes with the end token, so that the turns of a conversation tokenize alike alone and together.
 DEFAULT_CHAT_TEMPLATE = (
@@ -44,3 +46,55 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list
     rows = tokenizer(list(texts), add_special_tokens=plain)["input_ids"]
     end = tokenizer.eos_token_id
     return [ids if not plain or end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
+
+
+def tokenize_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue.
+
+    Raises:
+        UserError: if the chat template refuses the messages.
+    """
+    (ids,) = tokenize_texts(tokenizer, [_render(tokenizer, messages, add_generation_prompt=True)], plain=False)
+    return ids
+
+
+def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of a conversation, as verl's dataset makes them for training.
+
+    Returns:
+        Two lists of one length. The mask is 1 for what an assistant's message adds behind the template's prompt for
+        it, the end token and a line break after it included. A message that opens the conversation answers nothing:
+        its mask is 0.
+
+    Raises:
+        UserError: if the chat template refuses the messages, or writes earlier ones otherwise once others follow.
+    """
+    whole = _render(tokenizer, messages, add_generation_prompt=False)
+    answers = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+    before = [_render(tokenizer, messages[:i], add_generation_prompt=True) for i in answers]
+    after = [_render(tokenizer, messages[: i + 1], add_generation_prompt=False) for i in answers]
+    ids, *parts = tokenize_texts(tokenizer, [whole, *before, *after], plain=False)
+    mask = [0] * len(ids)
+    for k, i in enumerate(answers):
+        start, end = len(parts[k]), len(parts[len(answers) + k])
+        appends = after[k].startswith(before[k]) and whole.startswith(after[k])
+        # Only the end has to fall between two tokens: as in verl's mask, an answer's first characters may merge into
+        # the last token of the prompt for it, and are then no target.
+        if not appends or ids[:end] != parts[len(answers) + k]:
+            raise UserError(
+                f"the chat template writes messages[{i}] otherwise alone than in the whole conversation, so that its "
+                "tokens cannot be told apart; expected a template that only appends"
+            )
+        mask[start:end] = [1] * (end - start)
+    return ids, mask
