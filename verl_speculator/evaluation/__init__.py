@@ -1,0 +1,1 @@
+"""Measuring a speculator: prompts and held-out text in, numbers out."""
