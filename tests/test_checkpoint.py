@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from variants import configurations
 
 from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
-from verl_speculator.checkpoint import read_checkpoint_info, resolve_checkpoint
+from verl_speculator.checkpoint import base_shape, read_checkpoint_info, resolve_checkpoint
 from verl_speculator.errors import UserError
 from verl_speculator.files import atomic_directory, atomic_file, remove_temporaries
 from verl_speculator.provenance import weights_fingerprint
@@ -71,6 +72,40 @@ def test_a_base_of_another_shape_is_refused(tmp_path, base):
         load_speculator(tmp_path, base=AutoConfig.from_pretrained(base))
     with pytest.raises(UserError, match="this base has 32"):
         load_speculator(tmp_path, base=AutoModelForCausalLM.from_pretrained(base))
+
+
+def test_a_base_with_other_weights_is_refused(tmp_path, bases, caplog):
+    """Llama and an untied Qwen2 of one shape: the fingerprint tells them apart, unless told to let it pass."""
+    from transformers import AutoModelForCausalLM
+
+    mine, other = bases["qwen2_untied"], bases["llama"]
+    speculator = build_speculator(tiny().config, hidden_size=32, vocab_size=base_shape(mine)[1], seed=0)
+    provenance = {"base": {"name": "my/base", "weights_fingerprint": weights_fingerprint(str(mine))}}
+    save_speculator(speculator, tmp_path / "spec", provenance=provenance)
+    load_speculator(tmp_path / "spec", base=mine)
+    load_speculator(tmp_path / "spec", base=AutoModelForCausalLM.from_pretrained(mine))
+    for base in (other, AutoModelForCausalLM.from_pretrained(other)):
+        with pytest.raises(UserError) as error:
+            load_speculator(tmp_path / "spec", base=base)
+        assert str(error.value) == (
+            f"{tmp_path / 'spec'}: trained for the weights of my/base, those of {other} are others; a base fine-tuned "
+            "from it can be told to be fine: --allow-other-base (allow_other_base=True)"
+        )
+        load_speculator(tmp_path / "spec", base=base, allow_other_base=True)
+    assert not caplog.records
+    save_speculator(speculator, tmp_path / "spec")
+    load_speculator(tmp_path / "spec", base=mine)
+    assert "the base's weights cannot be compared" in caplog.text
+
+
+def test_a_base_that_was_trained_too_lies_beside_its_speculator(tmp_path, bases):
+    mine, other = bases["qwen2_untied"], bases["llama"]
+    speculator = build_speculator(tiny().config, hidden_size=32, vocab_size=base_shape(mine)[1], seed=0)
+    save_speculator(speculator, tmp_path, provenance={"base": {"name": "before", "weights_fingerprint": None}})
+    shutil.copytree(mine, tmp_path / "huggingface")
+    load_speculator(tmp_path, base=mine)
+    with pytest.raises(UserError, match=f"trained for the weights of {tmp_path / 'huggingface'}"):
+        load_speculator(tmp_path, base=other)
 
 
 def test_loading_can_change_type(tmp_path):

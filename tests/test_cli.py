@@ -37,3 +37,18 @@ def test_a_users_error_is_one_line_and_exit_code_2(tmp_path):
         f"error: {tmp_path / 'nothing'}: no speculator checkpoint here "
         "(expected config.json or a run's latest_checkpointed_iteration.txt)"
     )
+
+
+def test_inspect_says_which_engine_can_serve_it(tmp_path):
+    def serving(**settings):
+        config = SpeculatorConfig(**({"n_predict": 2, "inner_dim": 8, "emb_dim": 8, "proj_dim": 8} | settings))
+        save_speculator(build_speculator(config, hidden_size=12, vocab_size=30, seed=0), tmp_path / "spec")
+        return json.loads(command("inspect", "--json", tmp_path / "spec").stdout)["serving"]
+
+    arctic = "ArcticInference 0.3.0 (vLLM 0.26.0)"
+    assert serving(inner_dim="8.16")[arctic] == "yes"
+    assert serving(method="sum_lstm", tie_lstm_embs=True)[arctic] == "yes"
+    assert "tie_lstm_embs=false" in serving(method="sum_lstm")[arctic]
+    assert "emb_dim=4.8: it reads a single width" in serving(emb_dim="4.8", proj_dim="4.8")[arctic]
+    assert "inner_dim=16, emb_dim=8" in serving(inner_dim=16)[arctic]
+    assert serving()["verl_speculator.decoding"] == "yes"

@@ -149,3 +149,15 @@ def test_a_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
     with pytest.raises(UserError) as error:
         load_speculator(tmp_path)
     assert key in str(error.value)
+
+
+def test_one_optimizer_step_is_told_from_none(config):
+    """Also in bf16, where a norm's weight may stay at 1: its bias does not stay at 0."""
+    for dtype in (torch.float64, torch.bfloat16):
+        speculator = build(config, seed=4, dtype=dtype)
+        assert speculator.is_untrained()
+        hidden, tokens = inputs(config)
+        optimizer = torch.optim.AdamW(speculator.parameters(), lr=1e-5)
+        speculator.unroll(hidden.to(dtype), tokens).float().pow(2).sum().backward()
+        optimizer.step()
+        assert not speculator.is_untrained()

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "models": {"config", "families"},
     "losses": {"models"},
-    "checkpoint": {"config", "errors", "families", "files", "models"},
+    "checkpoint": {"config", "errors", "families", "files", "models", "provenance"},
     "decoding": {"errors", "models"},
     "evaluation": {"alignment", "checkpoint", "decoding", "errors", "files", "models", "provenance", "tokens"},
     "settings": {"config", "errors"},
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "launch": {"errors", "preflight", "settings"},
     "engine": {"alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "tokens"},
     "train": {"engine", "errors", "settings"},
-    "__main__": {"checkpoint", "errors", "families"},
+    "rollout": {"config"},
+    "__main__": {"checkpoint", "errors", "families", "rollout"},
     "__init__": {"checkpoint", "config", "models"},
 }
 

@@ -24,9 +24,11 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="a checkpoint, or a run's folder for its latest step")],
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Show what a checkpoint is: family, dims, parameters, base, data, step and versions. Reads every weight."""
+    """Show what a checkpoint is: family, dims, parameters, base, data, step, versions, and which engine can serve it.
+    Reads every weight."""
     from verl_speculator.checkpoint import read_checkpoint_info, read_weights
     from verl_speculator.families import FAMILIES
+    from verl_speculator.rollout.contracts import serving_engines
 
     info = read_checkpoint_info(directory)
     weights = read_weights(info)
@@ -37,6 +39,9 @@ def inspect(
         "parameters": {"count": sum(t.numel() for t in weights.values()), "dtype": info.dtype},
         "fits a base of": {"input_hidden_dim": info.hidden_size, "vocab_size": info.vocab_size},
         **info.provenance,
+        "serving": {
+            s.engine: "yes" if s.obstacle is None else f"no: {s.obstacle}" for s in serving_engines(info.config)
+        },
     }
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

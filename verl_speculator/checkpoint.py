@@ -7,6 +7,7 @@ Loading is strict: exactly the tensors and shapes that the configuration calls f
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ from verl_speculator.config import SpeculatorConfig
 from verl_speculator.errors import UserError
 from verl_speculator.families import FAMILIES
 from verl_speculator.files import atomic_file
+from verl_speculator.provenance import weights_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,8 @@ STATE_FILES = ("optimizer.pt", "lr_scheduler.pt", "random.pt")
 BASE_DIRECTORY = "huggingface"
 STEP_DIRECTORY = re.compile(r"^global_step_(\d+)$")
 PROVENANCE_KEY = "verl_speculator"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,38 @@ class CheckpointInfo:
         ):
             if mine != theirs:
                 raise UserError(f"{self.directory}: trained for a base of {name} {mine}, this base has {theirs}")
+
+    @property
+    def base_name(self) -> str:
+        """The base it was trained for, as the run named it."""
+        if (self.directory / BASE_DIRECTORY).is_dir():
+            return str(self.directory / BASE_DIRECTORY)
+        return str(self.provenance.get("base", {}).get("name", "a base that its config.json does not name"))
+
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the base's weights, None if it is not known. A base that was trained too lies beside."""
+        if (self.directory / BASE_DIRECTORY).is_dir():
+            return weights_fingerprint(str(self.directory / BASE_DIRECTORY))
+        return self.provenance.get("base", {}).get("weights_fingerprint")
+
+    def check_base_weights(self, base: str) -> None:
+        """Refuse a base with other weights than the one that the speculator was trained for.
+
+        Args:
+            base: directory or hub name. Where either fingerprint is not to be had, that is said in the log.
+
+        Raises:
+            UserError: naming both bases.
+        """
+        mine, theirs = self.base_fingerprint(), weights_fingerprint(base)
+        if mine is None or theirs is None:
+            unknown = self.directory if mine is None else base
+            logger.warning("%s: the base's weights cannot be compared: no fingerprint of %s", self.directory, unknown)
+        elif mine != theirs:
+            raise UserError(
+                f"{self.directory}: trained for the weights of {self.base_name}, those of {base} are others; a base "
+                "fine-tuned from it can be told to be fine: --allow-other-base (allow_other_base=True)"
+            )
 
 
 def latest_step(run: Path) -> int | None:
@@ -300,23 +336,31 @@ def base_shape(base: Any) -> tuple[int, int]:
     return text_config.hidden_size, text_config.vocab_size
 
 
+def base_path(base: Any) -> str:
+    """Where a model or a Hugging Face configuration was read from, empty if it was made in memory."""
+    return (base.config if hasattr(base, "get_output_embeddings") else base).name_or_path
+
+
 def load_speculator(
     path: str | Path,
     *,
     base: Any = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    allow_other_base: bool = False,
 ) -> Speculator:
-    """Load a trained speculator, strictly.
+    """Load a trained speculator, strictly. The log says which base it was trained for.
 
     Args:
         path: a checkpoint's directory, or a run's folder for its latest step.
-        base: a model, a configuration or a path; if given, its width and vocabulary must be those of the speculator.
+        base: a model, a configuration or a path; if given, its width and vocabulary must be those of the speculator,
+            and its weights, where they are at hand, those that it was trained for.
         device: where to put it.
         dtype: of its parameters; the one on disk by default.
+        allow_other_base: let the base have other weights, as one has that was fine-tuned from it.
 
     Raises:
-        UserError: if there is no checkpoint, it is incomplete, or the base is of another shape.
+        UserError: if there is no checkpoint, it is incomplete, or the base is another one.
     """
     import torch
 
@@ -325,6 +369,10 @@ def load_speculator(
     info = read_checkpoint_info(path)
     if base is not None:
         info.check_base(*base_shape(base))
+        name = str(base) if isinstance(base, (str, Path)) else base_path(base)
+        if name and not allow_other_base:
+            info.check_base_weights(name)
+    logger.info("%s: trained for %s", info.directory, info.base_name)
     speculator = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
     state = {name: tensor.clone() for name, tensor in read_weights(info).items()}
     speculator.load_state_dict(state, assign=True)

@@ -26,6 +26,11 @@ class DraftState(NamedTuple):
     depth: int
 
 
+def _constant(name: str) -> float:
+    """What a parameter that is no matrix starts as: a norm's weight or a bias."""
+    return 0.0 if name.endswith("bias") else 1.0
+
+
 class Speculator(nn.Module, abc.ABC):
     """A draft model that lives on one hidden state of the base.
 
@@ -86,6 +91,14 @@ class Speculator(nn.Module, abc.ABC):
         """
         return {name: name for name, _ in self.named_parameters()}
 
+    def is_untrained(self) -> bool:
+        """Whether it holds what `reset_parameters` gave it: every constant is still exactly the constant.
+
+        The first optimizer step moves every norm, whatever the seed of the matrices was.
+        """
+        constants = [(name, p) for name, p in self.named_parameters() if p.dim() == 1]
+        return all(bool((p == _constant(name)).all()) for name, p in constants)
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Matrices N(0, 1/√min(shape)); norms 1 and 0 (Snowflake's initialisation)."""
@@ -94,4 +107,4 @@ class Speculator(nn.Module, abc.ABC):
                 std = 1 / math.sqrt(min(parameter.shape))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(_constant(name))

@@ -1,0 +1,1 @@
+"""Serving engines: what each demands of a checkpoint."""
