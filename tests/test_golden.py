@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from verl_speculator import SpeculatorConfig, build_speculator
+from verl_speculator.checkpoint import join_slots
 from verl_speculator.losses import DraftLoss, DraftSums, mean_loss
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
@@ -47,9 +48,10 @@ def part(tensors, prefix):
 
 def test_names_logits_and_gradients(golden):
     speculator, tensors = golden
-    weights, keys = part(tensors, "weight."), speculator.checkpoint_keys()
-    assert set(weights) == set(keys)
-    speculator.load_state_dict({name: weights[key] for key, name in keys.items()})
+    weights, slots = part(tensors, "weight."), speculator.checkpoint_slots()
+    assert set(weights) == set(slots)
+    shapes = {name: p.shape for name, p in speculator.named_parameters()}
+    speculator.load_state_dict(join_slots({slot: weights[key] for key, slot in slots.items()}, shapes))
 
     states = speculator.unroll(tensors["hidden"], tensors["tokens"])
     logits = torch.stack([state @ speculator.head(k).T for k, state in enumerate(states)])
@@ -59,5 +61,6 @@ def test_names_logits_and_gradients(golden):
     sums = DraftSums(**DraftLoss(speculator)(tensors["hidden"], tensors["tokens"], tensors["targets"], valid))
     mean_loss(sums.loss, sums.pairs).backward()
     gradients = part(tensors, "grad.")
+    grads = {name: p.grad for name, p in speculator.named_parameters()}
     for key, gradient in gradients.items():
-        torch.testing.assert_close(speculator.get_parameter(keys[key]).grad, gradient, rtol=0, atol=1e-10)
+        torch.testing.assert_close(slots[key].of(grads), gradient, rtol=0, atol=1e-10)

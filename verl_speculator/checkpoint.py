@@ -23,7 +23,7 @@ from verl_speculator.provenance import weights_fingerprint
 if TYPE_CHECKING:
     import torch
 
-    from verl_speculator.models import Speculator
+    from verl_speculator.models import Slot, Speculator
 
 WEIGHTS_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
@@ -235,8 +235,8 @@ def write_checkpoint(
 
     from verl_speculator.models import build_speculator
 
-    keys = build_speculator(config, hidden_size=hidden_size, vocab_size=vocab_size, device="meta").checkpoint_keys()
-    tensors = {key: state[name].contiguous() for key, name in keys.items()}
+    slots = build_speculator(config, hidden_size=hidden_size, vocab_size=vocab_size, device="meta").checkpoint_slots()
+    tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
     (dtype,) = {tensor.dtype for tensor in tensors.values()}
     content = config_content(
         config,
@@ -304,20 +304,34 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
         raise UserError(f"{path}: truncated, or not a file of tensors") from None
     module = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
-    keys, shapes = module.checkpoint_keys(), {name: p.shape for name, p in module.named_parameters()}
-    faults = [f"missing {key}" for key in keys if key not in tensors]
-    faults += [f"unexpected {key}" for key in tensors if key not in keys]
-    state: dict[str, torch.Tensor] = {}
-    for key, name in keys.items():
+    slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
+    faults = [f"missing {key}" for key in slots if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in slots]
+    found: dict[Slot, torch.Tensor] = {}
+    for key, slot in slots.items():
         if key not in tensors:
             continue
-        if tensors[key].shape != shapes[name]:
-            faults.append(f"{key} is {list(tensors[key].shape)}, the configuration says {list(shapes[name])}")
-        elif not torch.equal(state.setdefault(name, tensors[key]), tensors[key]):
+        tensor, shape = tensors[key], slot.of(parameters).shape
+        if tensor.shape != shape:
+            faults.append(f"{key} is {list(tensor.shape)}, the configuration says {list(shape)}")
+        elif not torch.equal(found.setdefault(slot, tensor), tensor):
             faults.append(f"{key} differs from the tensor that it is tied to")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(faults[:5])}{more}")
+    return join_slots(found, {name: p.shape for name, p in parameters.items()})
+
+
+def join_slots(found: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The parameters that these tensors are or are parts of."""
+    state: dict[str, torch.Tensor] = {}
+    for slot, tensor in found.items():
+        if slot.part is None:
+            state[slot.parameter] = tensor
+            continue
+        if slot.parameter not in state:
+            state[slot.parameter] = tensor.new_empty(shapes[slot.parameter])
+        slot.of(state).copy_(tensor)
     return state
 
 

@@ -8,9 +8,9 @@ import torch
 
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.families import FAMILIES
-from verl_speculator.models.base import DraftState, Speculator
+from verl_speculator.models.base import DraftState, Slot, Speculator
 
-__all__ = ["DraftState", "Speculator", "build_speculator", "family_class"]
+__all__ = ["DraftState", "Slot", "Speculator", "build_speculator", "family_class"]
 
 
 def family_class(method: str) -> type[Speculator]:

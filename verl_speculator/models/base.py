@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from verl_speculator.config import SpeculatorConfig
+
+
+class Slot(NamedTuple):
+    """Where a tensor of a checkpoint lives in the module.
+
+    Attributes:
+        parameter: name of the parameter.
+        part: (axis, start, length) of the tensor within it; None for all of it. Tensors that one product or one lookup
+            serves are parts of one parameter, and stand apart on disk only.
+    """
+
+    parameter: str
+    part: tuple[int, int, int] | None = None
+
+    def of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """A view of the tensor in a module's state."""
+        whole = state[self.parameter]
+        return whole if self.part is None else whole.narrow(*self.part)
 
 
 class DraftState(NamedTuple):
@@ -84,12 +103,12 @@ class Speculator(nn.Module, abc.ABC):
             outputs.append(state.output)
         return torch.stack(outputs)
 
-    def checkpoint_keys(self) -> dict[str, str]:
-        """Every tensor name of a checkpoint, with the name of the parameter that holds it.
+    def checkpoint_slots(self) -> dict[str, Slot]:
+        """Every tensor name of a checkpoint, with the place in the module that holds it.
 
         A tied tensor stands under each of its names; the first of them is the one whose value is loaded.
         """
-        return {name: name for name, _ in self.named_parameters()}
+        return {name: Slot(name) for name, _ in self.named_parameters()}
 
     def is_untrained(self) -> bool:
         """Whether it holds what `reset_parameters` gave it: every constant is still exactly the constant.
@@ -102,9 +121,11 @@ class Speculator(nn.Module, abc.ABC):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Matrices N(0, 1/√min(shape)); norms 1 and 0 (Snowflake's initialisation)."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = 1 / math.sqrt(min(parameter.shape))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std)
+        state = dict(self.named_parameters())
+        for slot in dict.fromkeys(self.checkpoint_slots().values()):
+            tensor = slot.of(state)
+            if tensor.dim() == 2:
+                std = 1 / math.sqrt(min(tensor.shape))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)
             else:
-                parameter.fill_(_constant(name))
+                tensor.fill_(_constant(slot.parameter))

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from verl_speculator.models.base import Slot
+
 EPS = 1e-6
 
 
 def rms_normalise(x: Tensor) -> Tensor:
     """`x · rsqrt(mean(x²) + 1e-6)` over the last axis, in float32 where x is a half type."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 class RMSNormWithBias(nn.Module):
@@ -31,7 +32,7 @@ class RMSNormWithBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * rms_normalise(x) + self.bias
+        return torch.addcmul(self.bias, self.weight, rms_normalise(x))
 
 
 class TokenEmbedding(nn.Module):
@@ -85,9 +86,44 @@ def inner_chain(merge_width: int, dims: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def unwrap_single(chain: nn.Sequential) -> nn.Module:
-    """The layer of a chain of one, the chain itself otherwise: sum_lstm's names give a single layer no index."""
-    return chain[0] if len(chain) == 1 else chain
+class GateChains(nn.Module):
+    """The same chain for each of several gates: one product or one lookup gives the first layer of all of them.
+
+    Args:
+        first: [..., gates · dims[0]], the first layers side by side.
+        dims: widths of the chain of one gate.
+        gates: how many.
+    """
+
+    def __init__(self, first: nn.Module, dims: Sequence[int], gates: int) -> None:
+        super().__init__()
+        self.first, self.dims, self.gates = first, tuple(dims), gates
+        # What follows the first layer; the placeholder in front keeps the numbers of the layers.
+        rest = (widen(nn.Identity(), dims) for _ in range(gates))
+        self.rest = nn.ModuleList(rest) if len(dims) > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., gates, M] for each gate."""
+        y = self.first(x).unflatten(-1, (self.gates, self.dims[0]))
+        if self.rest is None:
+            return y
+        return torch.stack([chain(part) for chain, part in zip(self.rest, y.unbind(-2), strict=True)], -2)
+
+    def slots(self, prefix: str, names: Sequence[str], *, axis: int) -> dict[str, Slot]:
+        """Checkpoint names of the gates' chains.
+
+        Args:
+            prefix: of this module's parameters.
+            names: of each gate's chain. A single layer gets no index behind it.
+            axis: along which the first layers stand side by side.
+        """
+        single, slots = self.rest is None, {}
+        for i, name in enumerate(names):
+            part = (axis, i * self.dims[0], self.dims[0]) if self.gates > 1 else None
+            slots[f"{name}.weight" if single else f"{name}.0.weight"] = Slot(f"{prefix}.first.weight", part)
+            for key, _ in [] if single else self.rest[i].named_parameters():
+                slots[f"{name}.{key}"] = Slot(f"{prefix}.rest.{i}.{key}")
+        return slots
 
 
 def embedding_scale(n_predict: int, merge_width: int) -> float:
@@ -99,7 +135,7 @@ def embedding_scale(n_predict: int, merge_width: int) -> float:
     return math.sqrt((1 - state_weight**2) * merge_width / 2) / state_weight
 
 
-def with_head_names(keys: dict[str, str], n_predict: int, *, tied: bool) -> dict[str, str]:
+def with_head_names(slots: dict[str, Slot], n_predict: int, *, tied: bool) -> dict[str, Slot]:
     """Checkpoint names in which `heads.{k}` is called `head.{k}`, one for each depth even where all share one."""
-    named = {key: name for key, name in keys.items() if not name.startswith("heads.")}
-    return named | {f"head.{k}.weight": f"heads.{0 if tied else k}.weight" for k in range(n_predict)}
+    named = {key: slot for key, slot in slots.items() if not key.startswith("heads.")}
+    return named | {f"head.{k}.weight": Slot(f"heads.{0 if tied else k}.weight") for k in range(n_predict)}

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.config import SpeculatorConfig
-from verl_speculator.models.base import DraftState, Speculator
+from verl_speculator.models.base import DraftState, Slot, Speculator
 from verl_speculator.models.layers import (
+    GateChains,
     OutputHead,
     RMSNormWithBias,
-    embedding_chain,
+    TokenEmbedding,
     embedding_scale,
     inner_chain,
-    projection_chain,
     rms_normalise,
-    unwrap_single,
     with_head_names,
 )
 
@@ -41,13 +40,13 @@ class SumLSTM(Speculator):
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
         merge, width = config.emb_dims[-1], config.inner_dims[-1]
-        for gate in GATES:
-            first = projection_chain(hidden_size, config.proj_dims)
-            chains = [first] + [projection_chain(width, config.proj_dims) for _ in range(min(config.n_predict - 1, 1))]
-            setattr(self, f"{gate}_proj", nn.ModuleList(unwrap_single(chain) for chain in chains))
-        for gate in GATES[:1] if config.tie_lstm_embs else GATES:
-            chain = embedding_chain(vocab_size, config.emb_dims)
-            setattr(self, f"{gate}_emb", nn.ModuleList([unwrap_single(chain)]))
+        count, first = len(GATES), config.proj_dims[0]
+        self.proj = nn.ModuleList(
+            GateChains(nn.Linear(before, count * first, bias=False), config.proj_dims, count)
+            for before in [hidden_size, width][: config.n_predict]
+        )
+        tables = 1 if config.tie_lstm_embs else count
+        self.emb = GateChains(TokenEmbedding(vocab_size, tables * config.emb_dims[0]), config.emb_dims, tables)
         self.cell_ln = nn.ModuleList([RMSNormWithBias(merge)])
         self.state_ln = nn.ModuleList([RMSNormWithBias(merge)])
         has_chain = config.inner_dims != (merge,)
@@ -62,20 +61,9 @@ class SumLSTM(Speculator):
             hidden = rms_normalise(hidden) / math.sqrt(2)
         return DraftState(hidden, cell, 0)
 
-    def _gates(self, state: DraftState, token: Tensor) -> list[Tensor]:
-        """P_g s + α·E_g[x] for each of GATES, [T, M] each."""
-        later = min(state.depth, 1)
-        if self.config.tie_lstm_embs:
-            embedded = [self.forget_emb[0](token)] * len(GATES)
-        else:
-            embedded = [getattr(self, f"{gate}_emb")[0](token) for gate in GATES]
-        return [
-            getattr(self, f"{gate}_proj")[later](state.output) + self.emb_scale * emb
-            for gate, emb in zip(GATES, embedded, strict=True)
-        ]
-
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        forget, admit, release, candidate = self._gates(state, token)
+        projected, embedded = self.proj[min(state.depth, 1)](state.output), self.emb(token)
+        forget, admit, release, candidate = torch.add(projected, embedded, alpha=self.emb_scale).unbind(-2)
         cell = state.cell * torch.sigmoid(forget) + F.gelu(self.cell_ln[0](candidate)) * torch.sigmoid(admit)
         output = F.gelu(self.state_ln[0](cell)) * torch.sigmoid(release)
         return DraftState(output if self.ln is None else self.ln[0](output), cell, state.depth + 1)
@@ -83,9 +71,14 @@ class SumLSTM(Speculator):
     def head(self, depth: int) -> Tensor:
         return self.heads[0].weight
 
-    def checkpoint_keys(self) -> dict[str, str]:
-        keys = with_head_names(super().checkpoint_keys(), self.n_predict, tied=True)
+    def checkpoint_slots(self) -> dict[str, Slot]:
+        slots: dict[str, Slot] = {}
+        for later, chains in enumerate(self.proj):
+            slots |= chains.slots(f"proj.{later}", [f"{g}_proj.{later}" for g in GATES], axis=0)
+        slots |= self.emb.slots("emb", [f"{gate}_emb.0" for gate in GATES[: self.emb.gates]], axis=1)
+        own = super().checkpoint_slots()
+        slots |= {key: slot for key, slot in own.items() if not key.startswith(("proj.", "emb."))}
         if self.config.tie_lstm_embs:
-            shared = [(key, name) for key, name in keys.items() if name.startswith("forget_emb.")]
-            keys |= {key.replace("forget", gate, 1): name for gate in GATES[1:] for key, name in shared}
-        return keys
+            shared = [(key, slot) for key, slot in slots.items() if key.startswith("forget_emb.")]
+            slots |= {key.replace("forget", gate, 1): slot for gate in GATES[1:] for key, slot in shared}
+        return with_head_names(slots, self.n_predict, tied=True)

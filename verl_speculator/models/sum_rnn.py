@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.config import SpeculatorConfig
-from verl_speculator.models.base import DraftState, Speculator
+from verl_speculator.models.base import DraftState, Slot, Speculator
 from verl_speculator.models.layers import (
     OutputHead,
     embedding_chain,
@@ -53,12 +54,12 @@ class SumRNN(Speculator):
         return DraftState(hidden, None, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        merged = self._layer(self.proj, state.depth)(state.output)
-        merged = merged + self.emb_scale * self._layer(self.emb, state.depth)(token)
+        projected = self._layer(self.proj, state.depth)(state.output)
+        merged = torch.add(projected, self._layer(self.emb, state.depth)(token), alpha=self.emb_scale)
         return DraftState(F.gelu(self._layer(self.ln, state.depth)(merged)), None, state.depth + 1)
 
     def head(self, depth: int) -> Tensor:
         return self._layer(self.heads, depth).weight
 
-    def checkpoint_keys(self) -> dict[str, str]:
-        return with_head_names(super().checkpoint_keys(), self.n_predict, tied=self.config.tie_weights)
+    def checkpoint_slots(self) -> dict[str, Slot]:
+        return with_head_names(super().checkpoint_slots(), self.n_predict, tied=self.config.tie_weights)
