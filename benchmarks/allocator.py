@@ -19,7 +19,8 @@ from pathlib import Path
 from common import append_rows, environment
 from rich.console import Console
 
-from verl_speculator.launch import CPU_ALLOCATOR, torchrun_command
+from verl_speculator.allocator import CPU_ALLOCATOR
+from verl_speculator.launch import torchrun_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.provenance import git_commit, versions
-
-
-def processor() -> str:
-    """The processor's name, as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+from verl_speculator.provenance import git_commit, hardware, versions
 
 
 def environment() -> dict[str, Any]:
@@ -27,7 +16,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": git_commit() or "",
-        "hardware": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware(),
         **{name: found.get(name, "") for name in ("python", "torch", "transformers", "verl")},
     }
 

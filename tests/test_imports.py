@@ -21,15 +21,21 @@ MAY_IMPORT = {
     "models": {"config", "families"},
     "losses": {"models"},
     "checkpoint": {"config", "errors", "families", "files", "models", "provenance"},
-    "decoding": {"errors", "models"},
-    "evaluation": {"alignment", "checkpoint", "decoding", "errors", "files", "models", "provenance", "tokens"},
+    "decoding": {"errors", "models", "tokens"},
+    "evaluation": {
+        *("alignment", "checkpoint", "config", "decoding", "errors", "files", "models", "provenance", "tokens"),
+    },
     "settings": {"config", "errors"},
     "preflight": {"checkpoint", "config", "errors", "provenance", "settings", "tokens"},
-    "launch": {"errors", "preflight", "settings"},
+    "allocator": set(),
+    "launch": {"allocator", "errors", "preflight", "settings"},
     "engine": {"alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "tokens"},
     "train": {"engine", "errors", "settings"},
     "rollout": {"config"},
-    "__main__": {"checkpoint", "errors", "families", "rollout"},
+    "commands": {
+        *("allocator", "checkpoint", "decoding", "errors", "evaluation", "families", "rollout", "tokens"),
+    },
+    "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},
 }
 

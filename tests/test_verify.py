@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from verl_speculator.decoding import SamplingPolicy, verify, verify_greedy
+from verl_speculator.decoding import SamplingPolicy, verify_greedy
 from verl_speculator.decoding.sampling import draw
+from verl_speculator.decoding.verification import verify
 from verl_speculator.errors import UserError
 
 POLICIES = [

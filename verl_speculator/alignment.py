@@ -33,6 +33,7 @@ class DraftRows:
         tokens: [R, K] the tokens x_{t+1} … x_{t+K}; past the end of the row the last token is repeated, and never read
             by a valid pair.
         targets: [K, R] the token x_{t+2+k} that depth k predicts.
+        teachers: [K, R] the position t+1+k, at which the base predicts the same token.
         valid: [K, R] bool, whether the pair counts. Valid depths of a row come first: a pair is valid only if all
             earlier depths of its row are.
     """
@@ -40,6 +41,7 @@ class DraftRows:
     positions: Tensor
     tokens: Tensor
     targets: Tensor
+    teachers: Tensor
     valid: Tensor
 
 
@@ -90,6 +92,7 @@ def align(
         positions=positions,
         tokens=tokens[seen],
         targets=tokens[target[:, positions]],
+        teachers=seen.T,
         valid=valid[:, positions],
     )
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from verl_speculator.allocator import CPU_ALLOCATOR
 from verl_speculator.errors import UserError
 
 USAGE = """usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
@@ -39,9 +40,6 @@ TORCHRUN_ENVIRONMENT = {
     "--master-addr": "MASTER_ADDR",
     "--master-port": "MASTER_PORT",
 }
-# glibc returns large tensors to the kernel at every step and faults them in again; 32 MiB is the most it accepts.
-# What it brings is in docs/results.md.
-CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -43,6 +44,36 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() if described.returncode == 0 and tracked.returncode == 0 else None
+
+
+def processor() -> str:
+    """The processor's name, as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def hardware(device: str = "cpu") -> str:
+    """What a measurement ran on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if device == "cpu":
+        return f"{processor()}, {cores} cores"
+    import torch
+
+    return f"{torch.get_device_module(device).get_device_name()}, {processor()}, {cores} cores"
+
+
+def file_fingerprint(path: Path) -> str:
+    """A hash of a file's size and of 64 samples spread over it: any training step moves it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(64):
+            file.seek(size * i // 64)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def weights_directory(model: str) -> Path | None:

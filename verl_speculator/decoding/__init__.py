@@ -1,14 +1,20 @@
 """Lossless speculative decoding with any base and any family of speculator."""
 
-from verl_speculator.decoding.generate import (
-    Generation,
-    GenerationStream,
-    Round,
-    speculative_generate,
-    speculative_stream,
-)
-from verl_speculator.decoding.sampling import SamplingPolicy
-from verl_speculator.decoding.verify import verify, verify_greedy
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from verl_speculator.decoding.generate import (
+        Generation,
+        GenerationStream,
+        Round,
+        speculative_generate,
+        speculative_stream,
+    )
+    from verl_speculator.decoding.policy import SamplingPolicy
+    from verl_speculator.decoding.verification import verify, verify_greedy
 
 __all__ = [
     "Generation",
@@ -20,3 +26,16 @@ __all__ = [
     "verify",
     "verify_greedy",
 ]
+
+_HOMES = {name: "verl_speculator.decoding.generate" for name in __all__} | {
+    "SamplingPolicy": "verl_speculator.decoding.policy",
+    "verify": "verl_speculator.decoding.verification",
+    "verify_greedy": "verl_speculator.decoding.verification",
+}
+
+
+def __getattr__(name: str):
+    # On first use: the policy alone is read by checks that should load neither torch nor transformers.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

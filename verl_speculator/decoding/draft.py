@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from verl_speculator.decoding.sampling import SamplingPolicy, draw
+from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.decoding.sampling import draw
 from verl_speculator.models import Speculator
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from verl_speculator.decoding.draft import Drafter, SpeculatorDrafter
-from verl_speculator.decoding.sampling import SamplingPolicy, draw
+from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.decoding.sampling import draw
 from verl_speculator.decoding.stop import StopRule
 from verl_speculator.decoding.target import Target, position_limit
-from verl_speculator.decoding.verify import verify, verify_greedy
+from verl_speculator.decoding.verification import verify, verify_greedy
 from verl_speculator.errors import UserError
 from verl_speculator.models import Speculator
 

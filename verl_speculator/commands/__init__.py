@@ -1,0 +1,1 @@
+"""The commands of `verl-speculator`, a module each. Heavy imports happen inside their functions."""

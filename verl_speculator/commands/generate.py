@@ -1,0 +1,187 @@
+"""`verl-speculator generate`: text from a base and a speculator, and what the speculator brought."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from verl_speculator.allocator import restart_with_allocator
+from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.errors import UserError
+
+if TYPE_CHECKING:
+    from verl_speculator.decoding import Generation
+
+
+def generate(
+    base: Annotated[str, typer.Option(help="base model: a directory or a hub name")],
+    speculator: Annotated[str | None, typer.Option(help="checkpoint or run; without it the base is alone")] = None,
+    prompt: Annotated[str | None, typer.Option(help="what the user says; standard input without it")] = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    chat: Annotated[bool, typer.Option(help="write the prompt with the chat template; otherwise go on from it")] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="the most tokens of the answer")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="share of the probability that is kept")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="number of tokens kept, 0 for all")] = 0,
+    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
+    draft_length: Annotated[int | None, typer.Option(help="drafts per round, at most n_predict [n_predict]")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be given again")] = None,
+    compare: Annotated[bool, typer.Option(help="run the base alone too, and show both")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    allow_other_base: Annotated[bool, typer.Option(help="a base with other weights than at training")] = False,
+) -> None:
+    """Generate text; tokens per second, τ and the accepted share follow on standard error."""
+    restart_with_allocator()
+    # All that can be wrong without a model is said before one loads.
+    SamplingPolicy(temperature, top_p, top_k)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: expected a number ≥ 1")
+    if compare and speculator is None:
+        raise UserError("compare: there is no speculator to compare with; expected --speculator")
+    if draft_length is not None and speculator is None:
+        raise UserError(f"draft_length={draft_length}: there is no speculator to draft with; expected --speculator")
+    if speculator is not None:
+        _check_speculator(speculator, base, draft_length, allow_other_base)
+    if prompt is None:
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise UserError("prompt: empty; expected a text, as --prompt or on standard input")
+
+    from verl_speculator.checkpoint import load_speculator
+    from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
+
+    device = choose_device(device)
+    kind = choose_dtype(dtype, device)
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, device=device, dtype=kind)
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "tokenizer": tokenizer,
+        "input_ids": _tokens(tokenizer, prompt, system, chat),
+        "eos_token_id": _ends(tokenizer, model),
+    }
+    draft = None
+    if speculator is not None:
+        draft = load_speculator(speculator, device=device, dtype=kind).requires_grad_(False).eval()
+        if draft.is_untrained():
+            typer.echo(f"warning: {speculator}: no training step has changed its tensors", err=True)
+    if compare:
+        # The first call of anything is slow: neither of the two should pay for it.
+        for one in (None, draft):
+            _warm_up(model, one, settings)
+    runs: list[_Shown] = []
+    if compare or speculator is None:
+        runs.append(_Shown("base alone", _stream(model, None, settings, tokenizer)))
+    if draft is not None:
+        settings["draft_length"] = draft_length
+        if compare:
+            typer.echo("\n— with the speculator —\n")
+        runs.append(_Shown("with speculator", _stream(model, draft, settings, tokenizer)))
+    _report(runs, greedy=temperature == 0)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A finished generation under its name."""
+
+    name: str
+    generation: Generation
+
+
+def _check_speculator(speculator: str, base: str, draft_length: int | None, allow_other_base: bool) -> None:
+    """What the checkpoint's configuration and the base's tell without loading either."""
+    from verl_speculator.checkpoint import base_shape, read_checkpoint_info
+
+    info = read_checkpoint_info(speculator)
+    if draft_length is not None and not 1 <= draft_length <= info.config.n_predict:
+        raise UserError(
+            f"draft_length={draft_length}: expected 1 to {info.config.n_predict}, the speculator's n_predict"
+        )
+    info.check_base(*base_shape(base))
+    if not allow_other_base:
+        info.check_base_weights(base)
+    typer.echo(f"{info.directory}: trained for {info.base_name}", err=True)
+
+
+def _tokens(tokenizer: Any, prompt: str, system: str | None, chat: bool) -> list[int]:
+    from verl_speculator.tokens import tokenize_prompt
+
+    if not chat:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "system", "content": system}] if system else []
+    return tokenize_prompt(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def _ends(tokenizer: Any, model: Any) -> tuple[int, ...]:
+    from verl_speculator.tokens import end_token_ids
+
+    return end_token_ids(tokenizer, model.generation_config)
+
+
+def _warm_up(model: Any, draft: Any, settings: dict[str, Any]) -> None:
+    from verl_speculator.decoding import speculative_generate
+
+    short = settings | {"max_new_tokens": min(8, settings["max_new_tokens"])}
+    speculative_generate(model, draft, short.pop("input_ids"), **short)
+
+
+def _stream(model: Any, draft: Any, settings: dict[str, Any], tokenizer: Any) -> Generation:
+    """Generate, writing the text as it comes."""
+    import torch
+    from transformers import TextStreamer
+
+    from verl_speculator.decoding import speculative_stream
+
+    class Writer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(text, nl=stream_end)
+
+    writer = Writer(tokenizer, skip_special_tokens=True)
+    settings = dict(settings)
+    stream = speculative_stream(model, draft, settings.pop("input_ids"), **settings)
+    for one in stream:
+        for token in one.tokens:
+            writer.put(torch.tensor([token]))
+    writer.end()
+    return stream.generation
+
+
+def _report(runs: list[_Shown], *, greedy: bool) -> None:
+    """What each run took, on standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(("", "tokens", "tokens/s", "prefill", "decode tokens/s", "τ", "accepted")):
+        table.add_column(name, justify="right" if i else "left")
+    rates = []
+    for run in runs:
+        done = run.generation
+        rates.append(len(done.tokens) / (done.seconds.prefill + done.seconds.decode))
+        decode = done.decode_tokens_per_second
+        drafts = done.draft_length
+        table.add_row(
+            run.name,
+            str(len(done.tokens)),
+            f"{rates[-1]:.1f}",
+            f"{done.seconds.prefill * 1000:.0f} ms",
+            "–" if decode is None else f"{decode:.1f}",
+            "–" if done.accepted is None or not drafts else f"{done.accepted + 1:.2f}",
+            "–" if done.accepted is None or not drafts else f"{done.accepted / drafts:.1%} of {drafts}",
+        )
+    console = Console(stderr=True)
+    console.print()
+    console.print(table)
+    if len(runs) == 2:
+        same = runs[0].generation.tokens == runs[1].generation.tokens
+        told = f", the {'same' if same else 'NOT the same'} text" if greedy else ""
+        console.print(f"speedup {rates[1] / rates[0]:.2f}{told}")

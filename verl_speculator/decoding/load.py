@@ -1,0 +1,82 @@
+"""A base and its tokenizer for decoding: safe loading, and errors in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_speculator.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+def choose_device(device: str) -> str:
+    """`auto` is the accelerator if there is one.
+
+    Raises:
+        UserError: for a device that is not there.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return found.type if found else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"device={device}: expected auto, cpu, or an accelerator such as cuda") from None
+    if kind != "cpu" and (found is None or found.type != kind):
+        raise UserError(f"device={device}: not on this machine (it has {found.type if found else 'cpu alone'})")
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> torch.dtype:
+    """`auto` is fp32 on a CPU and bf16 elsewhere.
+
+    Raises:
+        UserError: for a name that is none.
+    """
+    import torch
+
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" else "bf16"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: expected auto, {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    return getattr(torch, DTYPES[dtype])
+
+
+def load_base(path: str | Path, *, device: str, dtype: torch.dtype) -> nn.Module:
+    """A Hugging Face causal language model in evaluation mode. No code from the model's folder is run.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base={path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    return base.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A base's tokenizer, with the default chat template if it has none.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    from verl_speculator.tokens import ensure_chat_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"base={path}: no tokenizer: {' '.join(str(error).split())[:300]}") from None
+    ensure_chat_template(tokenizer)
+    return tokenizer

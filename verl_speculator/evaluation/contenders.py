@@ -1,0 +1,188 @@
+"""What is run against each other: the base alone, speculators, and Hugging Face's prompt lookup.
+
+Each gives the same account of a generation, so that nothing after this asks which one it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from verl_speculator.decoding import Generation, SamplingPolicy, speculative_generate
+from verl_speculator.models import Speculator
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation.
+
+    Attributes:
+        tokens: what was generated.
+        prefill: seconds until the first token.
+        decode: seconds after it.
+        draft: of these, the drafting; nan where it is not told apart.
+        target: of these, the base's forward passes.
+        histogram: [γ+1] number of counted rounds that accepted j drafts.
+        overlap: [γ] sums of Σ_v min(p, q) over the counted rounds that reached the depth.
+    """
+
+    tokens: list[int]
+    prefill: float
+    decode: float
+    draft: float
+    target: float
+    histogram: list[int]
+    overlap: list[float]
+
+
+class Contender(Protocol):
+    """One way to generate."""
+
+    draft_length: int
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> Run:
+        """Generate after a prompt."""
+        ...
+
+
+class Speculating:
+    """The project's own loop, with a speculator or without.
+
+    Args:
+        base: in evaluation mode.
+        speculator: None for the base alone.
+        policy: of sampling.
+        draft_length: None for the speculator's `n_predict`.
+        eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        speculator: Speculator | None,
+        policy: SamplingPolicy,
+        draft_length: int | None,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.base, self.speculator, self.policy, self.ends = base, speculator, policy, tuple(eos_token_ids)
+        self.draft_length = 0 if speculator is None else draft_length or speculator.n_predict
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> Run:
+        """`Contender.generate`"""
+        done = speculative_generate(
+            self.base,
+            self.speculator,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=self.policy.temperature,
+            top_p=self.policy.top_p,
+            top_k=self.policy.top_k,
+            seed=seed,
+            draft_length=self.draft_length or None,
+            eos_token_id=self.ends,
+        )
+        histogram, overlap = count_rounds(done)
+        seconds = done.seconds
+        # On an accelerator the two are not told apart in a timed run: each mark would wait for the device.
+        parts = (seconds.draft, seconds.target) if self.base.device.type == "cpu" else (float("nan"),) * 2
+        return Run(done.tokens, seconds.prefill, seconds.decode, *parts, histogram, overlap)
+
+
+def count_rounds(done: Generation) -> tuple[list[int], list[float]]:
+    """Histogram and overlap sums of the counted rounds."""
+    histogram, overlap = [0] * (done.draft_length + 1), [0.0] * done.draft_length
+    for one in done.counted:
+        histogram[one.accepted] += 1
+        for depth, value in enumerate(one.overlap):
+            overlap[depth] += value
+    return histogram, overlap
+
+
+class CallRecorder:
+    """Notes of every forward pass of a base how many tokens its cache held, how many it read, and when it was done."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base, self.calls, self.ends = base, [], []
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.calls.append((kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1]))
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def __enter__(self) -> CallRecorder:
+        self._hooks = [
+            self.base.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.base.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class HuggingFace:
+    """`base.generate`, with prompt lookup (drafts copied from what was already said) or without.
+
+    Args:
+        base: in evaluation mode.
+        policy: of sampling.
+        draft_length: how many tokens prompt lookup copies, 0 for plain generation.
+        eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self, base: nn.Module, policy: SamplingPolicy, draft_length: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self.base, self.policy, self.draft_length, self.ends = base, policy, draft_length, tuple(eos_token_ids)
+
+    def _settings(self, max_new_tokens: int) -> Any:
+        """A fresh configuration: the base's own may hold penalties, which would be another distribution."""
+        from transformers import GenerationConfig
+
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.ends) or None}
+        settings["pad_token_id"] = self.ends[0] if self.ends else 0
+        if self.draft_length:
+            settings["prompt_lookup_num_tokens"] = self.draft_length
+        if not self.policy.greedy:
+            settings |= {"do_sample": True, "temperature": self.policy.temperature, "top_p": self.policy.top_p}
+            settings["top_k"] = self.policy.top_k
+        return GenerationConfig(**settings)
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> Run:
+        """`Contender.generate`"""
+        ids = torch.tensor([prompt], device=self.base.device)
+        torch.manual_seed(seed)
+        own, self.base.generation_config = self.base.generation_config, self._settings(max_new_tokens)
+        try:
+            with CallRecorder(self.base) as recorder:
+                start = time.perf_counter()
+                text = self.base.generate(ids, attention_mask=torch.ones_like(ids))
+                end = time.perf_counter()
+        finally:
+            self.base.generation_config = own
+        histogram = [0] * (self.draft_length + 1)
+        # The first call is the prefill, the last one ends the text: neither counts. What a call emitted shows in the
+        # length of the cache at the next one.
+        rounds = zip(recorder.calls[1:], recorder.calls[2:], strict=False)
+        for (before, _), (after, _) in rounds:
+            histogram[after - before - 1] += 1
+        nan = float("nan")
+        return Run(
+            text[0, len(prompt) :].tolist(),
+            recorder.ends[0] - start,
+            end - recorder.ends[0],
+            nan,
+            nan,
+            histogram,
+            [nan] * self.draft_length,
+        )

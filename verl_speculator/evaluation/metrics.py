@@ -1,0 +1,115 @@
+"""From counts to figures: acceptance, quality, speed, and their bootstrap intervals over prompts. Pure functions.
+
+Shapes: P prompts (or documents), γ draft length, B bootstrap samples; `...` is nothing, or B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+LEVEL = 0.95
+SAMPLES = 1000
+
+Figures = dict[str, np.ndarray]
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, nan where there is nothing below."""
+    below = np.asarray(below, dtype=float)
+    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
+
+
+def acceptance(histogram: np.ndarray, overlap: np.ndarray) -> Figures:
+    """What pooled verification rounds say (math: "Lossless verification").
+
+    Args:
+        histogram: [..., γ+1] number of rounds in which exactly j drafts were accepted.
+        overlap: [..., γ] sums of Σ_v min(p, q) over the rounds that reached the depth.
+
+    Returns:
+        `accepted` = E[accepted drafts per round], `tau` = accepted + 1, `target_calls_per_token` = 1/τ, `accept_rate` =
+        accepted/γ, `accept_depth_k` = rounds that accepted depth k / rounds that reached it, `overlap` over all depths
+        reached, `tv` = 1 − overlap.
+    """
+    histogram, overlap = np.asarray(histogram, dtype=float), np.asarray(overlap, dtype=float)
+    length = histogram.shape[-1] - 1
+    rounds = histogram.sum(-1)
+    # [..., γ+1]: rounds in which at least j drafts were accepted, so those that reached depth j.
+    reached = histogram[..., ::-1].cumsum(-1)[..., ::-1]
+    accepted = _ratio((histogram * np.arange(length + 1)).sum(-1), rounds)
+    figures = {"accepted": accepted, "tau": accepted + 1, "target_calls_per_token": 1 / (accepted + 1)}
+    if length:
+        figures["accept_rate"] = accepted / length
+        figures |= {f"accept_depth_{k}": _ratio(reached[..., k + 1], reached[..., k]) for k in range(length)}
+        figures["overlap"] = _ratio(overlap.sum(-1), reached[..., :length].sum(-1))
+        figures["tv"] = 1 - figures["overlap"]
+    return figures
+
+
+def quality(pairs: np.ndarray, sums: Mapping[str, np.ndarray]) -> Figures:
+    """Token-weighted means, over all depths and per depth.
+
+    Args:
+        pairs: [..., K] valid (position, depth) pairs.
+        sums: for each of `ce`, `kl`, `kl_training_temperature`, `top1`, `top5`: [..., K] sums over those pairs.
+    """
+    figures: Figures = {}
+    for name, values in sums.items():
+        figures[name] = _ratio(values.sum(-1), pairs.sum(-1))
+        figures |= {f"{name}_depth_{k}": _ratio(values[..., k], pairs[..., k]) for k in range(pairs.shape[-1])}
+    return figures | {name.replace("ce", "perplexity", 1): np.exp(figures[name]) for name in figures if name == "ce"}
+
+
+def bootstrap(
+    count: int, figures: Callable[[np.ndarray], Figures], *, seed: int, samples: int = SAMPLES
+) -> dict[str, float]:
+    """`NAME_lo` and `NAME_hi` of every figure: the percentile interval over resampled prompts.
+
+    Args:
+        count: P.
+        figures: from [B, P], how often each prompt is in each sample, to [B] of each figure.
+        seed: of the resampling.
+        samples: B.
+    """
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+    edges = {"lo": (1 - LEVEL) / 2, "hi": (1 + LEVEL) / 2}
+    found = {}
+    for name, values in figures(weights).items():
+        values = values[~np.isnan(values)]
+        found |= {
+            f"{name}_{edge}": float(np.quantile(values, at)) if len(values) else np.nan for edge, at in edges.items()
+        }
+    return found
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[B] medians of values [N], each as often in a sample as weights [B, N] say; nan is left out."""
+    kept = ~np.isnan(values)
+    values, weights = values[kept], weights[..., kept]
+    if not len(values):
+        return np.full(weights.shape[:-1], np.nan)
+    order = np.argsort(values)
+    cumulative = weights[..., order].cumsum(-1)
+    total = cumulative[..., -1:]
+    # The values around the middle: their mean is the median, of an even number too.
+    low = (cumulative >= total / 2).argmax(-1)
+    high = (cumulative > total / 2).argmax(-1)
+    return np.where(total[..., 0] > 0, (values[order][low] + values[order][high]) / 2, np.nan)
+
+
+def speed(alone: np.ndarray, own: np.ndarray, weights: np.ndarray) -> Figures:
+    """Medians over pairs of runs, one without and one with a speculator, in turn.
+
+    Args:
+        alone: [P, R] tokens per second of the base alone, R trials.
+        own: [P, R] tokens per second.
+        weights: [..., P] how often each prompt counts.
+    """
+    weights = np.repeat(weights, alone.shape[-1], axis=-1)
+    return {
+        "vanilla_tokens_per_s": weighted_median(alone.ravel(), weights),
+        "speculative_tokens_per_s": weighted_median(own.ravel(), weights),
+        "speedup": weighted_median((own / alone).ravel(), weights),
+    }

@@ -1,0 +1,77 @@
+"""How close the drafts' distributions are to the text and to the base, on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from verl_speculator.alignment import align
+from verl_speculator.decoding.target import Target
+from verl_speculator.models import Speculator
+
+MEASURES = ("ce", "kl", "kl_training_temperature", "top1", "top5")
+
+
+class Document:
+    """One document as the base reads it; every speculator is then measured on the same states and logits.
+
+    Shapes: T tokens, K depths.
+
+    Args:
+        base: in evaluation mode.
+        tokens: [T]
+        mask: [T] 1 where the assistant produced the token.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, base: nn.Module, tokens: list[int], mask: list[int]) -> None:
+        self.tokens, self.mask = (torch.tensor(x, device=base.device) for x in (tokens, mask))
+        with Target(base) as target:
+            self.hidden, self.logits = target.read(self.tokens)
+
+    @torch.inference_mode()
+    def measure(
+        self, speculator: Speculator, end_token_ids: Collection[int], temperature: float
+    ) -> dict[str, list[float]]:
+        """Sums per depth over the valid pairs.
+
+        Args:
+            speculator: of this base.
+            end_token_ids: tokens that end a turn.
+            temperature: the one that `kl_training_temperature` softens both distributions with.
+
+        Returns:
+            `pairs` and, for each of MEASURES, [K] sums: cross-entropy against the text, KL(p ‖ q) to the base at
+            temperature 1 and at the given one (nats, without the factor T² of a loss), and whether the text's token is
+            the most likely one, or among the five.
+        """
+        borders = torch.tensor([0, len(self.tokens)])
+        rows = align(self.tokens, self.mask, borders, speculator.n_predict, end_token_ids)
+        dtype = next(speculator.parameters()).dtype
+        states = speculator.unroll(self.hidden[rows.positions].to(dtype), rows.tokens)
+        sums: dict[str, list[float]] = {name: [] for name in ("pairs", *MEASURES)}
+        for k, state in enumerate(states):
+            valid = rows.valid[k]
+            target = rows.targets[k][valid]
+            draft = (state[valid] @ speculator.head(k).T).float()
+            teacher = self.logits[rows.teachers[k][valid]].float()
+            best = draft.topk(min(5, draft.shape[-1])).indices == target[:, None]
+            values = {
+                "pairs": valid,
+                "ce": F.cross_entropy(draft, target, reduction="none"),
+                "kl": divergence(teacher, draft),
+                "kl_training_temperature": divergence(teacher / temperature, draft / temperature),
+                "top1": best[:, :1],
+                "top5": best,
+            }
+            for name, value in values.items():
+                sums[name].append(float(value.sum()))
+        return sums
+
+
+def divergence(teacher: Tensor, draft: Tensor) -> Tensor:
+    """[R] KL(p ‖ q) in nats, from logits [R, V]."""
+    return F.kl_div(draft.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)

@@ -1,0 +1,237 @@
+"""From journals to tables: `results.csv`, `categories.csv`, `skipped.csv`, and the one that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl_speculator.evaluation.journal import Journal
+from verl_speculator.evaluation.metrics import Figures, acceptance, bootstrap, quality, speed
+from verl_speculator.evaluation.quality import MEASURES
+from verl_speculator.files import atomic_file
+
+RESULTS, CATEGORIES, SKIPPED = "results.csv", "categories.csv", "skipped.csv"
+# The columns that come first; figures per depth, intervals and bookkeeping follow.
+LEADING = (
+    *("base", "speculator", "method", "n_predict", "prompts", "temperature", "top_p", "top_k", "draft_length", "seed"),
+    *("tau", "accepted", "accept_rate", "overlap", "tv", "target_calls_per_token"),
+    *("kl", "ce", "perplexity", "top1", "top5"),
+    *("vanilla_tokens_per_s", "speculative_tokens_per_s", "speedup"),
+)
+Record = dict[str, Any]
+
+
+def write_results(out: Path, journals: Path) -> None:
+    """Write the three tables from all journals there are, each in one piece."""
+    import pandas as pd
+
+    found = [journal for path in sorted(journals.glob("*.jsonl")) if (journal := Journal.read(path)) is not None]
+    measured = {_place(journal): _quality_figures(journal) for journal in found if _kind(journal) == "quality"}
+    results, categories, skipped = [], [], []
+    for journal in sorted((j for j in found if _kind(j) == "behaviour"), key=_order):
+        records = [record for record in journal.measured() if "own" in record]
+        skipped += _skipped(journal)
+        if not records:
+            continue
+        common = _common(journal, records)
+        results.append(common | measured.get(_place(journal), {}) | behaviour_figures(journal, records))
+        for category in dict.fromkeys(record["category"] for record in records):
+            part = [record for record in records if record["category"] == category]
+            categories.append(_common(journal, part) | {"category": category} | behaviour_figures(journal, part))
+    for name, rows in ((RESULTS, results), (CATEGORIES, categories), (SKIPPED, skipped)):
+        columns = _columns(rows) if name != SKIPPED else ["prompts", "index", "category", "reason"]
+        with atomic_file(out / name) as path:
+            pd.DataFrame(rows, columns=columns).drop_duplicates().to_csv(path, index=False)
+
+
+def _kind(journal: Journal) -> str:
+    return journal.settings["kind"]
+
+
+def _place(journal: Journal) -> tuple[str, ...]:
+    """What quality is of: a checkpoint and its base in one dtype."""
+    return tuple(journal.settings[name] for name in ("base", "speculator", "dtype"))
+
+
+def _order(journal: Journal) -> tuple[Any, ...]:
+    """Prompt files together, then policies; within them the baselines first."""
+    row = journal.settings
+    names = ("none", "generate", "prompt_lookup", "random")
+    rank = names.index(row["speculator"]) if row["speculator"] in names else len(names)
+    return (
+        row["file"],
+        row["temperature"],
+        row["top_p"],
+        row["top_k"],
+        rank,
+        row["speculator"],
+        row["draft_length"] if rank else 0,
+    )
+
+
+def _skipped(journal: Journal) -> list[Record]:
+    return [
+        {"prompts": journal.settings["file"], "index": r["index"], "category": r["category"], "reason": r["skipped"]}
+        for r in journal.measured()
+        if "skipped" in r
+    ]
+
+
+def _common(journal: Journal, records: Sequence[Record]) -> Record:
+    """What a row says besides its figures."""
+    settings = {name: value for name, value in journal.settings.items() if name not in ("kind", "file")}
+    versions = journal.identity["versions"]
+    return {
+        **settings,
+        "prompts": journal.settings["file"],
+        "prompts_used": len(records),
+        "prompts_skipped": len(_skipped(journal)),
+        "hardware": journal.identity["hardware"],
+        **{f"version_{name}": version for name, version in versions.items()},
+        **journal.origin,
+    }
+
+
+def behaviour_figures(journal: Journal, records: Sequence[Record]) -> Record:
+    """Acceptance, speed and memory of some prompts, with their intervals."""
+    histogram, overlap = (np.array([r[name] for r in records], dtype=float) for name in ("histogram", "overlap"))
+    alone, own = (_rates(records, name, ("prefill", "decode")) for name in ("alone", "own"))
+
+    def figures(weights: np.ndarray) -> Figures:
+        return acceptance(weights @ histogram, weights @ overlap) | speed(alone, own, weights)
+
+    found: Record = {name: float(value) for name, value in figures(np.ones(len(records))).items()}
+    found |= bootstrap(len(records), figures, seed=journal.settings["seed"])
+    pooled = histogram.sum(0)
+    found |= {f"hist_{j}": int(count) for j, count in enumerate(pooled)}
+    times = {name: _all(records, "own", name) for name in ("tokens", "prefill", "decode", "draft", "target")}
+    decode = times["decode"].sum()
+    decode_alone, decode_own = (_rates(records, name, ("decode",), first=False) for name in ("alone", "own"))
+    return found | {
+        "rounds": int(pooled.sum()),
+        "tokens": int(times["tokens"].sum()),
+        "identical": int(sum(r["identical"] for r in records)),
+        "runs": sum(len(r["own"]) for r in records),
+        "prefill_s": float(np.median(times["prefill"])),
+        "decode_s": float(np.median(times["decode"])),
+        "decode_speedup": float(np.nanmedian(decode_own / decode_alone)) if np.isfinite(decode_own).any() else np.nan,
+        "draft_share": float(times["draft"].sum() / decode) if decode else np.nan,
+        # Everything outside the base's and the speculator's forward passes.
+        "loop_share": float(1 - (times["draft"].sum() + times["target"].sum()) / decode) if decode else np.nan,
+        "peak_memory_mb": max(r["peak_mb"] for r in records),
+    }
+
+
+def _all(records: Sequence[Record], who: str, name: str) -> np.ndarray:
+    return np.array([run[name] for record in records for run in record[who]], dtype=float)
+
+
+def _rates(records: Sequence[Record], who: str, parts: Iterable[str], *, first: bool = True) -> np.ndarray:
+    """[P, R] tokens per second over these parts of the time; `first` counts the prefill's own token of every turn."""
+
+    def rate(record: Record, run: dict[str, float]) -> float:
+        tokens = run["tokens"] - (0 if first else record["turns"])
+        return tokens / sum(run[part] for part in parts) if tokens > 0 else float("nan")
+
+    return np.array([[rate(record, run) for run in record[who]] for record in records])
+
+
+def _quality_figures(journal: Journal) -> Record:
+    """CE, KL, perplexity, top-1 and top-5 on the held-out text."""
+    records = journal.measured()
+    if not records:
+        return {}
+    pairs = np.array([r["pairs"] for r in records], dtype=float)
+    sums = {name: np.array([r[name] for r in records], dtype=float) for name in MEASURES}
+
+    def figures(weights: np.ndarray) -> Figures:
+        return quality(weights @ pairs, {name: weights @ values for name, values in sums.items()})
+
+    return {
+        "text": journal.settings["file"],
+        "text_rows": len(records),
+        "text_pairs": int(pairs.sum()),
+        "training_temperature": journal.settings["training_temperature"],
+        **{name: float(value) for name, value in figures(np.ones(len(records))).items()},
+        **bootstrap(len(records), figures, seed=0),
+    }
+
+
+def _columns(rows: Sequence[Record]) -> list[str]:
+    """All columns of all rows: the leading ones, then each figure beside its depths and its interval."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    depths = sorted((n for n in names if n.startswith("accept_depth_") and not n.endswith(("_lo", "_hi"))), key=_depth)
+    at = LEADING.index("overlap")
+    leading = [*LEADING[:at], *depths, *LEADING[at:]]
+    leading += [name for name in ("category",) if name in names]
+    return [*leading, *(name for name in names if name not in leading)]
+
+
+def _depth(name: str) -> int:
+    return int(name.rsplit("_", 1)[1])
+
+
+def print_results(out: Path, console: Any) -> None:
+    """The table that a person reads, and what was skipped."""
+    import pandas as pd
+    from rich.table import Table
+
+    results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
+    for (prompts, temperature), rows in results.groupby(["prompts", "temperature"], sort=False):
+        table = Table(title=f"{prompts}, temperature {temperature:g}, {int(rows['prompts_used'].max())} prompts")
+        for name in (
+            "speculator",
+            "method",
+            "γ",
+            "τ",
+            "accepted",
+            "by depth",
+            "speedup",
+            "tokens/s",
+            "draft",
+            "same text",
+        ):
+            table.add_column(name, justify="left" if name in ("speculator", "method") else "right", overflow="fold")
+        quality_shown = "ce" in rows and bool(rows["ce"].notna().any())
+        if quality_shown:
+            for name in ("CE", "KL", "top-1"):
+                table.add_column(name, justify="right")
+        for row in rows.to_dict("records"):
+            table.add_row(*_cells(row, quality_shown))
+        console.print(table)
+    for prompts, rows in skipped.groupby("prompts", sort=False):
+        names = ", ".join(str(i) for i in rows["index"])
+        console.print(
+            f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): {names}"
+        )
+
+
+def _cells(row: dict[str, Any], with_quality: bool) -> list[str]:
+    def number(name: str, form: str = "{:.2f}") -> str:
+        value = row.get(name)
+        return "–" if value is None or np.isnan(value) else form.format(value)
+
+    def interval(name: str) -> str:
+        low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
+        around = "" if low is None or np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+        return number(name) + around
+
+    depths = [
+        number(f"accept_depth_{k}", "{:.0%}") for k in range(int(row["draft_length"]) if row["draft_length"] > 0 else 0)
+    ]
+    cells = [
+        str(row["speculator"]) + (" (untrained)" if row.get("untrained") is True else ""),
+        str(row["method"]),
+        number("draft_length", "{:.0f}"),
+        interval("tau"),
+        number("accept_rate", "{:.1%}"),
+        " ".join(depths) or "–",
+        interval("speedup"),
+        number("speculative_tokens_per_s", "{:.0f}"),
+        number("draft_share", "{:.0%}"),
+        f"{int(row['identical'])} of {int(row['runs'])}",
+    ]
+    return cells + [number("ce"), number("kl"), number("top1", "{:.1%}")] * with_quality

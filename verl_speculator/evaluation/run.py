@@ -1,0 +1,329 @@
+"""The evaluation: every contender on every prompt, in turn, each measurement kept as soon as it is made."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo, base_shape, load_speculator
+from verl_speculator.config import SpeculatorConfig
+from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
+from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.decoding.target import position_limit
+from verl_speculator.errors import UserError
+from verl_speculator.evaluation.contenders import Contender, HuggingFace, Run, Speculating
+from verl_speculator.evaluation.journal import Journal
+from verl_speculator.evaluation.memory import PeakMemory
+from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
+from verl_speculator.evaluation.quality import Document
+from verl_speculator.evaluation.report import write_results
+from verl_speculator.evaluation.settings import EvaluationSettings
+from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
+from verl_speculator.tokens import end_token_ids
+
+JOURNALS = "journals"
+LOOKUP_LENGTH = 3
+
+
+@dataclass
+class Entry:
+    """One row of the results to be: who, and how it generates.
+
+    Attributes:
+        speculator: the checkpoint as it was given, or the name of a baseline.
+        describes: what the row says of it.
+        identity: fingerprint of what is measured.
+        contender: None for the base alone, which is run beside all others.
+    """
+
+    speculator: str
+    describes: dict[str, Any]
+    identity: dict[str, Any]
+    contender: Contender | None
+
+
+def evaluate(settings: EvaluationSettings) -> Path:
+    """Measure, and write `results.csv`, `categories.csv` and `skipped.csv` (docs/evaluation.md).
+
+    Returns:
+        The output directory.
+
+    Raises:
+        UserError: for a setting, a prompt file or a checkpoint that cannot be used; before the base is loaded wherever
+            it can be known by then.
+    """
+    settings.check_output()
+    infos = settings.checkpoints()
+    prompts = {path: read_prompts(path) for path in settings.prompts}
+    shape = base_shape(settings.base)
+    for info in infos.values():
+        info.check_base(*shape)
+        if not settings.allow_other_base:
+            info.check_base_weights(settings.base)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    tokenizer = load_tokenizer(settings.base)
+    texts = read_texts(settings.texts, tokenizer) if settings.texts else []
+
+    speculators = {name: _load_trained(name, settings, device, dtype) for name in infos}
+    base = load_base(settings.base, device=device, dtype=dtype)
+    ends = end_token_ids(tokenizer, base.generation_config)
+    found = {
+        "base": settings.base,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+    bench = Bench(settings, base, tokenizer, ends, found)
+    entries = bench.entries(infos, speculators)
+    with progress_bar() as progress:
+        for path, several in prompts.items():
+            bench.measure_behaviour(path, several, entries, progress)
+        if texts:
+            bench.measure_quality(texts, infos, speculators, progress)
+    write_results(settings.out, settings.out / JOURNALS)
+    return settings.out
+
+
+def progress_bar() -> Progress:
+    """Bars on stderr."""
+    from rich.console import Console
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: torch.dtype) -> Speculator:
+    """A checkpoint that training has changed."""
+    speculator = load_speculator(name, device=device, dtype=dtype).requires_grad_(False).eval()
+    if speculator.is_untrained() and not settings.allow_untrained:
+        raise UserError(
+            f"speculator={name}: its tensors are those it was initialised with, no training step has changed them; "
+            "--allow-untrained evaluates it all the same"
+        )
+    return speculator
+
+
+class Bench:
+    """A base with all that is run on it.
+
+    Args:
+        settings: of the evaluation.
+        base: in evaluation mode.
+        tokenizer: of the base.
+        ends: tokens that end a text.
+        found: what was settled when loading: dtype, device, threads.
+    """
+
+    def __init__(
+        self, settings: EvaluationSettings, base: nn.Module, tokenizer: Any, ends: Sequence[int], found: dict[str, Any]
+    ) -> None:
+        self.settings, self.base, self.tokenizer, self.ends, self.found = settings, base, tokenizer, ends, found
+        self.policy, self.limit = settings.policy, position_limit(base)
+        self.alone = Speculating(base, None, self.policy, None, ends)
+        self.reader = Speculating(base, None, SamplingPolicy(), None, ends)
+        self.memory = PeakMemory(base.device)
+        self.journals = settings.out / JOURNALS
+        self.base_identity = {"base": weights_fingerprint(settings.base)}
+
+    def entries(self, infos: dict[str, CheckpointInfo], speculators: dict[str, Speculator]) -> list[Entry]:
+        """The rows: baselines first, then the checkpoints as they were given."""
+        first = next(iter(infos.values()), None)
+        entries = []
+        if "none" in self.settings.baselines:
+            entries.append(Entry("none", {"method": "none"}, {}, None))
+        length = self.settings.draft_length or (first.config.n_predict if first else LOOKUP_LENGTH)
+        for name, copied in (("generate", 0), ("prompt_lookup", length)):
+            if name in self.settings.baselines:
+                lookup = HuggingFace(self.base, self.policy, copied, self.ends)
+                entries.append(Entry(name, {"method": name, "draft_length": copied}, {}, lookup))
+        if "random" in self.settings.baselines and first is not None:
+            untrained = self._random(first.config)
+            entries.append(self._entry("random", first.config, untrained, {"shape_of": str(first.directory)}))
+        for name, info in infos.items():
+            identity = {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
+            entries.append(self._entry(name, info.config, speculators[name], identity))
+        return entries
+
+    def _random(self, config: SpeculatorConfig) -> Speculator:
+        """A freshly initialised speculator: what an unloaded checkpoint would be."""
+        width, vocab = base_shape(self.base)
+        untrained = build_speculator(
+            config,
+            hidden_size=width,
+            vocab_size=vocab,
+            seed=self.settings.seed,
+            device=self.base.device,
+            dtype=self.base.dtype,
+        )
+        return untrained.requires_grad_(False).eval()
+
+    def _entry(self, name: str, config: SpeculatorConfig, speculator: Speculator, identity: dict[str, Any]) -> Entry:
+        contender = Speculating(self.base, speculator, self.policy, self.settings.draft_length, self.ends)
+        describes = {
+            "method": config.method,
+            "n_predict": config.n_predict,
+            "draft_length": contender.draft_length,
+            "untrained": speculator.is_untrained(),
+        }
+        return Entry(name, describes, identity, contender)
+
+    def _journal(
+        self, kind: str, name: str, describes: dict[str, Any], identity: dict[str, Any], file: Path, scope: list[int]
+    ) -> Journal:
+        """Of one row, on one file."""
+        used = self.settings
+        row = {"kind": kind, "speculator": name, "file": str(file), **describes, **self.found}
+        if kind == "behaviour":
+            row |= asdict(self.policy) | {
+                "seed": used.seed,
+                "num_trials": used.num_trials,
+                "max_new_tokens": used.max_new_tokens,
+            }
+        identity = {**self.base_identity, **identity, "file": file_fingerprint(file), "versions": versions()}
+        identity["hardware"] = hardware(self.base.device.type)
+        origin = {"date": datetime.date.today().isoformat(), "commit": git_commit()}
+        return Journal.open(self.journals, row, identity, origin, scope)
+
+    # Behaviour on prompts.
+
+    def measure_behaviour(
+        self, path: Path, prompts: Sequence[Prompt], entries: Sequence[Entry], progress: Progress
+    ) -> None:
+        """Every entry on the prompts of one file; those already measured are left out."""
+        scope = spread(len(prompts), self.settings.num_prompts)
+        journals = {
+            e.speculator: self._journal("behaviour", e.speculator, e.describes, e.identity, path, scope)
+            for e in entries
+        }
+        waiting = sorted({index for journal in journals.values() for index in journal.missing()})
+        task = progress.add_task(path.name, total=len(scope), completed=len(scope) - len(waiting))
+        warm = False
+        for prompt in (prompts[index] for index in waiting):
+            due = [e for e in entries if prompt.index not in journals[e.speculator].records]
+            turns, reason = self._turns(prompt)
+            if turns and not warm:
+                self._warm_up(turns[0], due)
+                warm = True
+            measured = self._measure_prompt(prompt.index, turns, due) if turns else {}
+            for entry in due:
+                record = {"category": prompt.category, "turns": len(turns)} | measured.get(entry.speculator, {})
+                if reason:
+                    record["skipped"] = reason
+                journals[entry.speculator].add(prompt.index, record)
+            progress.advance(task)
+
+    def _turns(self, prompt: Prompt) -> tuple[list[list[int]], str | None]:
+        """The tokens of every turn that fits, the base's own greedy answers between them, and why others do not."""
+        turns: list[list[int]] = []
+        replies: list[str] = []
+        for turn in range(prompt.num_turns):
+            if turn:
+                answer = self.reader.generate(turns[-1], max_new_tokens=self.settings.max_new_tokens, seed=0)
+                replies.append(self.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+            ids = prompt_ids(prompt, self.tokenizer, replies)
+            if self.limit is not None and len(ids) >= self.limit:
+                place = f"turn {turn + 1} of {prompt.num_turns}: " if prompt.num_turns > 1 else ""
+                return turns, f"{place}{len(ids)} tokens, the base has {self.limit} positions"
+            turns.append(ids)
+        return turns, None
+
+    def _warm_up(self, prompt: list[int], entries: Sequence[Entry]) -> None:
+        for _ in range(self.settings.warmup_steps):
+            for contender in [self.alone, *(e.contender for e in entries if e.contender)]:
+                contender.generate(prompt, max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
+
+    def _measure_prompt(
+        self, index: int, turns: list[list[int]], entries: Sequence[Entry]
+    ) -> dict[str, dict[str, Any]]:
+        """Each trial runs the base alone and every entry in turn, forwards or backwards, so that a machine that grows
+        slower favours none."""
+        records: dict[str, dict[str, Any]] = {
+            e.speculator: {"alone": [], "own": [], "histogram": [], "overlap": [], "identical": 0, "peak_mb": 0.0}
+            for e in entries
+        }
+        for trial in range(self.settings.num_trials):
+            seeds = [hash((self.settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
+            running = [None, *(e for e in entries if e.contender)]
+            runs: dict[str | None, list[Run]] = {}
+            peaks: dict[str | None, float] = {}
+            for entry in running if (index + trial) % 2 == 0 else reversed(running):
+                name, contender = (entry.speculator, entry.contender) if entry else (None, self.alone)
+                self.memory.reset()
+                runs[name] = [
+                    contender.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
+                    for ids, seed in zip(turns, seeds, strict=True)
+                ]
+                peaks[name] = self.memory.read()
+            for entry in entries:
+                record, name = records[entry.speculator], entry.speculator if entry.contender else None
+                record["alone"].append(_times(runs[None]))
+                record["own"].append(_times(runs[name]))
+                record["peak_mb"] = max(record["peak_mb"], peaks[name])
+                same = [a.tokens == b.tokens for a, b in zip(runs[None], runs[name], strict=True)]
+                record["identical"] += all(same)
+                # A greedy text is the same in every trial: its rounds count once.
+                if trial == 0 or not self.policy.greedy:
+                    record["histogram"].append(_add(run.histogram for run in runs[name]))
+                    record["overlap"].append(_add(run.overlap for run in runs[name]))
+        for record in records.values():
+            record["histogram"], record["overlap"] = _add(record["histogram"]), _add(record["overlap"])
+        return records
+
+    # Quality on text.
+
+    def measure_quality(
+        self,
+        texts: Sequence[tuple[list[int], list[int]]],
+        infos: dict[str, CheckpointInfo],
+        speculators: dict[str, Speculator],
+        progress: Progress,
+    ) -> None:
+        """Every checkpoint on the held-out text; each document is read once for all of them."""
+        path, scope = self.settings.texts, spread(len(texts), self.settings.num_texts)
+        journals, temperatures = {}, {}
+        for name, info in infos.items():
+            temperatures[name] = self.settings.kl_temperature or _training_temperature(info)
+            describes = {"training_temperature": temperatures[name]}
+            identity = {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
+            journals[name] = self._journal("quality", name, describes, identity, path, scope)
+        waiting = sorted({i for journal in journals.values() for i in journal.missing()})
+        task = progress.add_task(f"{path.name} (text)", total=len(scope), completed=len(scope) - len(waiting))
+        for i in waiting:
+            ids, mask = texts[i]
+            # A document longer than the base is measured as far as the base can read it.
+            document = Document(self.base, ids[: self.limit], mask[: self.limit])
+            for name, journal in journals.items():
+                if i not in journal.records:
+                    journal.add(i, document.measure(speculators[name], self.ends, temperatures[name]))
+            progress.advance(task)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` indices at even distances, so that a file sorted by category is sampled whole; 0 for all."""
+    wanted = min(wanted, count) or count
+    return [i * count // wanted for i in range(wanted)]
+
+
+def _training_temperature(info: CheckpointInfo) -> float:
+    """What the checkpoint's loss softened the distributions with; 1 where none is recorded."""
+    return float(info.provenance.get("training", {}).get("kl_temperature", 1.0))
+
+
+def _times(runs: Sequence[Run]) -> dict[str, float]:
+    """Tokens and seconds of one trial, all turns together."""
+    sums = {name: sum(getattr(run, name) for run in runs) for name in ("prefill", "decode", "draft", "target")}
+    return {"tokens": sum(len(run.tokens) for run in runs)} | {name: round(s, 6) for name, s in sums.items()}
+
+
+def _add(rows: Any) -> list[float]:
+    """Element by element."""
+    return [sum(column) for column in zip(*rows, strict=True)]
