@@ -10,6 +10,8 @@ import typer
 from verl_speculator.allocator import restart_with_allocator
 from verl_speculator.evaluation.settings import BASELINES, OPTIONAL_BASELINES, EvaluationSettings
 
+WIDTH = 180
+
 
 def evaluate(
     base: Annotated[str, typer.Option(help="base model: a directory or a hub name")],
@@ -75,7 +77,9 @@ def evaluate(
     run(settings)
     if plots:
         plot(out)
-    print_results(out, Console())
+    # A file or a pipe has no width of its own, and a narrow one would cut the names.
+    console = Console()
+    print_results(out, console if console.is_terminal else Console(width=WIDTH))
 
 
 def plot(

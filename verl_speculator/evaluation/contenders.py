@@ -149,7 +149,8 @@ class HuggingFace:
         """A fresh configuration: the base's own may hold penalties, which would be another distribution."""
         from transformers import GenerationConfig
 
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.ends) or None}
+        # Its assisted generation cannot do without end tokens; none of the vocabulary's is -1.
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.ends) or [-1]}
         settings["pad_token_id"] = self.ends[0] if self.ends else 0
         if self.draft_length:
             settings["prompt_lookup_num_tokens"] = self.draft_length
@@ -177,12 +178,8 @@ class HuggingFace:
         for (before, _), (after, _) in rounds:
             histogram[after - before - 1] += 1
         nan = float("nan")
-        return Run(
-            text[0, len(prompt) :].tolist(),
-            recorder.ends[0] - start,
-            end - recorder.ends[0],
-            nan,
-            nan,
-            histogram,
-            [nan] * self.draft_length,
-        )
+        # Greedily an overlap is 1 where the draft is accepted and 0 where it is not; otherwise it is not known here.
+        overlap = [sum(histogram[k + 1 :]) if self.policy.greedy else nan for k in range(self.draft_length)]
+        # Prompt lookup may go one token past the limit.
+        tokens = text[0, len(prompt) :][:max_new_tokens].tolist()
+        return Run(tokens, recorder.ends[0] - start, end - recorder.ends[0], nan, nan, histogram, overlap)
