@@ -8,6 +8,8 @@ import os
 os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from more threads, and lose much on a machine that has other things to do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

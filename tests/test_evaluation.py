@@ -273,7 +273,8 @@ def test_results(report, world, base, chat):
     assert trained["tau"] == pytest.approx(1 + trained["accept_rate"] * 3)
     assert trained["overlap"] + trained["tv"] == pytest.approx(1)
     assert not trained["untrained"] and random["untrained"]
-    assert trained["ce"] < np.log(331) and trained["text"] == str(chat) and trained["text_rows"] == 6
+    assert trained["perplexity"] == pytest.approx(np.exp(trained["ce"])) and trained["kl"] > 0
+    assert trained["text"] == str(chat) and trained["text_rows"] == 6
     assert np.isnan(random["ce"])
     assert trained["rounds"] == sum(trained[f"hist_{j}"] for j in range(4))
     assert 0 < trained["draft_share"] < 1 and 0 < trained["loop_share"] < 0.5

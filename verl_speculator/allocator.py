@@ -13,5 +13,4 @@ CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_":
 def restart_with_allocator() -> None:
     """Start this command again with the settings that glibc reads at the start of a process, unless they are there."""
     if sys.platform == "linux" and not CPU_ALLOCATOR.keys() & os.environ.keys():
-        command = [sys.executable, "-m", "verl_speculator", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | CPU_ALLOCATOR)
+        os.execve(sys.executable, sys.orig_argv, os.environ | CPU_ALLOCATOR)
