@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "alignment": set(),
     "provenance": set(),
     "models": {"config", "families"},
-    "losses": {"models"},
+    "objective": {"errors"},
+    "losses": {"models", "objective"},
     "checkpoint": {"config", "errors", "families", "files", "models", "provenance"},
     "decoding": {"errors", "models", "tokens"},
     "evaluation": {

@@ -1,5 +1,6 @@
-"""Losses judge what the families compute."""
+"""Losses of a speculator: `reference` holds the definitions, `speculator_loss` is fast and gives the same."""
 
+from verl_speculator.losses.chunked import speculator_loss
 from verl_speculator.losses.draft import DraftLoss, DraftSums, mean_loss
 
-__all__ = ["DraftLoss", "DraftSums", "mean_loss"]
+__all__ = ["DraftLoss", "DraftSums", "mean_loss", "speculator_loss"]

@@ -1,16 +1,22 @@
-"""The definitions: one row, one loss. Whatever is faster must give these values and gradients."""
+"""The definitions: one row, one loss. Whatever is faster must give these values and gradients.
+
+Shapes: R rows, V vocabulary. Logits are in float32 or wider. A teacher's logits are the base's own for the same token,
+and never carry a gradient. α = Σ_v min(p, q) is the probability with which a draft drawn from q is accepted.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from verl_speculator.objective import Objective
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """−log q(target) of each row.
 
     Args:
-        logits: [R, V] in float32 or wider.
+        logits: [R, V]
         targets: [R] token ids.
 
     Returns:
@@ -18,3 +24,45 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     picked = logits.gather(-1, targets[:, None]).squeeze(-1)
     return torch.logsumexp(logits, -1) - picked
+
+
+def kl(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """[R] T²·KL(p ‖ q), both softened by the temperature T. The factor keeps the size of the gradient (Hinton et al.
+    2015, arXiv 1503.02531)."""
+    log_p = (teacher.detach() / temperature).log_softmax(-1)
+    log_q = (logits / temperature).log_softmax(-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def acceptance(logits: Tensor, teacher: Tensor) -> Tensor:
+    """[R] α = Σ_v min(p, q)."""
+    return torch.minimum(teacher.detach().softmax(-1), logits.softmax(-1)).sum(-1)
+
+
+def tv(logits: Tensor, teacher: Tensor) -> Tensor:
+    """[R] total variation ½ Σ_v |p − q| = 1 − α."""
+    return 1 - acceptance(logits, teacher)
+
+
+def lk_pure(logits: Tensor, teacher: Tensor) -> Tensor:
+    """[R] −log α (LK losses, arXiv 2602.23881)."""
+    return -acceptance(logits, teacher).log()
+
+
+def lk(logits: Tensor, teacher: Tensor, eta: float) -> Tensor:
+    """[R] the hybrid λ·KL + (1 − λ)·TV with λ = exp(−η·α), α without a gradient (LK losses, arXiv 2602.23881): KL where
+    hardly anything is accepted yet, TV where much is."""
+    weight = torch.exp(-eta * acceptance(logits, teacher).detach())
+    return weight * kl(logits, teacher) + (1 - weight) * tv(logits, teacher)
+
+
+def row_losses(objective: Objective, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+    """[R] the mix of an objective, differentiable by autograd."""
+    found = {
+        "ce": lambda: cross_entropy(logits, targets),
+        "kl": lambda: kl(logits, teacher, objective.kl_temperature),
+        "tv": lambda: tv(logits, teacher),
+        "lk": lambda: lk(logits, teacher, objective.lk_eta),
+        "lk_pure": lambda: lk_pure(logits, teacher),
+    }
+    return sum(weight * found[name]() for name, weight in objective.weights)

@@ -44,9 +44,13 @@ def build_speculator(
     """
     with torch.device("meta"):
         speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size)
-    dtype = dtype or torch.float32
-    if torch.device(device or "cpu").type == "meta":
-        return speculator.to(dtype)
-    speculator = speculator.to_empty(device="cpu")
+    device, dtype = torch.device(device or "cpu"), dtype or torch.float32
+    # By hand: `nn.Module.to` cannot convert where tensors are only reckoned with (FakeTensorMode).
+    for module in speculator.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
+            setattr(module, name, torch.nn.Parameter(empty))
+    if device.type == "meta":
+        return speculator
     speculator.reset_parameters(None if seed is None else torch.Generator().manual_seed(seed))
-    return speculator.to(device=device, dtype=dtype)
+    return speculator if device.type == "cpu" else speculator.to(device)

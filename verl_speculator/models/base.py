@@ -103,6 +103,10 @@ class Speculator(nn.Module, abc.ABC):
             outputs.append(state.output)
         return torch.stack(outputs)
 
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """`unroll`, under the name by which torch calls a module with other parameters."""
+        return self.unroll(hidden, tokens)
+
     def checkpoint_slots(self) -> dict[str, Slot]:
         """Every tensor name of a checkpoint, with the place in the module that holds it.
 

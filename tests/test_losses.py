@@ -1,0 +1,272 @@
+"""The losses: definitions by hand, closed forms against them, and chunks against the plain loop, value and gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from variants import configurations
+
+from verl_speculator import SpeculatorConfig, build_speculator
+from verl_speculator.errors import UserError
+from verl_speculator.losses import reference, speculator_loss
+from verl_speculator.losses.closed_form import loss_and_gradient_
+from verl_speculator.losses.reference import row_losses
+from verl_speculator.objective import Objective
+
+D, V, T, K = 20, 61, 11, 3
+OBJECTIVES = {
+    "ce": Objective.parse("ce"),
+    "kl": Objective.parse("kl"),
+    "kl_warm": Objective.parse("kl", kl_temperature=2.5),
+    "tv": Objective.parse("tv"),
+    "lk": Objective.parse("lk"),
+    "lk_pure": Objective.parse("lk_pure"),
+    "mix": Objective.parse({"ce": 0.1, "kl": 1.0, "tv": 0.5, "lk": 2, "lk_pure": 0.25}, kl_temperature=0.7, lk_eta=10),
+    "half_ce": Objective.parse({"ce": 0.5}),
+}
+
+
+def rand(*shape, seed, scale=1.5):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def test_definitions_by_hand():
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.5, 0.1])
+    z, t = q.log()[None].double(), p.log()[None].double()
+    alpha, divergence = 0.4 + 0.2 + 0.1, 0.7 * math.log(0.7 / 0.4) + 0.2 * math.log(0.2 / 0.5)
+    assert float(reference.cross_entropy(z, torch.tensor([1]))) == pytest.approx(-math.log(0.5))
+    assert float(reference.kl(z, t)) == pytest.approx(divergence, rel=1e-6)
+    assert float(reference.tv(z, t)) == pytest.approx(1 - alpha) == pytest.approx(0.5 * (0.3 + 0.3))
+    assert float(reference.lk_pure(z, t)) == pytest.approx(-math.log(alpha))
+    share = math.exp(-3 * alpha)
+    assert float(reference.lk(z, t, 3.0)) == pytest.approx(share * divergence + (1 - share) * (1 - alpha), rel=1e-6)
+    # Softened: both distributions to the power 1/T, and the factor T².
+    soft_p, soft_q = (x**0.5 / (x**0.5).sum() for x in (p, q))
+    assert float(reference.kl(z, t, 2.0)) == pytest.approx(
+        4 * float((soft_p * (soft_p / soft_q).log()).sum()), rel=1e-5
+    )
+
+
+def test_every_loss_is_least_where_the_draft_is_the_base():
+    teacher = rand(5, V, seed=1)
+    for name in ("kl", "tv", "lk", "lk_pure"):
+        objective = OBJECTIVES[name]
+        assert row_losses(objective, teacher, None, teacher).abs().max() < 1e-12
+        assert row_losses(objective, rand(5, V, seed=2), None, teacher).min() > 0.01
+
+
+def test_teachers_carry_no_gradient():
+    z, t = rand(4, V, seed=1).requires_grad_(), rand(4, V, seed=2).requires_grad_()
+    for name, objective in OBJECTIVES.items():
+        row_losses(objective, z, torch.arange(4), t).sum().backward()
+        assert t.grad is None and z.grad is not None, name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_closed_forms(objective):
+    z, t, targets = rand(9, V, seed=3).requires_grad_(), rand(9, V, seed=4), torch.arange(9)
+    expected = row_losses(objective, z, targets, t)
+    (gradient,) = torch.autograd.grad(expected.sum(), z)
+    block = z.detach().clone()
+    loss, found = loss_and_gradient_(block, targets, t.clone(), objective)
+    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
+    assert found.data_ptr() == block.data_ptr()
+
+
+# The whole loss.
+
+
+class Batch:
+    """Rows of every kind: whole, cut short, and without a single pair."""
+
+    def __init__(self, dtype=torch.float64, rows=T, depths=K, vocab=V, width=D):
+        self.hidden = rand(rows, width, seed=5).to(dtype)
+        generator = torch.Generator().manual_seed(6)
+        self.tokens, self.targets = torch.randint(vocab, (2, rows, depths), generator=generator)
+        length = torch.randint(depths + 1, (rows,), generator=generator)
+        self.valid = torch.arange(depths)[None] < length[:, None]
+        self.teacher_hidden = rand(rows + depths + 1, width, seed=7).to(dtype)
+        self.teacher_rows = torch.arange(rows)[:, None] + torch.arange(depths)[None] + 1
+        self.base_head = rand(vocab, width, seed=8, scale=0.5).to(dtype)
+
+    def arguments(self):
+        return (self.hidden, self.tokens, self.targets, self.valid), {
+            "teacher_hidden": self.teacher_hidden,
+            "teacher_rows": self.teacher_rows,
+            "base_head": self.base_head,
+        }
+
+
+def plain(speculator, batch, objective, counts=None):
+    """All K blocks of logits at once, all rows, through autograd: the definition."""
+    counts = batch.valid.sum(0) if counts is None else counts
+    weights = torch.tensor(objective.depths(batch.valid.shape[1])) * (counts > 0)
+    states = speculator.unroll(batch.hidden, batch.tokens)
+    total = 0.0
+    for k, state in enumerate(states):
+        wide = torch.float32 if state.dtype == torch.bfloat16 else state.dtype
+        logits = (state @ speculator.head(k).T).to(wide)
+        teacher = (batch.teacher_hidden[batch.teacher_rows[:, k]] @ batch.base_head.T).to(wide)
+        losses = row_losses(objective, logits, batch.targets[:, k], teacher)
+        total = total + weights[k] * torch.where(batch.valid[:, k], losses, 0).sum() / max(int(counts[k]), 1)
+    return total / weights.sum()
+
+
+def gradients(speculator, loss, hidden):
+    speculator.zero_grad()
+    hidden.grad = None
+    loss.backward()
+    return {name: p.grad for name, p in speculator.named_parameters()} | {"hidden": hidden.grad}
+
+
+def compare(config, batch, objective, **options):
+    speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+    batch.hidden.requires_grad_()
+    expected = plain(speculator, batch, objective, options.get("counts"))
+    wanted = gradients(speculator, expected, batch.hidden)
+    rows, teacher = batch.arguments()
+    loss, sums = speculator_loss(speculator, *rows, **teacher, loss=objective, **options)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    found = gradients(speculator, loss, batch.hidden)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-12, msg=name)
+    return sums
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 4, T, 100])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_chunks_give_the_plain_loss_and_every_gradient(objective, chunk_rows):
+    config = SpeculatorConfig(method="sum_lstm", n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    compare(config, Batch(), objective, chunk_rows=chunk_rows)
+
+
+@pytest.mark.parametrize("config", configurations().values(), ids=configurations().keys())
+def test_every_family(config):
+    compare(config, Batch(depths=config.n_predict), OBJECTIVES["mix"], chunk_rows=4)
+    compare(config, Batch(depths=config.n_predict), OBJECTIVES["ce"])
+
+
+def test_depth_weights_and_counts_of_a_larger_batch():
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    objective = Objective.parse({"ce": 1, "kl": 2}, depth_weights=[1.0, 0.5, 0.0])
+    compare(config, Batch(), objective, chunk_rows=5, counts=torch.tensor([100, 70, 9]))
+
+
+def test_a_depth_without_a_valid_row_and_no_row_at_all():
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    batch = Batch()
+    batch.valid[:, 1:] = False
+    compare(config, batch, OBJECTIVES["mix"], chunk_rows=2)
+    batch.valid[:] = False
+    speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+    rows, teacher = batch.arguments()
+    loss, sums = speculator_loss(speculator, *rows, **teacher, loss="lk")
+    assert float(loss.detach()) == 0 and not sums["pairs"].any()
+    assert all(grad is not None and not grad.any() for grad in gradients(speculator, loss, batch.hidden).values())
+
+
+def test_sums_are_those_of_the_drafts():
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    batch = Batch(rows=200, vocab=7)
+    speculator = build_speculator(config, hidden_size=D, vocab_size=7, seed=0, dtype=torch.float64)
+    _, sums = speculator_loss(speculator, batch.hidden, batch.tokens, batch.targets, batch.valid, chunk_rows=13)
+    states = speculator.unroll(batch.hidden, batch.tokens)
+    hits = torch.stack([(states[k] @ speculator.head(k).T).argmax(-1) == batch.targets[:, k] for k in range(K)], 1)
+    alive = torch.ones(200, dtype=torch.bool)
+    for k in range(K):
+        reached = alive & batch.valid[:, k]
+        alive = reached & hits[:, k]
+        assert sums["pairs"][k] == batch.valid[:, k].sum()
+        assert sums["correct"][k] == (hits[:, k] & batch.valid[:, k]).sum()
+        assert sums["reached"][k] == reached.sum() and sums["accepted"][k] == alive.sum()
+    assert sums["accepted"][0] > 0 and not any(total.requires_grad for total in sums.values())
+
+
+def test_a_soft_capped_head_as_a_function():
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    batch, speculator = Batch(), build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+    rows, teacher = batch.arguments()
+    capped = teacher | {"base_head": lambda states: torch.tanh(states @ batch.base_head.T / 2) * 2}
+    loss, _ = speculator_loss(speculator, *rows, **capped, loss="kl")
+    straight, _ = speculator_loss(speculator, *rows, **teacher, loss="kl")
+    assert abs(float(loss - straight)) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+def test_half_precision_loses_no_more_than_the_plain_loop(method):
+    """Gradients of bf16 parameters against float64 ones of the same numbers, in many small chunks."""
+    config = SpeculatorConfig(method=method, n_predict=K, inner_dim=48, emb_dim=48, proj_dim=48)
+    exact = build_speculator(config, hidden_size=D, vocab_size=V, seed=0).to(torch.bfloat16)
+    batch = Batch(dtype=torch.bfloat16, rows=600)
+    wide = Batch(rows=600)
+    for name in ("hidden", "teacher_hidden", "base_head"):
+        setattr(wide, name, getattr(batch, name).double())
+    double = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+    double.load_state_dict({name: p.double() for name, p in exact.state_dict().items()})
+    for x in (batch, wide):
+        x.hidden.requires_grad_()
+    truth = gradients(double, plain(double, wide, OBJECTIVES["ce"]), wide.hidden)
+    loop = gradients(exact, plain(exact, batch, OBJECTIVES["ce"]), batch.hidden)
+    loop = {name: grad.clone() for name, grad in loop.items()}
+    rows, _ = batch.arguments()
+    ours = gradients(exact, speculator_loss(exact, *rows, chunk_rows=32)[0], batch.hidden)
+    assert {grad.dtype for grad in ours.values()} == {torch.bfloat16}
+
+    def error(grads, names):
+        return sum(float((grads[n].double() - truth[n]).norm() ** 2 / truth[n].norm() ** 2) for n in names) ** 0.5
+
+    assert error(ours, truth) <= error(loop, truth)
+    large = [name for name in truth if name.startswith(("emb", "heads"))]
+    assert error(ours, large) < 0.96 * error(loop, large)
+
+
+def test_fake_tensors():
+    """Shapes alone: no value is read, so memory can be reckoned without memory."""
+    config = SpeculatorConfig(method="sum_lstm", n_predict=K, inner_dim=64, emb_dim=64, proj_dim=64, tie_lstm_embs=True)
+    with FakeTensorMode():
+        speculator = build_speculator(config, hidden_size=64, vocab_size=1000, dtype=torch.bfloat16)
+        hidden, tokens = torch.empty(50, 64, dtype=torch.bfloat16), torch.zeros(50, K, dtype=torch.long)
+        rows = (hidden, tokens, tokens, torch.ones(50, K, dtype=torch.bool))
+        loss, _ = speculator_loss(speculator, *rows, chunk_rows=16)
+        loss.backward()
+        assert {p.grad.dtype for p in speculator.parameters()} == {torch.bfloat16}
+        assert all(p.grad.shape == p.shape for p in speculator.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "more", "message"),
+    [
+        (
+            "kll",
+            {},
+            "loss=kll: expected one of ce, kl, tv, lk, lk_pure, or weights of several (did you mean 'kl'?)",
+        ),
+        ({"ce": -1}, {}, "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
+        ({"ce": "x"}, {}, "model.speculator.loss.ce=x: expected a weight ≥ 0"),
+        ({"ce": 0, "kl": 0.0}, {}, "model.speculator.loss={'ce': 0, 'kl': 0.0}: all weights are 0, expected one above"),
+        ({}, {}, "expected one of ce, kl, tv, lk, lk_pure"),
+        ("kl", {"kl_temperature": 0}, "model.speculator.kl_temperature=0: expected a number > 0"),
+        ("lk", {"lk_eta": -3}, "model.speculator.lk_eta=-3: expected a number > 0"),
+        ("ce", {"depth_weights": [0, 0]}, "model.speculator.depth_weights=[0, 0]: expected numbers ≥ 0"),
+    ],
+)
+def test_objectives_that_are_none(loss, more, message):
+    with pytest.raises(UserError) as error:
+        Objective.parse(loss, prefix="model.speculator.", **more)
+    assert message in str(error.value)
+
+
+def test_arguments_that_are_missing():
+    batch = Batch()
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="teacher_hidden, teacher_rows and base_head are needed"):
+        speculator_loss(speculator, *batch.arguments()[0], loss="kl")
+    with pytest.raises(ValueError, match="chunk_rows=0"):
+        speculator_loss(speculator, *batch.arguments()[0], chunk_rows=0)
+    with pytest.raises(UserError, match="expected 3 numbers, one for each depth"):
+        speculator_loss(speculator, *batch.arguments()[0], loss=Objective.parse("ce", depth_weights=[1, 1]))

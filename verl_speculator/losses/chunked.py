@@ -1,0 +1,298 @@
+"""The speculator's loss in row chunks, with the gradients made in the forward pass.
+
+Logits of K depths are the largest tensors of training: K·T·V numbers, and as many gradients. Here a chunk of rows runs
+through unroll, head and loss, gives its gradients, and is gone before the next one; nothing is computed twice. Sums
+over chunks are kept in float32, in place, and become gradients in the parameters' type one tensor at a time.
+
+Shapes: T rows, K depths, D base width, E speculator width, V vocabulary, R rows of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from verl_speculator.losses.closed_form import loss_and_gradient_
+from verl_speculator.models.base import Speculator
+from verl_speculator.models.layers import OutputHead, TokenEmbedding
+from verl_speculator.objective import Objective
+
+# Numbers in one block of logits: 256 MiB in float32. Independent of the machine, so that sums are too.
+BLOCK = 2**26
+LEAST_ROWS = 64
+
+Head = Callable[[Tensor], Tensor]
+
+
+def default_chunk_rows(vocab_size: int, objective: Objective) -> int:
+    """Rows of a chunk whose blocks of logits, the teacher's among them, have a bounded size."""
+    return max(LEAST_ROWS, BLOCK // vocab_size // (2 if objective.needs_teacher else 1))
+
+
+def speculator_loss(
+    speculator: Speculator,
+    hidden: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
+    base_head: Tensor | Head | None = None,
+    counts: Tensor | None = None,
+    loss: str | dict[str, float] | Objective = "ce",
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a speculator over all rows and depths, differentiable in `hidden` and in its parameters.
+
+    The sum over each depth's valid pairs is divided by the depth's count and averaged over the depths that have any,
+    by the objective's depth weights.
+
+    Args:
+        speculator: any family.
+        hidden: [T, D] the base's states after its final norm. Rows without a valid pair cost nothing.
+        tokens: [T, K] the tokens x_{t+1} … x_{t+K}.
+        targets: [T, K] the token that each depth predicts.
+        valid: [T, K] bool, the pairs that count.
+        teacher_hidden: [R, D] states of the base, for losses that compare with its distribution. No gradient flows
+            into them.
+        teacher_rows: [T, K] the row of `teacher_hidden` at which the base predicts the same token.
+        base_head: the base's output head, as a weight [V, D] or as a function from states [r, D] to logits [r, V].
+        counts: [K] valid pairs of each depth in the whole batch, of which this may be a part; those of `valid` by
+            default.
+        loss: a name, weights by name, or an `Objective`.
+        chunk_rows: rows at a time; `default_chunk_rows` by default.
+
+    Returns:
+        The loss, and per depth, without a gradient: `loss` (summed), `pairs`, `correct`, `reached`, `accepted` [K].
+
+    Raises:
+        ValueError: if the teacher is asked for and not given, or chunk_rows is not positive.
+    """
+    objective = loss if isinstance(loss, Objective) else Objective.parse(loss)
+    if objective.needs_teacher and (teacher_hidden is None or teacher_rows is None or base_head is None):
+        raise ValueError("this loss compares with the base: teacher_hidden, teacher_rows and base_head are needed")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows}: expected at least 1")
+    counts = valid.sum(0) if counts is None else counts
+    depth_weights = torch.tensor(objective.depths(valid.shape[1]), device=hidden.device, dtype=torch.float64)
+    present = depth_weights * (counts > 0)
+    # [K] what each row's loss is multiplied with.
+    scale = present / present.sum().clamp(min=torch.finfo(torch.float64).tiny) / counts.clamp(min=1)
+
+    # Where shapes are only reckoned with, which rows are valid is not known: all are kept.
+    if not isinstance(hidden, FakeTensor):
+        kept = valid.any(1).nonzero().squeeze(-1)
+        hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
+        teacher_rows = None if teacher_rows is None else teacher_rows[kept]
+    names, parameters = zip(*speculator.named_parameters(), strict=True)
+    if isinstance(base_head, Tensor):
+        weight = base_head.detach()
+        base_head = lambda states: states @ weight.T  # noqa: E731
+    job = _Job(
+        speculator=speculator,
+        names=names,
+        tokens=tokens,
+        targets=targets,
+        valid=valid,
+        scale=scale,
+        objective=objective,
+        chunk_rows=chunk_rows or default_chunk_rows(speculator.vocab_size, objective),
+        teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
+        teacher_rows=teacher_rows,
+        base_head=base_head,
+    )
+    total, *sums = _ChunkedLoss.apply(job, hidden, *parameters)
+    return total, dict(zip(SUMS, sums, strict=True))
+
+
+SUMS = ("loss", "pairs", "correct", "reached", "accepted")
+
+
+@dataclass
+class _Job:
+    """All of a loss that carries no gradient."""
+
+    speculator: Speculator
+    names: tuple[str, ...]
+    tokens: Tensor
+    targets: Tensor
+    valid: Tensor
+    scale: Tensor
+    objective: Objective
+    chunk_rows: int
+    teacher_hidden: Tensor | None
+    teacher_rows: Tensor | None
+    base_head: Head | None
+
+    def chunks(self) -> Iterator[slice]:
+        rows = self.tokens.shape[0]
+        return (slice(begin, min(begin + self.chunk_rows, rows)) for begin in range(0, rows, self.chunk_rows))
+
+    def teacher(self, chunk: slice, depth: int, dtype: torch.dtype) -> Tensor | None:
+        if not self.objective.needs_teacher:
+            return None
+        with torch.no_grad():
+            logits = self.base_head(self.teacher_hidden[self.teacher_rows[chunk, depth]])
+        return logits.to(dtype, copy=True)
+
+
+class _Gradients:
+    """Sums of the parameters' gradients over chunks, in float32 at least.
+
+    Tables and heads, which are as large as the vocabulary, are never there twice: a table's rows are added one by one,
+    a head's product is added into the sum.
+    """
+
+    def __init__(self, job: _Job, parameters: tuple[Tensor, ...], dtype: torch.dtype, wanted: list[bool]) -> None:
+        self.sums = [
+            torch.zeros(p.shape, dtype=dtype, device=p.device) if want else None
+            for p, want in zip(parameters, wanted, strict=True)
+        ]
+        kinds = {id(m.weight): type(m) for m in job.speculator.modules() if isinstance(m, (TokenEmbedding, OutputHead))}
+        own = dict(job.speculator.named_parameters())
+        self.kinds = [kinds.get(id(own[name])) for name in job.names]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and sums; the gradients are made here and only scaled on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        device = hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+        wide = torch.float32 if compute in (torch.bfloat16, torch.float16) else compute
+        wanted = [bool(need) for need in ctx.needs_input_grad[2:]]
+        training = any(ctx.needs_input_grad[1:])
+        gradients = _Gradients(job, parameters, wide, wanted)
+        hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[1] else None
+        count = job.tokens.shape[1]
+        sums = {name: hidden.new_zeros(count, dtype=wide) for name in SUMS}
+        with torch.autocast(device, enabled=False):
+            casted = [p.detach().to(compute) for p in parameters]
+            for chunk in job.chunks():
+                _run_chunk(job, chunk, hidden.detach(), casted, gradients, hidden_gradient, sums, training, wide)
+        ctx.gradients, ctx.hidden_gradient = gradients.sums, hidden_gradient
+        ctx.dtypes = [p.dtype for p in parameters]
+        total = (sums["loss"] * job.scale.to(wide)).sum()
+        found = tuple(sums[name] for name in SUMS)
+        ctx.mark_non_differentiable(*found)
+        return total, *found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Any, ...]:
+        hidden = None if ctx.hidden_gradient is None else ctx.hidden_gradient * scale.to(ctx.hidden_gradient.dtype)
+        found = []
+        for i, dtype in enumerate(ctx.dtypes):
+            total, ctx.gradients[i] = ctx.gradients[i], None
+            found.append(None if total is None else total.mul_(scale).to(dtype))
+            del total
+        return None, hidden, *found
+
+
+def _run_chunk(
+    job: _Job,
+    chunk: slice,
+    hidden: Tensor,
+    parameters: list[Tensor],
+    gradients: _Gradients,
+    hidden_gradient: Tensor | None,
+    sums: dict[str, Tensor],
+    training: bool,
+    wide: torch.dtype,
+) -> None:
+    """Add one chunk's losses to `sums`, and its gradients to `gradients` and `hidden_gradient`."""
+    compute = parameters[0].dtype
+    tokens, valid = job.tokens[chunk], job.valid[chunk]
+    leaves, numbers = _leaves(job, gradients, parameters, tokens, training)
+    state = hidden[chunk].to(compute)
+    if hidden_gradient is not None:
+        state = state.requires_grad_()
+    with torch.set_grad_enabled(training):
+        states = functional_call(job.speculator, dict(zip(job.names, leaves, strict=True)), (state, numbers))
+    backs = torch.zeros_like(states) if training else None
+    alive = torch.ones_like(valid[:, 0])
+    own = dict(zip(job.names, range(len(job.names)), strict=True))
+    heads = {id(p): own[name] for name, p in job.speculator.named_parameters()}
+    for k in range(valid.shape[1]):
+        at = heads[id(job.speculator.head(k))]
+        weight, output = parameters[at], states[k].detach()
+        logits = (output @ weight.T).to(wide)
+        hit = logits.argmax(-1) == job.targets[chunk, k]
+        losses, gradient = loss_and_gradient_(logits, job.targets[chunk, k], job.teacher(chunk, k, wide), job.objective)
+        reached = alive & valid[:, k]
+        alive = reached & hit
+        sums["loss"][k] += torch.where(valid[:, k], losses, 0).sum()
+        flags = {"pairs": valid[:, k], "correct": hit & valid[:, k], "reached": reached, "accepted": alive}
+        for name, flag in flags.items():
+            sums[name][k] += flag.sum()
+        if training:
+            gradient.mul_((job.scale[k] * valid[:, k]).to(wide).unsqueeze(-1))
+            if gradients.sums[at] is not None:
+                add_product_(gradients.sums[at], gradient, output)
+            torch.mm(gradient.to(compute), weight, out=backs[k])
+        del logits, gradient
+    if training:
+        _backward(job, chunk, states, backs, state, leaves, tokens, gradients, hidden_gradient)
+
+
+def _leaves(
+    job: _Job, gradients: _Gradients, parameters: list[Tensor], tokens: Tensor, training: bool
+) -> tuple[list[Tensor], Tensor]:
+    """The parameters as the chunk's own leaves, and the token numbers that go with them.
+
+    A table is replaced by the rows that this chunk looks up, in order, so that its gradient is as small as they are.
+    """
+    rows, leaves = tokens.flatten(), []
+    for parameter, kind, total in zip(parameters, gradients.kinds, gradients.sums, strict=True):
+        leaf = F.embedding(rows, parameter) if kind is TokenEmbedding else parameter.detach()
+        leaves.append(leaf.requires_grad_(training and total is not None and kind is not OutputHead))
+    return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
+
+
+def _backward(
+    job: _Job,
+    chunk: slice,
+    states: Tensor,
+    backs: Tensor,
+    state: Tensor,
+    leaves: list[Tensor],
+    tokens: Tensor,
+    gradients: _Gradients,
+    hidden_gradient: Tensor | None,
+) -> None:
+    """Through the chunk's unroll, into the sums."""
+    inputs = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    asked = [leaf for _, leaf in inputs] + [state] * (hidden_gradient is not None)
+    if not asked:
+        return
+    found = list(torch.autograd.grad(states, asked, backs, allow_unused=True))
+    if hidden_gradient is not None:
+        hidden_gradient[chunk] = found.pop()
+    for (i, _), gradient in zip(inputs, found, strict=True):
+        if gradient is None:  # at a single depth the later depths' parameters rest
+            continue
+        if gradients.kinds[i] is TokenEmbedding:
+            gradients.sums[i].index_add_(0, tokens.flatten(), gradient.to(gradients.sums[i].dtype))
+        else:
+            gradients.sums[i].add_(gradient)
+
+
+def add_product_(total: Tensor, gradient: Tensor, output: Tensor) -> None:
+    """total += gradientᵀ · output, in the type of `total` and in place: rounding to a half type would lose digits.
+
+    Args:
+        total: [V, E]
+        gradient: [r, V] in the type of `total`.
+        output: [r, E]
+    """
+    total.addmm_(gradient.T, output.to(total.dtype))

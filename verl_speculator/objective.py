@@ -1,0 +1,86 @@
+"""What is minimised: a weighted mix of losses, and a weight for each depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from verl_speculator.errors import UserError, nearest
+
+LOSSES = ("ce", "kl", "tv", "lk", "lk_pure")
+# η of the hybrid for speculators that read tokens (arXiv 2602.23881).
+LK_ETA = 3.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A mix of losses.
+
+    Attributes:
+        weights: of each loss that takes part; none negative, not all zero.
+        kl_temperature: T of `kl`.
+        lk_eta: η of `lk`.
+        depth_weights: of each depth; None weighs all alike.
+
+    Raises:
+        UserError: naming the setting.
+    """
+
+    weights: tuple[tuple[str, float], ...] = (("ce", 1.0),)
+    kl_temperature: float = 1.0
+    lk_eta: float = LK_ETA
+    depth_weights: tuple[float, ...] | None = None
+
+    @classmethod
+    def parse(cls, loss: str | Mapping[str, Any] = "ce", *, prefix: str = "", **more: Any) -> Objective:
+        """From `loss` as it is written in a configuration: a name, or weights by name.
+
+        Args:
+            loss: such as "kl" or {"ce": 0.1, "kl": 1.0}.
+            prefix: of the settings' names in errors.
+            more: the other attributes.
+        """
+        named = {loss: 1.0} if isinstance(loss, str) else loss
+        if not isinstance(named, Mapping) or not named:
+            raise UserError(
+                f"{prefix}loss={loss}: expected one of {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"
+            )
+        for name, weight in named.items():
+            if name not in LOSSES:
+                raise UserError(
+                    f"{prefix}loss={name}: expected one of {', '.join(LOSSES)}, or weights of several"
+                    + nearest(str(name), LOSSES)
+                )
+            if not _is_number(weight) or weight < 0:
+                raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")
+        if not any(named.values()):
+            raise UserError(f"{prefix}loss={dict(named)}: all weights are 0, expected one above")
+        weights = tuple((name, float(weight)) for name, weight in named.items() if weight)
+        made = {name: value for name, value in more.items() if value is not None}
+        for name in ("kl_temperature", "lk_eta"):
+            if name in made and not (_is_number(made[name]) and made[name] > 0):
+                raise UserError(f"{prefix}{name}={made[name]}: expected a number > 0")
+        if (depths := made.get("depth_weights")) is not None:
+            if not all(_is_number(w) and w >= 0 for w in depths) or not any(depths):
+                raise UserError(f"{prefix}depth_weights={list(depths)}: expected numbers ≥ 0, one of them above")
+            made["depth_weights"] = tuple(map(float, depths))
+        return cls(weights, **made)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares with the base's distribution."""
+        return any(name != "ce" for name, _ in self.weights)
+
+    def depths(self, count: int) -> Sequence[float]:
+        """The weight of each of `count` depths."""
+        if self.depth_weights is None:
+            return (1.0,) * count
+        if len(self.depth_weights) != count:
+            raise UserError(f"depth_weights={list(self.depth_weights)}: expected {count} numbers, one for each depth")
+        return self.depth_weights
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
