@@ -1,6 +1,6 @@
 """verl's engine with a speculator in one process or several: builds it, feeds it, reads its gradients.
 
-Run by torchrun it dumps the gradients of its arguments' case: `torchrun tests/harness.py <base> <parquet> <out>`.
+Run by torchrun it dumps gradients: `torchrun tests/harness.py <base> <parquet> <out> <loss>`.
 """
 
 from __future__ import annotations
@@ -148,10 +148,12 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = {}
     for joint in (False, True):
-        built = build_engine(sys.argv[1], freeze_base_model=not joint)
+        built = build_engine(sys.argv[1], freeze_base_model=not joint, speculator={"loss": sys.argv[4]})
         rows = load_rows(sys.argv[2], built.model_config.tokenizer)[:16]
         for micro in (1, 4):
             for packed in (True, False):
+                # Chunks as small as these, so that the ranks have different numbers of them.
+                built.draft.chunk_rows = 5
                 run_batch(built, make_batch(rows, micro=micro, packed=packed))
                 found[joint, micro, packed] = gradients(built)
     if dist.get_rank() == 0:

@@ -63,6 +63,8 @@ def test_pairs_are_those_of_the_definition(documents, n_predict):
         for k in range(n_predict):
             if rows.valid[k, r]:  # a valid pair reads the tokens right behind its position
                 assert rows.tokens[r, : k + 1].tolist() == tokens[t + 1 : t + 2 + k].tolist()
+                # The base predicts a target at the position right before it.
+                assert rows.targets[k, r] == tokens[rows.teachers[k, r] + 1]
 
 
 @settings(max_examples=100, deadline=None)

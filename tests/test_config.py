@@ -69,6 +69,16 @@ def test_dims_refused(value):
         ({"tie_weights": 1}, "tie_weights=1: expected true or false"),
         ({"n_predct": 3}, "did you mean 'n_predict'"),
         ({"detach_hidden": "yes"}, "detach_hidden=yes: expected true or false"),
+        ({"loss": "kll"}, "model.speculator.loss=kll: expected one of ce, kl, tv, lk, lk_pure"),
+        ({"loss": {"ce": -1}}, "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
+        ({"loss": {"ce": 0}}, "all weights are 0"),
+        ({"kl_temperature": 0}, "model.speculator.kl_temperature=0: expected a number > 0"),
+        (
+            {"depth_weights": [1, 2]},
+            "model.speculator.depth_weights=[1.0, 2.0]: expected 5 numbers, one for each depth",
+        ),
+        ({"depth_weights": 3}, "model.speculator.depth_weights=3: expected a list of numbers, or null"),
+        ({"loss_chunk_rows": 0}, "model.speculator.loss_chunk_rows=0: expected an integer of at least 1, or null"),
     ],
 )
 def test_refusals_name_setting_and_value(settings, words):

@@ -11,9 +11,13 @@ import torch
 from harness import build_engine, gradients, make_batch, run_batch, weights, whole
 from tiny import ARCHITECTURES
 
+from verl_speculator import build_speculator
+from verl_speculator.alignment import align
 from verl_speculator.checkpoint import write_checkpoint
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftSums
+from verl_speculator.losses.reference import row_losses
+from verl_speculator.objective import Objective
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
 
@@ -32,15 +36,19 @@ def assert_same_gradients(found, expected, *, but=()):
             assert (found[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
-@pytest.fixture(scope="module")
-def expected(base, rows, gloo):
+def one_micro_batch(base, rows, **speculator):
     """The gradients of one micro-batch on one rank, frozen and joint."""
     found = {}
     for joint in (False, True):
-        engine = build_engine(base, freeze_base_model=not joint)
+        engine = build_engine(base, freeze_base_model=not joint, speculator=speculator)
         run_batch(engine, make_batch(rows, micro=16))
         found[joint] = gradients(engine)
     return found
+
+
+@pytest.fixture(scope="module")
+def expected(base, rows, gloo):
+    return one_micro_batch(base, rows)
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -54,10 +62,13 @@ def test_gradients_do_not_depend_on_the_cut(base, rows, expected, joint):
     assert_same_gradients(gradients(engine), expected[joint])
 
 
-def test_gradients_do_not_depend_on_the_ranks(base, chat, expected, tmp_path):
+@pytest.mark.parametrize(("name", "loss"), [("qwen2_tied", "ce"), ("qwen2_untied", "kl")])
+def test_gradients_do_not_depend_on_the_ranks(bases, rows, chat, name, loss, tmp_path):
+    """An untied head is a sharding unit of its own, and the teacher needs it whole on every rank."""
+    expected = one_micro_batch(bases[name], rows, loss=loss)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     harness = Path(__file__).with_name("harness.py")
-    subprocess.run([*command, harness, base, chat, tmp_path / "found.pt"], check=True, capture_output=True)
+    subprocess.run([*command, harness, bases[name], chat, tmp_path / "found.pt", loss], check=True, capture_output=True)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert len(found) == 8
     for (joint, _, _), gradient in found.items():
@@ -93,6 +104,54 @@ def test_hidden_states_and_packing_on_every_base(bases, rows, name):
     for packed in (True, False):
         found = run_batch(engine, make_batch(rows[:4], packed=packed), train=False)["metrics"]["draft_sums"]
         torch.testing.assert_close(torch.tensor(found), reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_teacher_is_the_base_itself(bases, rows, name, joint):
+    """Losses that compare with the base, against logits that the base gave (Gemma 2 caps them)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(bases[name]).eval()
+    mix = {"kl": 1.0, "lk": 0.5, "ce": 0.1}
+    engine = build_engine(bases[name], speculator={"loss": mix, "kl_temperature": 2.0}, freeze_base_model=not joint)
+    speculator, objective = engine.speculator, Objective.parse(mix, kl_temperature=2.0)
+    own = build_speculator(speculator.config, hidden_size=32, vocab_size=speculator.vocab_size, seed=1)
+    expected = torch.zeros(3)
+    for row in rows[:4]:
+        ids, borders = row["input_ids"], torch.tensor([0, len(row["input_ids"])])
+        draft = align(ids, row["loss_mask"], borders, 3, engine.model_config.end_token_ids)
+        with torch.no_grad():
+            out = model(ids[None], output_hidden_states=True, use_cache=False)
+            states = own.unroll(out.hidden_states[-1][0, draft.positions], draft.tokens)
+            for k, state in enumerate(states):
+                teacher = out.logits[0][draft.teachers[k]]
+                losses = row_losses(objective, state @ own.head(k).T, draft.targets[k], teacher)
+                expected[k] += losses[draft.valid[k]].sum()
+    for packed in (True, False):
+        found = run_batch(engine, make_batch(rows[:4], packed=packed), train=False)
+        sums = DraftSums.unstack(torch.tensor(found["metrics"]["draft_sums"]))
+        torch.testing.assert_close(sums.loss, expected, rtol=2e-5, atol=1e-4)
+
+
+def test_a_base_whose_logits_are_not_known_is_refused(bases, rows):
+    engine = build_engine(bases["gemma2"], speculator={"loss": "kl"})
+    engine.module.head.scales = []
+    with pytest.raises(UserError, match="does something to its logits that is not known here"):
+        run_batch(engine, make_batch(rows[:4]), train=False)
+
+
+@pytest.mark.parametrize("loss", ["kl", "lk"])
+def test_a_teachers_gradients_do_not_depend_on_the_cut_either(base, rows, loss):
+    engine = build_engine(base, speculator={"loss": loss, "depth_weights": [1.0, 0.5, 0.25]})
+    run_batch(engine, make_batch(rows, micro=16))
+    expected = gradients(engine)
+    for settings in ({"micro": 1, "packed": False}, {"micro": 4}, {"max_tokens": 100}):
+        run_batch(engine, make_batch(rows, **settings))
+        assert_same_gradients(gradients(engine), expected)
+    engine.draft.chunk_rows = 7
+    run_batch(engine, make_batch(rows, micro=16))
+    assert_same_gradients(gradients(engine), expected)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

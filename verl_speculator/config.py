@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.families import FAMILIES
+from verl_speculator.objective import LK_ETA, LOSSES, Objective
 
 PREFIX = "model.speculator."
 DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")
@@ -117,12 +118,39 @@ class SpeculatorTraining:
 
     path: str | None = _setting(None, "trained speculator to start from: a checkpoint, or a run (its latest step)")
     detach_hidden: bool = _setting(False, "joint training: keep the speculator's gradient away from the base")
+    loss: Any = field(
+        default="ce",
+        metadata={"help": f"what is minimised: {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1.0}}"},
+    )
+    kl_temperature: float = _setting(1.0, "kl: softens both distributions; the loss is multiplied by its square")
+    lk_eta: float = _setting(LK_ETA, "lk: how fast it turns from KL to TV as acceptance grows")
+    depth_weights: Any = field(
+        default=None, metadata={"help": "weight of each depth's loss, [w0, w1, ...]; null weighs all alike"}
+    )
+    loss_chunk_rows: int | None = _setting(None, "rows that go through head and loss at a time; null bounds the memory")
 
     def __post_init__(self) -> None:
         if not isinstance(self.detach_hidden, bool):
             raise UserError(f"{PREFIX}detach_hidden={self.detach_hidden}: expected true or false")
         if self.path is not None and not isinstance(self.path, str):
             raise UserError(f"{PREFIX}path={self.path}: expected a directory")
+        rows = self.loss_chunk_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise UserError(f"{PREFIX}loss_chunk_rows={rows}: expected an integer of at least 1, or null")
+        if self.depth_weights is not None and not isinstance(self.depth_weights, Sequence):
+            raise UserError(f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, or null")
+        self.objective  # noqa: B018
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective.parse(
+            self.loss,
+            prefix=PREFIX,
+            kl_temperature=self.kl_temperature,
+            lk_eta=self.lk_eta,
+            depth_weights=self.depth_weights,
+        )
 
 
 def known_settings() -> dict[str, Field]:
@@ -156,7 +184,9 @@ def split_settings(values: Mapping[str, Any]) -> tuple[SpeculatorConfig, Specula
         UserError: for an unknown key or a value that cannot be used.
     """
     check_setting_names(values)
-    return tuple(
+    shape, training = (
         cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         for cls in (SpeculatorConfig, SpeculatorTraining)
     )
+    training.objective.depths(shape.n_predict, prefix=PREFIX)
+    return shape, training

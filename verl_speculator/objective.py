@@ -73,12 +73,18 @@ class Objective:
         """Whether it compares with the base's distribution."""
         return any(name != "ce" for name, _ in self.weights)
 
-    def depths(self, count: int) -> Sequence[float]:
-        """The weight of each of `count` depths."""
+    def depths(self, count: int, *, prefix: str = "") -> Sequence[float]:
+        """The weight of each of `count` depths.
+
+        Raises:
+            UserError: if there are weights for another number of depths.
+        """
         if self.depth_weights is None:
             return (1.0,) * count
         if len(self.depth_weights) != count:
-            raise UserError(f"depth_weights={list(self.depth_weights)}: expected {count} numbers, one for each depth")
+            raise UserError(
+                f"{prefix}depth_weights={list(self.depth_weights)}: expected {count} numbers, one for each depth"
+            )
         return self.depth_weights
 
 

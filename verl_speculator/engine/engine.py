@@ -20,7 +20,7 @@ from verl_speculator.alignment import DraftRows, align, padded_positions
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
 from verl_speculator.errors import UserError
-from verl_speculator.losses import DraftLoss, DraftSums, mean_loss
+from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             logger.info("speculator starts from %s", info.directory)
         return ModelWithSpeculator(
             base,
-            speculator,
+            DraftLoss(speculator, training.objective, training.loss_chunk_rows),
             freeze_base=self.model_config.freeze_base_model,
             detach_hidden=training.detach_hidden,
         )
@@ -150,17 +150,23 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         base_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         rows = self._align(micro_batch)
-        positions = rows.positions
+        positions, teachers = rows.positions, rows.teachers
         if not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            positions = padded_positions(
-                positions, micro_batch["input_ids"].offsets(), base_inputs["input_ids"].shape[1]
-            )
-        draft = {"rows": positions, "tokens": rows.tokens, "targets": rows.targets, "valid": rows.valid}
-        with self._autocast():
-            sums, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
-            sums = DraftSums(**sums)
+            offsets, width = micro_batch["input_ids"].offsets(), base_inputs["input_ids"].shape[1]
+            positions, teachers = (padded_positions(p, offsets, width) for p in (positions, teachers))
+        draft = {
+            "rows": positions,
+            "teacher_rows": teachers,
+            "tokens": rows.tokens,
+            "targets": rows.targets,
+            "valid": rows.valid,
             # FSDP averages gradients over ranks, and the divisor counts the pairs of all of them.
-            draft_loss = mean_loss(sums.loss, self._batch_pairs) * self.get_data_parallel_size()
+            "counts": self._batch_pairs,
+        }
+        with self._autocast():
+            found, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
+            draft_loss = found.pop("total") * self.get_data_parallel_size()
+            sums = DraftSums(**found)
             loss = self.model_config.speculator_loss_coeff * draft_loss
             metrics: dict[str, Any] = {DRAFT_SUMS: sums.stack()}
             if base_output is not None:

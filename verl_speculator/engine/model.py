@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from verl_speculator.engine.teacher import BaseHead
 from verl_speculator.losses import DraftLoss
-from verl_speculator.models import Speculator
 
 BASE_PREFIX = "base."
 DRAFT_PREFIX = "draft."
@@ -21,16 +21,18 @@ class ModelWithSpeculator(nn.Module):
 
     Args:
         base: the language model.
-        speculator: any family.
+        draft: the speculator and its loss.
         freeze_base: keep the base as it is: no graph, no gradient, always in eval mode, and its output head is never
             multiplied with.
         detach_hidden: if the base is trained, keep the speculator's gradient away from it.
     """
 
-    def __init__(self, base: nn.Module, speculator: Speculator, *, freeze_base: bool, detach_hidden: bool) -> None:
+    def __init__(self, base: nn.Module, draft: DraftLoss, *, freeze_base: bool, detach_hidden: bool) -> None:
         super().__init__()
         self.base = base
-        self.draft = DraftLoss(speculator)
+        self.draft = draft
+        self.head = BaseHead(base) if draft.objective.needs_teacher else None
+        self._head_checked = False
         self.freeze_base = freeze_base
         self.detach_hidden = detach_hidden
         # What sharding wrappers and verl ask of a model: its configuration, and the classes of its sharding units.
@@ -53,12 +55,12 @@ class ModelWithSpeculator(nn.Module):
     def forward(self, *, draft: dict[str, Tensor] | None = None, **base_inputs: Any) -> Any:
         """
         Args:
-            draft: `rows` [R], indices into the flattened batch of `base_inputs`, and the `tokens`, `targets` and
-                `valid` of `DraftLoss`. None runs the base alone.
+            draft: `rows` [R] and `teacher_rows` [K, R], indices into the flattened batch of `base_inputs`, and the
+                `tokens`, `targets`, `valid` and `counts` of `DraftLoss`. None runs the base alone.
             base_inputs: of the base's own forward.
 
         Returns:
-            The base's output without `draft`. With it `(sums, base_output)`: the sums of `DraftLoss`, and the base's
+            The base's output without `draft`. With it `(found, base_output)`: what `DraftLoss` gives, and the base's
             output if it is trained (None if it is frozen: its logits are never computed).
         """
         if draft is None:
@@ -73,5 +75,23 @@ class ModelWithSpeculator(nn.Module):
             hidden = output.hidden_states[-1]
             output.hidden_states = None
             hidden = hidden.detach() if self.detach_hidden else hidden
-        rows = hidden.flatten(0, 1)[draft["rows"]]
-        return self.draft(rows, draft["tokens"], draft["targets"], draft["valid"]), output
+        flat = hidden.flatten(0, 1)
+        rows = (flat[draft["rows"]], draft["tokens"], draft["targets"], draft["valid"])
+        if self.head is None:
+            return self.draft(*rows, counts=draft["counts"]), output
+        self._check_head(base_inputs)
+        teacher = {"teacher_hidden": flat.detach(), "teacher_rows": draft["teacher_rows"]}
+        with self.head.whole() as head:
+            return self.draft(*rows, counts=draft["counts"], **teacher, base_head=head), output
+
+    def _check_head(self, base_inputs: dict[str, Any]) -> None:
+        """Once, on a few tokens: whether the head gives what the base itself gives. Here its weights are whole."""
+        if self._head_checked:
+            return
+        self._head_checked = True
+        few = {name: base_inputs[name][:, :8] for name in ("input_ids", "position_ids") if name in base_inputs}
+        with torch.no_grad():
+            hidden = self.base.base_model(**few, use_cache=False).last_hidden_state
+            logits = self.base(**few, use_cache=False).logits
+            with self.head.whole() as head:
+                head.check(hidden.flatten(0, 1), logits.flatten(0, 1))

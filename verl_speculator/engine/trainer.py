@@ -102,6 +102,7 @@ class SpeculatorTrainer(SFTTrainer):
     def _provenance(self, step: int) -> dict[str, Any]:
         model, data = self.model_config, self.config.data
         trained = not model.freeze_base_model
+        objective = model.speculator_training.objective
         return {
             "base": {
                 "name": model.path,
@@ -121,6 +122,8 @@ class SpeculatorTrainer(SFTTrainer):
                 "train_batch_size": self.global_batch_size,
                 "lr": self.optimizer_config.lr,
                 "speculator_loss_coeff": model.speculator_loss_coeff,
+                "loss": dict(objective.weights),
+                "kl_temperature": objective.kl_temperature,
                 "seed": self.config.trainer.seed,
                 "processes": dist.get_world_size(),
             },
@@ -132,7 +135,7 @@ class SpeculatorTrainer(SFTTrainer):
 
     def _metrics(self, sums: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
         """Scalars from the sums of a batch, or of many."""
-        values = DraftSums.unstack(sums[DRAFT_SUMS]).metrics()
+        values = DraftSums.unstack(sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
         loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
         if BASE_SUMS in sums:
             total, tokens = sums[BASE_SUMS].tolist()

@@ -5,13 +5,15 @@ Outside that forward a sharded speculator's parameters are shards, so nothing el
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.losses.reference import cross_entropy
+from verl_speculator.losses.chunked import Head, speculator_loss
 from verl_speculator.models.base import Speculator
+from verl_speculator.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class DraftSums:
     """Sums over rows, per depth: what micro-batches and ranks add up before anything is divided.
 
     Attributes:
-        loss: [K] sum of the loss over valid pairs. The only one that carries a gradient.
+        loss: [K] sum of the loss over valid pairs.
         pairs: [K] number of valid pairs.
         correct: [K] pairs whose most likely token is the target.
         reached: [K] pairs whose earlier depths were all correct.
@@ -41,13 +43,14 @@ class DraftSums:
         """From what `stack` gives."""
         return cls(*sums.unbind(0))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, objective: Objective | None = None) -> dict[str, float]:
         """`speculator_loss`, `depth{k}_loss`, `depth{k}_accuracy` and `expected_accept_length`.
 
         The expected accept length is 1 + Σ_k Π_{j≤k} a_j, with a_j the share of rows right at depth j among those that
         were right at all earlier depths. A depth without a single pair ends the sum and has no entry of its own.
         """
-        values = {"speculator_loss": float(mean_loss(self.loss, self.pairs))}
+        weights = (objective or Objective()).depths(len(self.pairs))
+        values = {"speculator_loss": float(mean_loss(self.loss, self.pairs, weights))}
         expected, chain = 1.0, 1.0
         for k, (pairs, reached) in enumerate(zip(self.pairs.tolist(), self.reached.tolist(), strict=True)):
             if pairs:
@@ -59,48 +62,74 @@ class DraftSums:
         return values
 
 
-def mean_loss(loss: Tensor, pairs: Tensor) -> Tensor:
-    """The mean over the valid pairs of each depth, then over the depths that have any; 0 where none has.
+def mean_loss(loss: Tensor, pairs: Tensor, weights: Sequence[float]) -> Tensor:
+    """The mean over the valid pairs of each depth, then by weight over the depths that have any; 0 where none has.
 
     Args:
-        loss: [K] summed loss of each depth, of a part of a batch or all of it.
-        pairs: [K] number of valid pairs of each depth in the whole batch: the parts' results then add up to the
-            whole's, however it is cut.
+        loss: [K] summed loss of each depth.
+        pairs: [K] number of valid pairs of each depth.
+        weights: K weights of the depths.
     """
-    return (loss / pairs.clamp(min=1)).sum() / (pairs > 0).sum().clamp(min=1)
+    weight = torch.tensor(weights, dtype=torch.float64, device=pairs.device) * (pairs > 0)
+    return (weight * loss / pairs.clamp(min=1)).sum() / weight.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 class DraftLoss(nn.Module):
-    """Cross-entropy of every draft against the text, summed per depth."""
+    """The loss of every draft, and what is reported of it.
 
-    def __init__(self, speculator: Speculator) -> None:
+    Args:
+        speculator: any family.
+        objective: what is minimised.
+        chunk_rows: rows at a time; None for a number that keeps the blocks of logits small.
+    """
+
+    def __init__(
+        self, speculator: Speculator, objective: Objective | None = None, chunk_rows: int | None = None
+    ) -> None:
         super().__init__()
         self.speculator = speculator
+        self.objective = objective or Objective()
+        self.chunk_rows = chunk_rows
 
-    def forward(self, hidden: Tensor, tokens: Tensor, targets: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        *,
+        counts: Tensor | None = None,
+        teacher_hidden: Tensor | None = None,
+        teacher_rows: Tensor | None = None,
+        base_head: Head | None = None,
+    ) -> dict[str, Tensor]:
         """
         Args:
-            hidden: [R, D] the base's states of the rows of `alignment.DraftRows`, whose other arguments these are.
+            hidden: [R, D] the base's states of the rows of `alignment.DraftRows`, whose next three these are.
             tokens: [R, K]
             targets: [K, R]
             valid: [K, R]
+            counts: [K] valid pairs of the whole batch, of which this may be a part.
+            teacher_hidden: [T, D] states of the base, for objectives that compare with it.
+            teacher_rows: [K, R] which of them predicts each target.
+            base_head: from those states to logits.
 
         Returns:
-            The fields of `DraftSums`, as a dictionary: sharding wrappers look for tensors there, and not in a class.
-            With no row at all the loss is 0 and its gradient zeros, so that every rank takes part in every reduction.
+            `total`, which carries the gradient, and the fields of `DraftSums`, as a dictionary: sharding wrappers look
+            for tensors there, and not in a class. With no row at all the loss is 0 and its gradient zeros, so that
+            every rank takes part in every reduction.
         """
-        states = self.speculator.unroll(hidden, tokens)
-        sums: dict[str, list[Tensor]] = {f.name: [] for f in fields(DraftSums)}
-        alive = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        for k, state in enumerate(states):
-            row = valid[k].nonzero().squeeze(-1)
-            logits = state[row] @ self.speculator.head(k).T
-            logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-            hit = torch.zeros_like(alive)
-            hit[row] = logits.detach().argmax(-1) == targets[k, row]
-            reached = alive & valid[k]
-            alive = reached & hit
-            sums["loss"].append(cross_entropy(logits, targets[k, row]).sum())
-            for name, flags in (("pairs", valid[k]), ("correct", hit), ("reached", reached), ("accepted", alive)):
-                sums[name].append(flags.sum())
-        return {name: torch.stack(values) for name, values in sums.items()}
+        total, sums = speculator_loss(
+            self.speculator,
+            hidden,
+            tokens,
+            targets.T,
+            valid.T,
+            teacher_hidden=teacher_hidden,
+            teacher_rows=None if teacher_rows is None else teacher_rows.T,
+            base_head=base_head,
+            counts=counts,
+            loss=self.objective,
+            chunk_rows=self.chunk_rows,
+        )
+        return {"total": total, **sums}
