@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from verl_speculator.decoding import Generation, SamplingPolicy, speculative_generate
+from verl_speculator.decoding.target import position_limit
 from verl_speculator.models import Speculator
 
 
@@ -162,6 +163,8 @@ class HuggingFace:
     def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> Run:
         """`Contender.generate`"""
         ids = torch.tensor([prompt], device=self.base.device)
+        if (limit := position_limit(self.base)) is not None:  # `generate` only warns, and goes on
+            max_new_tokens = min(max_new_tokens, limit - len(prompt))
         torch.manual_seed(seed)
         own, self.base.generation_config = self.base.generation_config, self._settings(max_new_tokens)
         try:

@@ -12,7 +12,9 @@ from typing import Any
 from verl_speculator.errors import UserError
 
 RESULTS, CATEGORIES = "results.csv", "categories.csv"
-NONE, LOOKUP, RANDOM = "none", "prompt_lookup", "random"
+LOOKUP, RANDOM = "prompt_lookup", "random"
+# The base alone, in both loops: the line at 1, and no row of any plot.
+ALONE = ("none", "generate")
 
 # A varying one of these tells panels of the same prompts file apart.
 POLICY = {
@@ -82,7 +84,7 @@ def read_tables(directory: Path) -> tuple[list[Row], list[Row]]:
         raise UserError(f"{directory / RESULTS}: no rows")
     if (directory / CATEGORIES).is_file():
         tables.append(_read(directory / CATEGORIES, (*EXPECTED, "category")))
-    tables = [[line for line in table if line["speculator"] != NONE] for table in tables]
+    tables = [[line for line in table if line["speculator"] not in ALONE] for table in tables]
 
     lines = [line for table in tables for line in table]
     looks = _looks(lines)
