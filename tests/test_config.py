@@ -69,6 +69,7 @@ def test_dims_refused(value):
         ({"tie_weights": 1}, "tie_weights=1: expected true or false"),
         ({"n_predct": 3}, "did you mean 'n_predict'"),
         ({"detach_hidden": "yes"}, "detach_hidden=yes: expected true or false"),
+        ({"init": "bases"}, "model.speculator.init=bases: expected random or base (did you mean 'base'?)"),
         ({"loss": "kll"}, "model.speculator.loss=kll: expected one of ce, kl, tv, lk, lk_pure"),
         ({"loss": {"ce": -1}}, "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
         ({"loss": {"ce": 0}}, "all weights are 0"),

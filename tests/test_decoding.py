@@ -229,6 +229,18 @@ def test_a_sliding_window_and_its_rollback(tmp_path, tokenizer):
         assert result.tokens == text
 
 
+def test_learnt_positions_under_an_older_name():
+    """GPT-2 calls its limit n_positions, and has no position beyond it to look up."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=24, n_embd=32, n_layer=2, n_head=4)).double().eval()
+    text = alone(base, PROMPT, 24 - len(PROMPT), eos_token_id=None)
+    speculator = Oracle(base, PROMPT + text, [True] * 4)
+    result = speculative_generate(base, speculator, PROMPT, max_new_tokens=50, eos_token_id=())
+    assert (result.tokens, result.finish) == (text, "length")
+
+
 @pytest.mark.parametrize("architecture", ["qwen2_tied", "gemma2"])
 def test_a_rolled_back_cache_is_one_that_never_saw_the_rest(bases, architecture):
     base = load_base(bases[architecture])

@@ -17,6 +17,7 @@ from verl_speculator.checkpoint import write_checkpoint
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftSums
 from verl_speculator.losses.reference import row_losses
+from verl_speculator.models import Slot
 from verl_speculator.objective import Objective
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
@@ -139,6 +140,28 @@ def test_a_base_whose_logits_are_not_known_is_refused(bases, rows):
     engine.module.head.scales = []
     with pytest.raises(UserError, match="does something to its logits that is not known here"):
         run_batch(engine, make_batch(rows[:4]), train=False)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_untied"])
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+def test_a_start_from_the_base(bases, name, method):
+    """Tables and heads are the base's own up to a factor; the rest starts as ever."""
+    dims = {"inner_dim": 32, "emb_dim": 32, "proj_dim": 32, "method": method}
+    engine, random = (build_engine(bases[name], speculator=dims | {"init": init}) for init in ("base", "random"))
+    found, other = weights(engine), weights(random)
+    embedding = found["base.model.embed_tokens.weight"]
+    for key, slot in engine.speculator.checkpoint_slots().items():
+        mine, start = (Slot("draft.speculator." + slot.parameter, slot.part).of(w) for w in (found, other))
+        if "emb" in key or "head" in key:
+            source = embedding if "emb" in key or name == "qwen2_tied" else found["base.lm_head.weight"]
+            torch.testing.assert_close(mine / mine.std(), source / source.std())
+            assert mine.std().item() == pytest.approx(1 / 32**0.5, rel=1e-3)
+        else:
+            assert torch.equal(mine, start)
+    with pytest.raises(
+        UserError, match=r"init=base: .* is 16 wide, the base 32; expected the first of emb_dim to be 32"
+    ):
+        build_engine(bases[name], speculator=dims | {"init": "base", "emb_dim": "16.32"})
 
 
 @pytest.mark.parametrize("loss", ["kl", "lk"])

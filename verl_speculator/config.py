@@ -118,6 +118,7 @@ class SpeculatorTraining:
 
     path: str | None = _setting(None, "trained speculator to start from: a checkpoint, or a run (its latest step)")
     detach_hidden: bool = _setting(False, "joint training: keep the speculator's gradient away from the base")
+    init: str = _setting("random", "random, or base: tables and heads from the base's own, in widths equal to its own")
     loss: Any = field(
         default="ce",
         metadata={"help": f"what is minimised: {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1.0}}"},
@@ -134,6 +135,10 @@ class SpeculatorTraining:
             raise UserError(f"{PREFIX}detach_hidden={self.detach_hidden}: expected true or false")
         if self.path is not None and not isinstance(self.path, str):
             raise UserError(f"{PREFIX}path={self.path}: expected a directory")
+        if self.init not in ("random", "base"):
+            raise UserError(
+                f"{PREFIX}init={self.init}: expected random or base{nearest(str(self.init), ('random', 'base'))}"
+            )
         rows = self.loss_chunk_rows
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
             raise UserError(f"{PREFIX}loss_chunk_rows={rows}: expected an integer of at least 1, or null")

@@ -13,7 +13,8 @@ from verl_speculator.errors import UserError
 
 def position_limit(base: nn.Module) -> int | None:
     """The longest sequence that a Hugging Face model was made for, None where its configuration names none."""
-    return base.config.get_text_config().to_dict().get("max_position_embeddings")
+    # As an attribute: older architectures call it otherwise, and have it under this name as an alias.
+    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
 
 
 class Target:

@@ -89,6 +89,8 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
         _check_speculator(f"{PREFIX}path={training.path}", training.path, wanted, base)
     resumed = find_resume_path(Path(config.trainer.default_local_dir), config.trainer)
     if resumed is None:
+        if training.init == "base" and training.path is None:
+            _check_start(wanted, base)
         return
     setting = f"resume={resumed}"
     otherwise = "; start another run in a new <save_path> (model.speculator.path takes over the weights)"
@@ -103,6 +105,16 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
             raise UserError(f"{file}: truncated, or not a file of tensors")
     if not config.model.freeze_base_model and not (resumed / BASE_DIRECTORY / CONFIG_FILE).is_file():
         raise UserError(f"{resumed / BASE_DIRECTORY}: the trained base is not there{otherwise}")
+
+
+def _check_start(wanted: SpeculatorConfig, base: Base) -> None:
+    """Whether tables and heads are as wide as those of the base that they are to start from."""
+    from verl_speculator.models import build_speculator
+    from verl_speculator.models.initialise import vocabulary_slots
+
+    shape = build_speculator(wanted, hidden_size=base.hidden_size, vocab_size=base.vocab_size, device="meta")
+    for _ in vocabulary_slots(shape):
+        pass
 
 
 def _check_speculator(
@@ -120,6 +132,7 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
     """What would make a resumed run another one, as far as the checkpoint records it."""
     recorded = {key: info.provenance.get(key, {}) for key in ("base", "data", "training")}
     joint = recorded["base"].get("trained_jointly")
+    objective = split_settings(config.model.speculator)[1].objective
     pairs = {
         "model.freeze_base_model": (None if joint is None else not joint, config.model.freeze_base_model),
         "the base's weights": (
@@ -129,6 +142,8 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
         "data.train_batch_size": (recorded["training"].get("train_batch_size"), config.data.train_batch_size),
         "optim.lr": (recorded["training"].get("lr"), config.optim.lr),
         "trainer.seed": (recorded["training"].get("seed"), config.trainer.seed),
+        "model.speculator.loss": (recorded["training"].get("loss"), dict(objective.weights)),
+        "model.speculator.kl_temperature": (recorded["training"].get("kl_temperature"), objective.kl_temperature),
     }
     if not config.data.custom_cls.get("path"):
         pairs["rows of data.train_files"] = (recorded["data"].get("train_rows"), train_rows)

@@ -1,0 +1,1 @@
+"""Training data, before any training starts."""
