@@ -445,7 +445,7 @@ def test_settings_that_are_refused(options, words, tmp_path):
         ),
         ("rows.jsonl", b"\xff\xfe", "cannot be read as text"),
         ("rows.jsonl.gz", "plain", "cannot be read as text"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "one"}' * 9)[:-12], "cannot be read as text"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "one"}' * 9, mtime=0)[:-12], "cannot be read as text"),
         ("rows.parquet", "plain", "truncated, or not a parquet file"),
         ("rows.parquet.gz", "plain", "unknown suffix '.gz', expected one of .parquet, .json"),
         ("rows.jsnl", "plain", "unknown suffix '.jsnl' (did you mean '.jsonl'?)"),

@@ -22,3 +22,6 @@ for method in sum_rnn sum_lstm; do
 done
 "$PYTHON" -m verl_speculator inspect "$out/sum_lstm"
 "$PYTHON" examples/demo/report.py "$out/sum_rnn.jsonl" "$out/sum_lstm.jsonl"
+# What they bring when they serve: the same text in fewer passes.
+"$PYTHON" -m verl_speculator evaluate --base "$out/base" --speculator "$out/sum_rnn" --speculator "$out/sum_lstm" \
+    --prompts "$out/data/val.parquet" --num-prompts 20 --max-new-tokens 64 --out "$out/evaluation"

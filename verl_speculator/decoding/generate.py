@@ -256,7 +256,23 @@ def speculative_stream(
     return GenerationStream(decoding, prompt, rule, draft_length, limit)
 
 
-def speculative_generate(base: nn.Module, speculator: Speculator | None, input_ids: Any, **settings: Any) -> Generation:
+def speculative_generate(
+    base: nn.Module,
+    speculator: Speculator | None,
+    input_ids: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    draft_length: int | None = None,
+    sampled_drafts: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
+    tokenizer: Any = None,
+    time_parts: bool = False,
+) -> Generation:
     """Generate text for one prompt: what the base alone would say, in fewer of its forward passes.
 
     At temperature 0 the tokens are those of `base.generate(do_sample=False)`; otherwise every token has the
@@ -288,7 +304,22 @@ def speculative_generate(base: nn.Module, speculator: Speculator | None, input_i
         UserError: for a setting out of range, a prompt that is empty or as long as the base's limit, or a base whose
             state cannot be rolled back.
     """
-    stream = speculative_stream(base, speculator, input_ids, **settings)
+    stream = speculative_stream(
+        base,
+        speculator,
+        input_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        draft_length=draft_length,
+        sampled_drafts=sampled_drafts,
+        eos_token_id=eos_token_id,
+        stop=stop,
+        tokenizer=tokenizer,
+        time_parts=time_parts,
+    )
     for _ in stream:
         pass
     return stream.generation

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl_speculator.errors import UserError
 from verl_speculator.files import atomic_file
 
 
@@ -48,11 +49,14 @@ class Journal:
         if found is not None and found.identity == identity:
             journal.records, journal.origin = found.records, found.origin
         # Anew, since a killed run may have left half a last line.
-        directory.mkdir(parents=True, exist_ok=True)
         head = {"settings": settings, "identity": identity, "origin": journal.origin, "scope": scope}
         lines = [head, *journal.records.values()]
-        with atomic_file(journal.path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with atomic_file(journal.path) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise UserError(f"out={directory.parent}: cannot be written to: {error.strerror or error}") from None
         return journal
 
     @classmethod

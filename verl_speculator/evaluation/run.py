@@ -186,6 +186,7 @@ class Bench:
             row |= asdict(self.policy) | {
                 "seed": used.seed,
                 "num_trials": used.num_trials,
+                "warmup_steps": used.warmup_steps,
                 "max_new_tokens": used.max_new_tokens,
             }
         identity = {**self.base_identity, **identity, "file": file_fingerprint(file), "versions": versions()}
