@@ -453,7 +453,7 @@ def test_checkpoints_that_do_not_fit(world, bases, base, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that not even root can write to")
 def test_a_directory_that_cannot_be_written(world, base):
-    with pytest.raises(UserError, match="out=/proc/evaluation: .*cannot be written to"):
+    with pytest.raises(UserError, match=r"out=/proc/evaluation: .*cannot be written to"):
         evaluate(asked(world, base, Path("/proc/evaluation")))
 
 
