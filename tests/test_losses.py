@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from verl_speculator.losses.closed_form import loss_and_gradient_
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.objective import Objective
 
+CURVE = Path(__file__).parent / "golden" / "objective_curve.json"
 D, V, T, K = 20, 61, 11, 3
 OBJECTIVES = {
     "ce": Objective.parse("ce"),
@@ -194,6 +197,30 @@ def test_a_soft_capped_head_as_a_function():
     loss, _ = speculator_loss(speculator, *rows, **capped, loss="kl")
     straight, _ = speculator_loss(speculator, *rows, **teacher, loss="kl")
     assert abs(float(loss - straight)) > 1e-3
+
+
+def test_two_hundred_steps_are_those_of_the_plain_loop():
+    """The same losses to 1e-8 in float64, and those that a file has kept."""
+    config = SpeculatorConfig(method="sum_lstm", n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    batch, curves = Batch(rows=40), {}
+    rows, teacher = batch.arguments()
+    for fast in (False, True):
+        speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+        optimizer = torch.optim.AdamW(speculator.parameters(), lr=3e-3)
+        curves[fast] = []
+        for _ in range(200):
+            if fast:
+                loss, _ = speculator_loss(speculator, *rows, **teacher, loss=OBJECTIVES["mix"], chunk_rows=7)
+            else:
+                loss = plain(speculator, batch, OBJECTIVES["mix"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[fast].append(float(loss.detach()))
+    assert curves[True] == pytest.approx(curves[False], abs=1e-8)
+    assert curves[True][-1] < 0.5 * curves[True][0]
+    kept = json.loads(CURVE.read_text())
+    assert curves[True][:: len(curves[True]) // len(kept)] == pytest.approx(kept, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])

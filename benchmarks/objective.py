@@ -1,0 +1,166 @@
+"""τ on held-out prompts for different objectives: equal steps, equal conversations, each at the learning rates given.
+
+    python benchmarks/objective.py BASE TRAIN.parquet PROMPTS.parquet [--recipes ce,kl,lk] [--lr 1e-3,3e-3] [--seeds 1]
+        [--regenerated TRAIN_BASE.parquet] [--steps 300] [--jobs 2]
+    python benchmarks/objective.py --summary
+
+A row of the CSV is one training run, through the launcher, and its evaluation. Behind a recipe's loss stand its other
+parts: `kl,base,own` starts from the base's embedding and head, and trains on regenerated answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from common import append_rows, environment
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = {
+    "ce": ["model.speculator.loss=ce"],
+    "kl": ["model.speculator.loss=kl"],
+    "tv": ["model.speculator.loss=tv"],
+    "lk": ["model.speculator.loss=lk"],
+    "lk_pure": ["model.speculator.loss=lk_pure"],
+    "kl+tv": ["model.speculator.loss={kl: 1.0, tv: 1.0}"],
+    "ce+kl": ["model.speculator.loss={ce: 0.1, kl: 1.0}"],
+}
+LOCK = threading.Lock()
+
+
+def recipe(name: str) -> tuple[list[str], bool]:
+    """Overrides of a recipe such as `kl, base, own`, and whether it reads the regenerated answers."""
+    loss, *more = name.split(",")
+    overrides = list(RECIPES[loss])
+    for part in more:
+        if part == "base":
+            overrides.append("model.speculator.init=base")
+        elif part == "decay":
+            overrides.append("model.speculator.depth_weights=[1.0,0.8,0.64,0.51,0.41]")
+        elif part != "own":
+            raise SystemExit(f"recipe {name}: unknown part {part}; expected base, decay, own")
+    return overrides, "own" in more
+
+
+def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, Any]:
+    """Train and evaluate one recipe."""
+    overrides, own = recipe(name)
+    threads = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        dims = [f"model.speculator.{which}_dim=256" for which in ("inner", "emb", "proj")]
+        start = time.monotonic()
+        subprocess.run(
+            [
+                *(
+                    str(ROOT / "run_speculator_training.sh"),
+                    "1",
+                    f"{folder}/run",
+                    f"model.partial_pretrain={args.base}",
+                ),
+                f"data.train_files={args.regenerated if own else args.train}",
+                *("data.train_batch_size=8", "data.micro_batch_size_per_gpu=8", f"optim.lr={lr}", *dims, *overrides),
+                *(f"trainer.total_training_steps={args.steps}", f"trainer.seed={seed}", "trainer.logger=file"),
+                *("model.speculator.n_predict=5", f"model.speculator.method={args.method}", "trainer.test_freq=-1"),
+            ],
+            check=True,
+            env=threads | {"VERL_FILE_LOGGER_PATH": str(log)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wall = time.monotonic() - start
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "verl_speculator", "evaluate", "--base", args.base, "--out", f"{folder}/out"),
+                *("--speculator", f"{folder}/run", "--prompts", args.prompts, "--num-prompts", str(args.num_prompts)),
+                *("--baselines", "", "--no-plots", "--max-new-tokens", "96"),
+            ],
+            check=True,
+            env=threads,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        found = pd.read_csv(f"{folder}/out/results.csv").iloc[0]
+        last = json.loads(log.read_text().splitlines()[-1])["data"]
+    figures = ("tau", "tau_lo", "tau_hi", "accept_rate", *(f"accept_depth_{k}" for k in range(5)), "speedup")
+    return {
+        "recipe": name,
+        "method": args.method,
+        "lr": lr,
+        "seed": seed,
+        "steps": args.steps,
+        "batch": 8,
+        **{figure: round(float(found[figure]), 4) for figure in figures},
+        "train_loss": round(last["train/loss"], 4),
+        "train_seconds": round(wall, 1),
+        "prompts": int(found["prompts_used"]),
+    }
+
+
+def summarise(path: Path) -> None:
+    """τ by recipe and learning rate, from the CSV alone."""
+    rows = pd.read_csv(path)
+    table = Table(title=f"{path.name}: E[accepted] = τ − 1, means over seeds")
+    for name in ("recipe", "lr", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    means = rows.groupby(["recipe", "lr"], sort=False).agg(
+        tau=("tau", "mean"),
+        seeds=("seed", "nunique"),
+        first=("accept_depth_0", "mean"),
+        last=("accept_depth_4", "mean"),
+    )
+    plain = means.loc["ce", "tau"].max() - 1 if "ce" in means.index.get_level_values(0) else float("nan")
+    for (name, lr), row in means.sort_values("tau").iterrows():
+        cells = (f"{row.tau:.3f}", f"{(row.tau - 1) / plain - 1:+.1%}", f"{row['first']:.1%}", f"{row['last']:.1%}")
+        table.add_row(name, f"{lr:g}", f"{row.seeds:.0f}", *cells)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?")
+    parser.add_argument("train", nargs="?")
+    parser.add_argument("prompts", nargs="?")
+    parser.add_argument("--regenerated")
+    parser.add_argument(
+        "--recipes", default="ce kl lk", help="separated by spaces; parts of one by commas: kl,base,own"
+    )
+    parser.add_argument("--method", default="sum_rnn")
+    parser.add_argument("--lr", default="1e-3,3e-3")
+    parser.add_argument("--seeds", default="1")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--num-prompts", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "objective.csv")
+    parser.add_argument("--summary", action="store_true")
+    args = parser.parse_args()
+    if not args.summary:
+        where = environment()
+        points = list(product(args.recipes.split(), args.lr.split(","), map(int, args.seeds.split(","))))
+
+        def one(point: tuple[str, str, int]) -> None:
+            row = run(args, *point)
+            with LOCK:
+                append_rows(args.out, [row | where])
+                Console().print({name: row[name] for name in ("recipe", "lr", "seed", "tau", "train_seconds")})
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, points))
+    summarise(args.out)
+
+
+if __name__ == "__main__":
+    main()
