@@ -64,7 +64,7 @@ def test_a_base_of_another_shape_is_refused(tmp_path, base):
     save_speculator(tiny(), tmp_path)
     with pytest.raises(UserError, match=r"width \(hidden_size\) 12, this base has 32"):
         load_speculator(tmp_path, base=base)
-    with pytest.raises(UserError, match="base=/no/such: no model there"):
+    with pytest.raises(UserError, match="base=/no/such: no such directory"):
         load_speculator(tmp_path, base="/no/such")
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -376,7 +376,7 @@ def test_a_killed_evaluation_goes_on(world, base, tmp_path):
     ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert measured() == 10 and len(pd.read_csv(tmp_path / "results.csv")) == 2
-    assert "trained" in ended.stdout and "τ" in ended.stdout
+    assert "τ" in ended.stdout and "10 of 10" not in ended.stdout and "30 of 30" in ended.stdout
 
 
 def test_an_untrained_checkpoint_is_refused(world, base, tmp_path):
@@ -400,9 +400,10 @@ def test_an_untrained_checkpoint_is_refused(world, base, tmp_path):
 
 
 def test_patterns_and_runs(world, tmp_path):
+    (world / "trained.jsonl").write_text("")
     from verl_speculator.evaluation.settings import expand
 
-    assert expand((str(world / "*ed"), str(world / "trained"))) == [str(world / "trained")]
+    assert expand((str(world / "train*"), str(world / "trained"))) == [str(world / "trained")]
     with pytest.raises(UserError, match="no directory fits this pattern"):
         expand((str(world / "nothing*"),))
     run = tmp_path / "run"

@@ -74,7 +74,7 @@ def test_a_prompt_from_standard_input_without_the_template(base, tokenizer):
         (("--draft-length", "4"), "draft_length=4: expected 1 to 3, the speculator's n_predict"),
         (("--prompt", ""), "prompt: empty; expected a text, as --prompt or on standard input"),
         (("--prompt", "cat " * 300), "tokens, the base has 256 positions and needs one for the answer"),
-        (("--base", "/no/such"), "base=/no/such: no model there"),
+        (("--base", "/no/such"), "base=/no/such: no such directory"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_2(base, trained, arguments, message):

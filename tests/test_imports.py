@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "objective": {"errors"},
     "losses": {"models", "objective"},
     "checkpoint": {"config", "errors", "families", "files", "models", "provenance"},
-    "decoding": {"errors", "models", "tokens"},
+    "decoding": {"checkpoint", "errors", "models", "tokens"},
     "evaluation": {
         *("alignment", "checkpoint", "config", "decoding", "errors", "files", "models", "provenance", "tokens"),
     },

@@ -287,7 +287,7 @@ def test_panels_by_policy(tmp_path):
 def test_quality_that_does_not_depend_on_the_policy_is_drawn_once(tmp_path):
     one = line(RNN)
     write(tmp_path / "results.csv", [one, one | {"temperature": 1.0}])
-    assert titles(one_figure(quality_per_depth, tmp_path))[0] == "spec_bench"
+    assert titles(one_figure(quality_per_depth, tmp_path))[0] == ""
     assert len(one_figure(acceptance_per_depth, tmp_path).axes) == 2
 
 

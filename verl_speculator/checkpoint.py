@@ -335,9 +335,24 @@ def join_slots(found: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Si
     return state
 
 
+def check_base_name(base: str | Path) -> None:
+    """Refuse what can only be a directory, and is none: a hub would be asked for it in vain, and for a long time.
+
+    Raises:
+        UserError: naming the directory.
+    """
+    path, text = Path(base).expanduser(), str(base)
+    local = text.startswith((".", "/", "~")) or text.count("/") != 1 or path.parent.is_dir()
+    if local and "/" in text and not path.is_dir():
+        raise UserError(
+            f"base={base}: no such directory; expected one, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
+
+
 def base_shape(base: Any) -> tuple[int, int]:
     """(D, V) of a base given as a model, a Hugging Face configuration, or the path or name of one."""
     if isinstance(base, (str, Path)):
+        check_base_name(base)
         from transformers import AutoConfig
 
         try:

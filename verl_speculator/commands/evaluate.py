@@ -62,7 +62,7 @@ def evaluate(
         dtype=dtype,
         device=device,
         seed=seed,
-        baselines=tuple(name for name in baselines.split(",") if name),
+        baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
         allow_other_base=allow_other_base,
         allow_untrained=allow_untrained,
     )

@@ -32,7 +32,7 @@ def regenerate(
     shard_rows: Annotated[int, typer.Option(help="rows that a kill costs at most")] = 512,
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
-    vllm_args: Annotated[str, typer.Option(help="JSON of vllm.LLM's, such as {'tensor_parallel_size': 4}")] = "{}",
+    vllm_args: Annotated[str, typer.Option(help='JSON of vllm.LLM\'s, such as {"tensor_parallel_size": 4}')] = "{}",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the file, and shards of other settings")
     ] = False,

@@ -70,6 +70,9 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         UserError: if there is none.
     """
+    from verl_speculator.checkpoint import check_base_name
+
+    check_base_name(path)
     from transformers import AutoTokenizer
 
     from verl_speculator.tokens import ensure_chat_template

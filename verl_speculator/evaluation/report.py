@@ -21,6 +21,8 @@ LEADING = (
     *("kl", "ce", "perplexity", "top1", "top5"),
     *("vanilla_tokens_per_s", "speculative_tokens_per_s", "speedup"),
 )
+# Columns that fit into a terminal of 80 characters, and the width from which all are shown.
+NARROW, WIDE = ("speculator", "prompts", "τ", "accepted", "speedup"), 150
 Record = dict[str, Any]
 
 
@@ -175,32 +177,23 @@ def _depth(name: str) -> int:
 
 
 def print_results(out: Path, console: Any) -> None:
-    """The table that a person reads, and what was skipped."""
+    """The table that a person reads, and what was skipped. A narrow terminal gets the columns that matter most."""
     import pandas as pd
     from rich.table import Table
 
     results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
-    for (prompts, temperature), rows in results.groupby(["prompts", "temperature"], sort=False):
-        table = Table(title=f"{prompts}, temperature {temperature:g}, {int(rows['prompts_used'].max())} prompts")
-        for name in (
-            "speculator",
-            "method",
-            "γ",
-            "τ",
-            "accepted",
-            "by depth",
-            "speedup",
-            "tokens/s",
-            "draft",
-            "same text",
-        ):
-            table.add_column(name, justify="left" if name in ("speculator", "method") else "right", overflow="fold")
-        quality_shown = "ce" in rows and bool(rows["ce"].notna().any())
-        if quality_shown:
-            for name in ("CE", "KL", "top-1"):
-                table.add_column(name, justify="right")
-        for row in rows.to_dict("records"):
-            table.add_row(*_cells(row, quality_shown))
+    keys = ["prompts", "base", "temperature", "top_p", "top_k", "max_new_tokens"]
+    for (prompts, base, temperature, *_, limit), rows in results.groupby(keys, sort=False):
+        told = f"temperature {temperature:g}, at most {limit} tokens"
+        cells = [_cells(row) for row in rows.to_dict("records")]
+        wide = console.width >= WIDE
+        names = [name for name in cells[0] if (wide or name in NARROW) and any(row[name] != "–" for row in cells)]
+        table = Table(title=f"{prompts}, base {base}, {told}")
+        for name in names:
+            left = name in ("speculator", "method")
+            table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        for row in cells:
+            table.add_row(*(row[name] for name in names))
         console.print(table)
     for prompts, rows in skipped.groupby("prompts", sort=False):
         names = ", ".join(str(i) for i in rows["index"])
@@ -209,7 +202,9 @@ def print_results(out: Path, console: Any) -> None:
         )
 
 
-def _cells(row: dict[str, Any], with_quality: bool) -> list[str]:
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """What the table shows of a row, by column; a dash for what is not known."""
+
     def number(name: str, form: str = "{:.2f}") -> str:
         value = row.get(name)
         return "–" if value is None or np.isnan(value) else form.format(value)
@@ -219,19 +214,22 @@ def _cells(row: dict[str, Any], with_quality: bool) -> list[str]:
         around = "" if low is None or np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         return number(name) + around
 
-    depths = [
-        number(f"accept_depth_{k}", "{:.0%}") for k in range(int(row["draft_length"]) if row["draft_length"] > 0 else 0)
-    ]
-    cells = [
-        str(row["speculator"]) + (" (untrained)" if row.get("untrained") is True else ""),
-        str(row["method"]),
-        number("draft_length", "{:.0f}"),
-        interval("tau"),
-        number("accept_rate", "{:.1%}"),
-        " ".join(depths) or "–",
-        interval("speedup"),
-        number("speculative_tokens_per_s", "{:.0f}"),
-        number("draft_share", "{:.0%}"),
-        f"{int(row['identical'])} of {int(row['runs'])}",
-    ]
-    return cells + [number("ce"), number("kl"), number("top1", "{:.1%}")] * with_quality
+    count = int(row["draft_length"]) if row["draft_length"] > 0 else 0
+    depths = [number(f"accept_depth_{k}", "{:.0%}") for k in range(count)]
+    return {
+        "speculator": str(row["speculator"]) + (" (untrained)" if row.get("untrained") is True else ""),
+        "method": str(row["method"]),
+        "γ": number("draft_length", "{:.0f}"),
+        "prompts": str(int(row["prompts_used"])),
+        "τ": interval("tau"),
+        "accepted": number("accept_rate", "{:.1%}"),
+        "by depth": " ".join(depths) or "–",
+        "speedup": interval("speedup"),
+        "tokens/s": number("speculative_tokens_per_s", "{:.0f}"),
+        "draft": number("draft_share", "{:.0%}"),
+        # Sampled texts differ from run to run.
+        "same text": f"{int(row['identical'])} of {int(row['runs'])}" if row["temperature"] == 0 else "–",
+        "CE": number("ce"),
+        "KL": number("kl"),
+        "top-1": number("top1", "{:.1%}"),
+    }

@@ -118,7 +118,8 @@ def expand(names: Sequence[str]) -> list[str]:
     """Directories that names and patterns stand for, each once, in order."""
     found: dict[str, None] = {}
     for name in names:
-        matches = sorted(glob.glob(str(Path(name).expanduser()))) if glob.has_magic(name) else [name]
+        found_here = sorted(path for path in glob.glob(str(Path(name).expanduser())) if Path(path).is_dir())
+        matches = found_here if glob.has_magic(name) else [name]
         if not matches:
             raise UserError(f"speculator={name}: no directory fits this pattern")
         found |= dict.fromkeys(matches)

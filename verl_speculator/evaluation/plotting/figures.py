@@ -164,13 +164,16 @@ def quality_per_depth(rows: list[Row]) -> Figure | None:
 
 
 def _without_policy(rows: list[Row], prefixes: Sequence[str]) -> list[Row]:
-    """Each speculator once per prompts file, where its values are the same under every policy."""
-    merged: dict[Any, Row] = {}
-    for row in rows:
-        values = tuple((n, row.value(n)) for prefix in prefixes for n in row.series(prefix).values())
-        merged.setdefault((row.look, row.panel[0], values), replace(row, panel=(row.panel[0], "")))
-    same = len({key[:2] for key in merged}) == len(merged)
-    return list(merged.values()) if same else rows
+    """Each speculator once where its values are the same under every policy and beside every prompts file: they are of
+    the held-out text, and have no panel of their own then."""
+    for panel in (lambda row: ("", ""), lambda row: (row.panel[0], "")):
+        merged: dict[Any, Row] = {}
+        for row in rows:
+            values = tuple((n, row.value(n)) for prefix in prefixes for n in row.series(prefix).values())
+            merged.setdefault((row.look, panel(row), values), replace(row, panel=panel(row)))
+        if len({key[:2] for key in merged}) == len(merged):
+            return list(merged.values())
+    return rows
 
 
 def speedup_against_quality(rows: list[Row]) -> Figure | None:
