@@ -10,7 +10,8 @@ import torch
 from variants import configurations
 
 from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
-from verl_speculator.checkpoint import base_shape, read_checkpoint_info, resolve_checkpoint
+from verl_speculator.bases import base_shape
+from verl_speculator.checkpoint import read_checkpoint_info, resolve_checkpoint
 from verl_speculator.errors import UserError
 from verl_speculator.files import atomic_directory, atomic_file, remove_temporaries
 from verl_speculator.provenance import weights_fingerprint

@@ -99,7 +99,8 @@ class _Shown:
 
 def _check_speculator(speculator: str, base: str, draft_length: int | None, allow_other_base: bool) -> None:
     """What the checkpoint's configuration and the base's tell without loading either."""
-    from verl_speculator.checkpoint import base_shape, read_checkpoint_info
+    from verl_speculator.bases import base_shape
+    from verl_speculator.checkpoint import read_checkpoint_info
 
     info = read_checkpoint_info(speculator)
     if draft_length is not None and not 1 <= draft_length <= info.config.n_predict:

@@ -70,7 +70,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         UserError: if there is none.
     """
-    from verl_speculator.checkpoint import check_base_name
+    from verl_speculator.bases import check_base_name
 
     check_base_name(path)
     from transformers import AutoTokenizer

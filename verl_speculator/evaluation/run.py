@@ -12,7 +12,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo, base_shape, load_speculator
+from verl_speculator.bases import base_shape
+from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.decoding.policy import SamplingPolicy
