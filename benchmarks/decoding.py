@@ -25,7 +25,7 @@ from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.evaluation.contenders import HuggingFace, Speculating
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
-from verl_speculator.evaluation.run import spread
+from verl_speculator.selection import spread
 from verl_speculator.tokens import end_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]

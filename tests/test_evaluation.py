@@ -27,10 +27,11 @@ from verl_speculator.evaluation.contenders import HuggingFace, Speculating
 from verl_speculator.evaluation.journal import Journal
 from verl_speculator.evaluation.metrics import acceptance, bootstrap, quality, speed, weighted_median
 from verl_speculator.evaluation.quality import Document
-from verl_speculator.evaluation.run import evaluate, spread
+from verl_speculator.evaluation.run import evaluate
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.losses import DraftLoss
 from verl_speculator.provenance import weights_fingerprint
+from verl_speculator.selection import spread
 from verl_speculator.tokens import end_token_ids
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
@@ -448,7 +449,7 @@ def test_checkpoints_that_do_not_fit(world, bases, base, tmp_path):
     with pytest.raises(UserError, match=r"width \(hidden_size\) 16, this base has 32"):
         evaluate(asked(world, base, tmp_path / "out", speculators=(str(tmp_path / "narrow"),)))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="a file is in the way"):
+    with pytest.raises(UserError, match="is a file, expected a directory"):
         evaluate(asked(world, base, tmp_path / "file"))
 
 

@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_made(attempt, tmp_path, monkeypatch):
 
 def test_a_file_in_the_way(attempt, tmp_path):
     (tmp_path / "out").write_text("")
-    assert_refused(attempt, "a file is in the way", tmp_path)
+    assert_refused(attempt, "is a file, expected a directory", tmp_path)
 
 
 def test_data_refused(attempt, tmp_path):

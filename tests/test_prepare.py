@@ -471,7 +471,7 @@ def test_a_parquet_file_without_a_known_column(tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"messages": [USER, ANSWER]}])
-    assert_refused("a file is in the way", path, path / "out")
+    assert_refused("is a file, expected a directory", path, path / "out")
 
 
 def test_names_on_the_hub(tmp_path, monkeypatch):

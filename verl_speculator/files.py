@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from verl_speculator.errors import UserError
+
 TEMPORARY = ".tmp."
 
 
@@ -18,6 +20,23 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(setting: str, directory: Path) -> None:
+    """Whether `directory` can be written to, or made where it does not exist yet. Makes nothing.
+
+    Args:
+        setting: name and value as the user gave them, for the message.
+        directory: may not exist.
+
+    Raises:
+        UserError: if a file is in the way, or permission is missing.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{setting}: {existing} is a file, expected a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{setting}: {existing} cannot be written to")
 
 
 @contextmanager

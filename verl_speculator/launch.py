@@ -14,6 +14,7 @@ from pathlib import Path
 
 from verl_speculator.allocator import CPU_ALLOCATOR
 from verl_speculator.errors import UserError
+from verl_speculator.files import check_writable
 
 USAGE = """usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
 
@@ -81,11 +82,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
     if not (argv[0].isascii() and argv[0].isdigit()) or int(argv[0]) < 1:
         raise UserError(f"nproc_per_node={argv[0]}: expected a positive integer")
     save_path = Path(argv[1]).expanduser()
-    if save_path.exists() and not save_path.is_dir():
-        raise UserError(f"save_path={argv[1]}: a file is in the way")
-    existing = next(folder for folder in (save_path.absolute(), *save_path.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"save_path={argv[1]}: {existing} cannot be written to")
+    check_writable(f"save_path={argv[1]}", save_path)
     return int(argv[0]), save_path, list(argv[2:])
 
 

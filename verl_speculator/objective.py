@@ -71,7 +71,12 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         """Whether it compares with the base's distribution."""
-        return any(name != "ce" for name, _ in self.weights)
+        return bool(self.temperatures)
+
+    @property
+    def temperatures(self) -> frozenset[float]:
+        """Temperatures at which it asks for the base's distribution."""
+        return frozenset(self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce")
 
     def depths(self, count: int, *, prefix: str = "") -> Sequence[float]:
         """The weight of each of `count` depths.

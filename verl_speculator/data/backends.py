@@ -95,17 +95,6 @@ class HuggingFaceBackend:
         self.policy, self.ends, self.batch_size = policy, tuple(ends), batch_size
         self.pad = pad if pad is not None else next(iter(self.ends), 0)
 
-    def _settings(self, max_new_tokens: int) -> Any:
-        """A fresh configuration: the base's own may hold penalties, which would be another distribution."""
-        from transformers import GenerationConfig
-
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not self.policy.greedy}
-        settings |= {"eos_token_id": list(self.ends) or None, "pad_token_id": self.pad}
-        if not self.policy.greedy:
-            settings |= {"temperature": self.policy.temperature, "top_p": self.policy.top_p}
-            settings["top_k"] = self.policy.top_k
-        return GenerationConfig(**settings)
-
     def generate(self, prompts: Sequence[list[int]], *, max_new_tokens: int, seeds: Sequence[int]) -> Iterator[Answer]:
         """`Backend.generate`"""
         rooms = [room(self.limit, prompt, max_new_tokens) for prompt in prompts]
@@ -124,22 +113,22 @@ class HuggingFaceBackend:
         """What follows each prompt, whatever stands behind an end token included."""
         import torch
 
+        from verl_speculator.decoding.hugging_face import generation_settings
+
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = self.base.device
         torch.manual_seed(seed)
-        # generate takes what a configuration leaves open from the base's own.
-        own, self.base.generation_config = self.base.generation_config, self._settings(max_new_tokens)
+        settings = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.ends) or None, "pad_token_id": self.pad}
         try:
-            texts = self.base.generate(ids.to(device), attention_mask=mask.to(device))
+            with generation_settings(self.base, self.policy, **settings):
+                texts = self.base.generate(ids.to(device), attention_mask=mask.to(device))
         except torch.OutOfMemoryError:
             raise UserError(
                 f"batch_size={self.batch_size}: out of memory with prompts of up to {width} tokens; expected a smaller "
                 "--batch-size"
             ) from None
-        finally:
-            self.base.generation_config = own
         return texts[:, width:].tolist()
 
 

@@ -29,7 +29,7 @@ from verl_speculator.data.formats import (
 from verl_speculator.data.kept import MESSAGES, Kept, choose_held_out, split
 from verl_speculator.data.read import Source, find_source
 from verl_speculator.errors import UserError, nearest
-from verl_speculator.files import TEMPORARY, atomic_file
+from verl_speculator.files import TEMPORARY, atomic_file, check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,15 +111,11 @@ class PrepareSettings:
 
     def check_output(self, sources: Iterable[Source]) -> None:
         """Refuse an output directory that cannot be written to or holds what would be lost, without making it."""
-        existing = next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())
-        if not existing.is_dir():
-            raise UserError(f"out={self.out}: a file is in the way")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"out={self.out}: {existing} cannot be written to")
+        check_writable(f"out={self.out}", self.out)
         results = [path for path in (self.out / TRAIN, self.out / VAL) if path.exists()]
         if results and not self.overwrite:
             name = results[0].name
-            raise UserError(f"out={self.out}: holds {name} already; expected another directory, or overwrite")
+            raise UserError(f"out={self.out}: holds {name} already; expected another directory, or --overwrite")
         for source in sources:
             if any(os.path.exists(source.name) and path.samefile(source.name) for path in results):
                 raise UserError(f"out={self.out}: {source.name} is read, and would be replaced")

@@ -15,6 +15,8 @@ from verl_speculator.data.regenerate_settings import RegenerateSettings
 from verl_speculator.data.shards import Shards
 from verl_speculator.data.talks import Source, Talk
 from verl_speculator.errors import UserError
+from verl_speculator.progress import progress_bar
+from verl_speculator.selection import spread
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +87,6 @@ def regenerate(settings: RegenerateSettings) -> Account:
 
     # These load torch, which no complaint about a setting or the file should wait for.
     from verl_speculator.decoding.load import choose_device, choose_dtype, load_tokenizer
-    from verl_speculator.evaluation.run import progress_bar, spread
 
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)

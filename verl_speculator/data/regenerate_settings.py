@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.errors import UserError, nearest
+from verl_speculator.files import check_writable
 
 BACKENDS = ("hf", "vllm")
 
@@ -86,9 +86,4 @@ class RegenerateSettings:
             raise UserError(f"out={self.out}: is the data itself, expected another file")
         if self.out.exists() and not self.overwrite:
             raise UserError(f"out={self.out}: exists already; expected a new name, or --overwrite")
-        parent = self.out.absolute().parent
-        existing = next(p for p in (parent, *parent.parents) if p.exists())
-        if not existing.is_dir():
-            raise UserError(f"out={self.out}: {existing} is a file, expected a directory")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"out={self.out}: {existing} cannot be written to")
+        check_writable(f"out={self.out}", self.out.parent)

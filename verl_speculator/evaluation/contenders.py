@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from verl_speculator.decoding import Generation, SamplingPolicy, speculative_generate
+from verl_speculator.decoding.hugging_face import generation_settings
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.models import Speculator
 
@@ -146,34 +147,21 @@ class HuggingFace:
     ) -> None:
         self.base, self.policy, self.draft_length, self.ends = base, policy, draft_length, tuple(eos_token_ids)
 
-    def _settings(self, max_new_tokens: int) -> Any:
-        """A fresh configuration: the base's own may hold penalties, which would be another distribution."""
-        from transformers import GenerationConfig
-
-        # Its assisted generation cannot do without end tokens; none of the vocabulary's is -1.
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.ends) or [-1]}
-        settings["pad_token_id"] = self.ends[0] if self.ends else 0
-        if self.draft_length:
-            settings["prompt_lookup_num_tokens"] = self.draft_length
-        if not self.policy.greedy:
-            settings |= {"do_sample": True, "temperature": self.policy.temperature, "top_p": self.policy.top_p}
-            settings["top_k"] = self.policy.top_k
-        return GenerationConfig(**settings)
-
     def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> Run:
         """`Contender.generate`"""
         ids = torch.tensor([prompt], device=self.base.device)
         if (limit := position_limit(self.base)) is not None:  # `generate` only warns, and goes on
             max_new_tokens = min(max_new_tokens, limit - len(prompt))
         torch.manual_seed(seed)
-        own, self.base.generation_config = self.base.generation_config, self._settings(max_new_tokens)
-        try:
-            with CallRecorder(self.base) as recorder:
-                start = time.perf_counter()
-                text = self.base.generate(ids, attention_mask=torch.ones_like(ids))
-                end = time.perf_counter()
-        finally:
-            self.base.generation_config = own
+        settings = {"max_new_tokens": max_new_tokens, "pad_token_id": self.ends[0] if self.ends else 0}
+        # Its assisted generation cannot do without end tokens; none of the vocabulary's is -1.
+        settings["eos_token_id"] = list(self.ends) or [-1]
+        if self.draft_length:
+            settings["prompt_lookup_num_tokens"] = self.draft_length
+        with generation_settings(self.base, self.policy, **settings), CallRecorder(self.base) as recorder:
+            start = time.perf_counter()
+            text = self.base.generate(ids, attention_mask=torch.ones_like(ids))
+            end = time.perf_counter()
         histogram = [0] * (self.draft_length + 1)
         # The first call is the prefill, the last one ends the text: neither counts. What a call emitted shows in the
         # length of the cache at the next one.

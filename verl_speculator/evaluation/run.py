@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 
 from verl_speculator.bases import base_shape
@@ -27,7 +27,9 @@ from verl_speculator.evaluation.quality import Document
 from verl_speculator.evaluation.report import write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.progress import progress_bar
 from verl_speculator.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
+from verl_speculator.selection import spread
 from verl_speculator.tokens import end_token_ids
 
 JOURNALS = "journals"
@@ -92,14 +94,6 @@ def evaluate(settings: EvaluationSettings) -> Path:
             bench.measure_quality(texts, infos, speculators, progress)
     write_results(settings.out, settings.out / JOURNALS)
     return settings.out
-
-
-def progress_bar() -> Progress:
-    """Bars on stderr."""
-    from rich.console import Console
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: torch.dtype) -> Speculator:
@@ -307,12 +301,6 @@ class Bench:
                 if i not in journal.records:
                     journal.add(i, document.measure(speculators[name], self.ends, temperatures[name]))
             progress.advance(task)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` indices at even distances, so that a file sorted by category is sampled whole; 0 for all."""
-    wanted = min(wanted, count) or count
-    return [i * count // wanted for i in range(wanted)]
 
 
 def _training_temperature(info: CheckpointInfo) -> float:

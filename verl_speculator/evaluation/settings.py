@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from verl_speculator.checkpoint import CheckpointInfo, read_checkpoint_info
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.errors import UserError, nearest
+from verl_speculator.files import check_writable
 
 BASELINES = ("none", "prompt_lookup", "random")
 # Hugging Face's own loop without drafts: only by name, since the base alone is measured anyway.
@@ -93,11 +93,7 @@ class EvaluationSettings:
 
     def check_output(self) -> None:
         """Refuse an output directory that cannot be written to, without making it."""
-        existing = next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())
-        if not existing.is_dir():
-            raise UserError(f"out={self.out}: a file is in the way")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"out={self.out}: {existing} cannot be written to")
+        check_writable(f"out={self.out}", self.out)
 
     def checkpoints(self) -> dict[str, CheckpointInfo]:
         """Every checkpoint under the name it was given by; a run's folder means its latest step.

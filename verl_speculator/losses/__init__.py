@@ -1,6 +1,6 @@
 """Losses of a speculator: `reference` holds the definitions, `speculator_loss` is fast and gives the same."""
 
 from verl_speculator.losses.chunked import speculator_loss
-from verl_speculator.losses.draft import DraftLoss, DraftSums, mean_loss
+from verl_speculator.losses.draft import DraftLoss, DraftSums
 
-__all__ = ["DraftLoss", "DraftSums", "mean_loss", "speculator_loss"]
+__all__ = ["DraftLoss", "DraftSums", "speculator_loss"]

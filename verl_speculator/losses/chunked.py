@@ -9,7 +9,7 @@ Shapes: T rows, K depths, D base width, E speculator width, V vocabulary, R rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from verl_speculator.losses.closed_form import loss_and_gradient_
+from verl_speculator.losses.closed_form import Teacher, loss_and_gradient_, teach
 from verl_speculator.models.base import Speculator
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 from verl_speculator.objective import Objective
@@ -35,6 +35,18 @@ Head = Callable[[Tensor], Tensor]
 def default_chunk_rows(vocab_size: int, objective: Objective) -> int:
     """Rows of a chunk whose blocks of logits, the teacher's among them, have a bounded size."""
     return max(LEAST_ROWS, BLOCK // vocab_size // (2 if objective.needs_teacher else 1))
+
+
+def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
+    """[K] what a depth's summed loss is multiplied with: the mean over its valid pairs, then by weight over the depths
+    that have any. All zeros where none has.
+
+    Args:
+        counts: [K] valid pairs of each depth.
+        weights: of each depth.
+    """
+    present = torch.tensor(weights, dtype=torch.float64, device=counts.device) * (counts > 0)
+    return present / present.sum().clamp(min=torch.finfo(torch.float64).tiny) / counts.clamp(min=1)
 
 
 def speculator_loss(
@@ -83,23 +95,18 @@ def speculator_loss(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows}: expected at least 1")
     counts = valid.sum(0) if counts is None else counts
-    depth_weights = torch.tensor(objective.depths(valid.shape[1]), device=hidden.device, dtype=torch.float64)
-    present = depth_weights * (counts > 0)
-    # [K] what each row's loss is multiplied with.
-    scale = present / present.sum().clamp(min=torch.finfo(torch.float64).tiny) / counts.clamp(min=1)
+    scale = depth_scale(counts, objective.depths(valid.shape[1]))
 
     # Where shapes are only reckoned with, which rows are valid is not known: all are kept.
     if not isinstance(hidden, FakeTensor):
         kept = valid.any(1).nonzero().squeeze(-1)
         hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
         teacher_rows = None if teacher_rows is None else teacher_rows[kept]
-    names, parameters = zip(*speculator.named_parameters(), strict=True)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
     job = _Job(
         speculator=speculator,
-        names=names,
         tokens=tokens,
         targets=targets,
         valid=valid,
@@ -110,7 +117,7 @@ def speculator_loss(
         teacher_rows=teacher_rows,
         base_head=base_head,
     )
-    total, *sums = _ChunkedLoss.apply(job, hidden, *parameters)
+    total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.parameters())
     return total, dict(zip(SUMS, sums, strict=True))
 
 
@@ -122,7 +129,6 @@ class _Job:
     """All of a loss that carries no gradient."""
 
     speculator: Speculator
-    names: tuple[str, ...]
     tokens: Tensor
     targets: Tensor
     valid: Tensor
@@ -137,29 +143,20 @@ class _Job:
         rows = self.tokens.shape[0]
         return (slice(begin, min(begin + self.chunk_rows, rows)) for begin in range(0, rows, self.chunk_rows))
 
-    def teacher(self, chunk: slice, depth: int, dtype: torch.dtype) -> Tensor | None:
+    def teacher(self, chunk: slice, dtype: torch.dtype) -> tuple[Teacher, Tensor | None]:
+        """The base's distribution at every state that a chunk compares with, each computed once, and [r, K] which of
+        them each pair's is: the rows of a document share all but the last of theirs."""
         if not self.objective.needs_teacher:
-            return None
+            return {}, None
+        rows = self.teacher_rows[chunk]
+        if isinstance(rows, FakeTensor):  # as many as a document's consecutive rows have
+            distinct, which = rows.new_zeros(rows.shape[0] + rows.shape[1] - 1), rows
+        else:
+            rows = torch.where(self.valid[chunk], rows, rows[:, :1])
+            distinct, which = rows.unique(return_inverse=True)
         with torch.no_grad():
-            logits = self.base_head(self.teacher_hidden[self.teacher_rows[chunk, depth]])
-        return logits.to(dtype, copy=True)
-
-
-class _Gradients:
-    """Sums of the parameters' gradients over chunks, in float32 at least.
-
-    Tables and heads, which are as large as the vocabulary, are never there twice: a table's rows are added one by one,
-    a head's product is added into the sum.
-    """
-
-    def __init__(self, job: _Job, parameters: tuple[Tensor, ...], dtype: torch.dtype, wanted: list[bool]) -> None:
-        self.sums = [
-            torch.zeros(p.shape, dtype=dtype, device=p.device) if want else None
-            for p, want in zip(parameters, wanted, strict=True)
-        ]
-        kinds = {id(m.weight): type(m) for m in job.speculator.modules() if isinstance(m, (TokenEmbedding, OutputHead))}
-        own = dict(job.speculator.named_parameters())
-        self.kinds = [kinds.get(id(own[name])) for name in job.names]
+            logits = self.base_head(self.teacher_hidden[distinct]).to(dtype)
+            return teach(logits, self.objective), which
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -169,21 +166,14 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, job: _Job, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
-        wide = torch.float32 if compute in (torch.bfloat16, torch.float16) else compute
-        wanted = [bool(need) for need in ctx.needs_input_grad[2:]]
-        training = any(ctx.needs_input_grad[1:])
-        gradients = _Gradients(job, parameters, wide, wanted)
-        hidden_gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[1] else None
-        count = job.tokens.shape[1]
-        sums = {name: hidden.new_zeros(count, dtype=wide) for name in SUMS}
         with torch.autocast(device, enabled=False):
-            casted = [p.detach().to(compute) for p in parameters]
+            run = _Pass(job, hidden.detach(), parameters, compute, ctx.needs_input_grad[1:])
             for chunk in job.chunks():
-                _run_chunk(job, chunk, hidden.detach(), casted, gradients, hidden_gradient, sums, training, wide)
-        ctx.gradients, ctx.hidden_gradient = gradients.sums, hidden_gradient
+                run.chunk(chunk)
+        ctx.gradients, ctx.hidden_gradient = run.gradients, run.hidden_gradient
         ctx.dtypes = [p.dtype for p in parameters]
-        total = (sums["loss"] * job.scale.to(wide)).sum()
-        found = tuple(sums[name] for name in SUMS)
+        total = (run.sums["loss"] * job.scale.to(run.wide)).sum()
+        found = tuple(run.sums[name] for name in SUMS)
         ctx.mark_non_differentiable(*found)
         return total, *found
 
@@ -199,92 +189,114 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, hidden, *found
 
 
-def _run_chunk(
-    job: _Job,
-    chunk: slice,
-    hidden: Tensor,
-    parameters: list[Tensor],
-    gradients: _Gradients,
-    hidden_gradient: Tensor | None,
-    sums: dict[str, Tensor],
-    training: bool,
-    wide: torch.dtype,
-) -> None:
-    """Add one chunk's losses to `sums`, and its gradients to `gradients` and `hidden_gradient`."""
-    compute = parameters[0].dtype
-    tokens, valid = job.tokens[chunk], job.valid[chunk]
-    leaves, numbers = _leaves(job, gradients, parameters, tokens, training)
-    state = hidden[chunk].to(compute)
-    if hidden_gradient is not None:
-        state = state.requires_grad_()
-    with torch.set_grad_enabled(training):
-        states = functional_call(job.speculator, dict(zip(job.names, leaves, strict=True)), (state, numbers))
-    backs = torch.zeros_like(states) if training else None
-    alive = torch.ones_like(valid[:, 0])
-    own = dict(zip(job.names, range(len(job.names)), strict=True))
-    heads = {id(p): own[name] for name, p in job.speculator.named_parameters()}
-    for k in range(valid.shape[1]):
-        at = heads[id(job.speculator.head(k))]
-        weight, output = parameters[at], states[k].detach()
-        logits = (output @ weight.T).to(wide)
-        hit = logits.argmax(-1) == job.targets[chunk, k]
-        losses, gradient = loss_and_gradient_(logits, job.targets[chunk, k], job.teacher(chunk, k, wide), job.objective)
-        reached = alive & valid[:, k]
-        alive = reached & hit
-        sums["loss"][k] += torch.where(valid[:, k], losses, 0).sum()
-        flags = {"pairs": valid[:, k], "correct": hit & valid[:, k], "reached": reached, "accepted": alive}
-        for name, flag in flags.items():
-            sums[name][k] += flag.sum()
-        if training:
-            gradient.mul_((job.scale[k] * valid[:, k]).to(wide).unsqueeze(-1))
-            if gradients.sums[at] is not None:
-                add_product_(gradients.sums[at], gradient, output)
-            torch.mm(gradient.to(compute), weight, out=backs[k])
-        del logits, gradient
-    if training:
-        _backward(job, chunk, states, backs, state, leaves, tokens, gradients, hidden_gradient)
+class _Pass:
+    """One pass over all chunks, and what it adds up.
 
+    Tables and heads, which are as large as the vocabulary, are never there twice: a table's gradient is added row by
+    row, a head's product is added into the sum.
 
-def _leaves(
-    job: _Job, gradients: _Gradients, parameters: list[Tensor], tokens: Tensor, training: bool
-) -> tuple[list[Tensor], Tensor]:
-    """The parameters as the chunk's own leaves, and the token numbers that go with them.
+    Args:
+        job: what is computed.
+        hidden: [T, D] without a gradient.
+        parameters: of the speculator, in its order.
+        compute: the type to multiply in.
+        wanted: whether the gradient of `hidden`, then of each parameter, is asked for.
 
-    A table is replaced by the rows that this chunk looks up, in order, so that its gradient is as small as they are.
+    Attributes:
+        sums: [K] for each name of SUMS.
+        gradients: of each parameter, in float32 at least; None where not asked for.
+        hidden_gradient: [T, D], or None.
+        wide: the type of sums and logits.
     """
-    rows, leaves = tokens.flatten(), []
-    for parameter, kind, total in zip(parameters, gradients.kinds, gradients.sums, strict=True):
-        leaf = F.embedding(rows, parameter) if kind is TokenEmbedding else parameter.detach()
-        leaves.append(leaf.requires_grad_(training and total is not None and kind is not OutputHead))
-    return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
 
+    def __init__(
+        self,
+        job: _Job,
+        hidden: Tensor,
+        parameters: Sequence[Tensor],
+        compute: torch.dtype,
+        wanted: Sequence[bool],
+    ) -> None:
+        self.job, self.hidden = job, hidden
+        self.wide = torch.float32 if compute in (torch.bfloat16, torch.float16) else compute
+        self.training = any(wanted)
+        self.parameters = [p.detach().to(compute) for p in parameters]
+        self.hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
+        self.gradients = [
+            torch.zeros(p.shape, dtype=self.wide, device=p.device) if want else None
+            for p, want in zip(parameters, wanted[1:], strict=True)
+        ]
+        self.sums = {name: hidden.new_zeros(job.valid.shape[1], dtype=self.wide) for name in SUMS}
+        modules = job.speculator.modules()
+        kinds = {id(m.weight): type(m) for m in modules if isinstance(m, (TokenEmbedding, OutputHead))}
+        self.names, own = zip(*job.speculator.named_parameters(), strict=True)
+        self.kinds = [kinds.get(id(p)) for p in own]
+        places = {id(p): i for i, p in enumerate(own)}
+        self.heads = [places[id(job.speculator.head(k))] for k in range(job.valid.shape[1])]
 
-def _backward(
-    job: _Job,
-    chunk: slice,
-    states: Tensor,
-    backs: Tensor,
-    state: Tensor,
-    leaves: list[Tensor],
-    tokens: Tensor,
-    gradients: _Gradients,
-    hidden_gradient: Tensor | None,
-) -> None:
-    """Through the chunk's unroll, into the sums."""
-    inputs = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.requires_grad]
-    asked = [leaf for _, leaf in inputs] + [state] * (hidden_gradient is not None)
-    if not asked:
-        return
-    found = list(torch.autograd.grad(states, asked, backs, allow_unused=True))
-    if hidden_gradient is not None:
-        hidden_gradient[chunk] = found.pop()
-    for (i, _), gradient in zip(inputs, found, strict=True):
-        if gradient is None:  # at a single depth the later depths' parameters rest
-            continue
-        if gradients.kinds[i] is TokenEmbedding:
-            gradients.sums[i].index_add_(0, tokens.flatten(), gradient.to(gradients.sums[i].dtype))
-        else:
-            gradients.sums[i].add_(gradient)
+    def chunk(self, chunk: slice) -> None:
+        """Add one chunk's losses and gradients to the sums."""
+        job, tokens, valid = self.job, self.job.tokens[chunk], self.job.valid[chunk]
+        leaves, numbers = self._leaves(tokens)
+        state = self.hidden[chunk].to(self.parameters[0].dtype)
+        if self.hidden_gradient is not None:
+            state = state.requires_grad_()
+        with torch.set_grad_enabled(self.training):
+            states = functional_call(job.speculator, dict(zip(self.names, leaves, strict=True)), (state, numbers))
+        backs = torch.zeros_like(states) if self.training else None
+        alive = torch.ones_like(valid[:, 0])
+        teacher, which = job.teacher(chunk, self.wide)
+        for k, at in enumerate(self.heads):
+            weight, output = self.parameters[at], states[k].detach()
+            logits = (output @ weight.T).to(self.wide)
+            hit = logits.argmax(-1) == job.targets[chunk, k]
+            said = {temperature: base.rows(which[:, k]) for temperature, base in teacher.items()}
+            losses, gradient = loss_and_gradient_(logits, job.targets[chunk, k], said, job.objective)
+            reached = alive & valid[:, k]
+            alive = reached & hit
+            self.sums["loss"][k] += torch.where(valid[:, k], losses, 0).sum()
+            flags = {"pairs": valid[:, k], "correct": hit & valid[:, k], "reached": reached, "accepted": alive}
+            for name, flag in flags.items():
+                self.sums[name][k] += flag.sum()
+            if self.training:
+                gradient.mul_((job.scale[k] * valid[:, k]).to(self.wide).unsqueeze(-1))
+                if self.gradients[at] is not None:
+                    add_product_(self.gradients[at], gradient, output)
+                torch.mm(gradient.to(weight.dtype), weight, out=backs[k])
+            del said, logits, gradient
+        if self.training:
+            self._backward(chunk, states, backs, state, leaves, tokens)
+
+    def _leaves(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The parameters as the chunk's own leaves, and the token numbers that go with them.
+
+        A table is replaced by the rows that this chunk looks up, in order, so that its gradient is as small as they
+        are.
+        """
+        rows, leaves = tokens.flatten(), []
+        for parameter, kind, total in zip(self.parameters, self.kinds, self.gradients, strict=True):
+            leaf = F.embedding(rows, parameter) if kind is TokenEmbedding else parameter.detach()
+            leaves.append(leaf.requires_grad_(self.training and total is not None and kind is not OutputHead))
+        return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
+
+    def _backward(
+        self, chunk: slice, states: Tensor, backs: Tensor, state: Tensor, leaves: list[Tensor], tokens: Tensor
+    ) -> None:
+        """Through the chunk's unroll, into the sums."""
+        inputs = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        asked = [leaf for _, leaf in inputs] + [state] * (self.hidden_gradient is not None)
+        if not asked:
+            return
+        found = list(torch.autograd.grad(states, asked, backs, allow_unused=True))
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[chunk] = found.pop()
+        for (i, _), gradient in zip(inputs, found, strict=True):
+            if gradient is None:  # at a single depth the later depths' parameters rest
+                continue
+            if self.kinds[i] is TokenEmbedding:
+                self.gradients[i].index_add_(0, tokens.flatten(), gradient.to(self.gradients[i].dtype))
+            else:
+                self.gradients[i].add_(gradient)
 
 
 def add_product_(total: Tensor, gradient: Tensor, output: Tensor) -> None:

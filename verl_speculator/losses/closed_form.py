@@ -1,14 +1,19 @@
 """The same losses with their gradients in closed form, on one block of logits that is overwritten.
 
-Shapes: R rows, V vocabulary. With q = softmax(z):
+Shapes: R rows, V vocabulary. With q = softmax(z) and the base's p:
 
     ce     ∂/∂z = q − onehot(target)
     kl     ∂/∂z = T (q_T − p_T)
     α      ∂/∂z = q ⊙ (1[q < p] − Σ_v q 1[q < p]),   tv = 1 − α,  lk_pure = −log α
     lk     λ · kl + (1 − λ) · tv with λ as a constant
+
+So every mix is  a ⊙ q − b ⊙ p + s ⊙ (q 1[q < p]) − c onehot(target)  with numbers a, b, s of each row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,73 +21,120 @@ from torch import Tensor
 from verl_speculator.objective import Objective
 
 
+class Distribution(NamedTuple):
+    """What the base says.
+
+    Attributes:
+        p: [R, V] probabilities.
+        negentropy: [R] Σ_v p log p.
+    """
+
+    p: Tensor
+    negentropy: Tensor
+
+    def rows(self, index: Tensor) -> Distribution:
+        """Some of its rows."""
+        return Distribution(self.p[index], self.negentropy[index])
+
+
+Teacher = Mapping[float, Distribution]
+
+
+def teach(logits: Tensor, objective: Objective) -> Teacher:
+    """The base's distribution at each temperature that the objective asks for.
+
+    Args:
+        logits: [R, V] the base's, in float32 or wider.
+        objective: what is minimised.
+    """
+    found = {}
+    for temperature in sorted(objective.temperatures, reverse=True):
+        log_p = logits.div(temperature).log_softmax(-1) if temperature != 1 else logits.log_softmax(-1)
+        p = log_p.exp()
+        found[temperature] = Distribution(p, _dot(p, log_p))
+    return found
+
+
 def loss_and_gradient_(
-    logits: Tensor, targets: Tensor, teacher: Tensor | None, objective: Objective
+    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and its gradient.
 
     Args:
         logits: [R, V] in float32 or wider; overwritten.
         targets: [R] token ids.
-        teacher: [R, V] the base's logits, if the objective compares with them; overwritten.
+        teacher: what `teach` gives for the same rows; empty for an objective that does not compare with the base.
         objective: what is minimised.
 
     Returns:
         [R] losses and [R, V] gradients in the place of the logits.
     """
     weights = dict(objective.weights)
-    column = targets.unsqueeze(-1)
-    if set(weights) == {"ce"}:
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        loss = (normaliser - logits.gather(-1, column)).squeeze(-1) * weights["ce"]
-        gradient = logits.sub_(normaliser).exp_()
-        gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -1.0))
-        return loss, gradient if weights["ce"] == 1 else gradient.mul_(weights["ce"])
-
     loss = logits.new_zeros(logits.shape[0])
-    gradient = torch.zeros_like(logits)
-    softened = weights.pop("kl", 0.0)
-    temperature = objective.kl_temperature
-    if softened and temperature != 1:
-        loss += softened * _add_kl(gradient, logits / temperature, teacher / temperature, softened, temperature)
-        softened = 0.0
-    log_q, log_p = logits.log_softmax(-1), teacher.log_softmax(-1)
-    if ce := weights.pop("ce", 0.0):
-        loss -= ce * log_q.gather(-1, column).squeeze(-1)
-        gradient.add_(log_q.exp(), alpha=ce)
-        gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -ce))
-    if softened:
-        loss += softened * _add_kl(gradient, log_q, log_p, softened, 1.0)
+    softened = None
+    if objective.kl_temperature != 1 and "kl" in weights:
+        value, softened = _softened_kl(logits, teacher[objective.kl_temperature], objective.kl_temperature)
+        weight = weights.pop("kl")
+        loss, softened = loss + weight * value, softened.mul_(weight)
+
+    ce, column = weights.pop("ce", 0.0), targets.unsqueeze(-1)
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    if ce:
+        loss = loss + ce * (normaliser - logits.gather(-1, column)).squeeze(-1)
     if weights:
-        loss += _add_acceptance(gradient, log_q, log_p, weights, objective.lk_eta)
-    return loss, logits.copy_(gradient)
+        p, negentropy = teacher[1.0]
+        divergence = negentropy - _dot(p, logits) + normaliser.squeeze(-1)
+    gradient = logits.sub_(normaliser).exp_()  # q
+    if not weights:
+        gradient = gradient if ce == 1 else gradient.mul_(ce)
+    else:
+        share = torch.full_like(loss, weights.get("kl", 0.0))
+        rising = slope = None
+        if weights.keys() - {"kl"}:
+            added, share, slope = _acceptance(gradient, p, weights, objective.lk_eta, share)
+            loss = loss + added
+            rising = torch.where(gradient < p, gradient, 0)
+        loss = loss + share * divergence
+        of_q = share + ce
+        if rising is not None:
+            of_q = of_q - slope * rising.sum(-1)
+        gradient.mul_(of_q.unsqueeze(-1)).addcmul_(p, share.unsqueeze(-1), value=-1)
+        if rising is not None:
+            gradient.addcmul_(rising, slope.unsqueeze(-1))
+    if ce:
+        gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -ce))
+    return loss, gradient if softened is None else gradient.add_(softened)
 
 
-def _add_kl(gradient: Tensor, z: Tensor, t: Tensor, weight: Tensor | float, temperature: float) -> Tensor:
-    """Add weight · ∂(T²·KL)/∂logits, with z and t already divided by T; [R] T²·KL."""
-    log_q, log_p = z.log_softmax(-1), t.log_softmax(-1)
-    p = log_p.exp()
-    value = temperature**2 * (p * (log_p - log_q)).sum(-1)
-    gradient.add_((log_q.exp_() - p).mul_(temperature).mul_(weight))
-    return value
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[R] the product of each row with its own, without a block of products."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
 
 
-def _add_acceptance(gradient: Tensor, log_q: Tensor, log_p: Tensor, weights: dict[str, float], eta: float) -> Tensor:
-    """Add the gradients of tv, lk and lk_pure; [R] their weighted sum."""
-    q, p = log_q.exp(), log_p.exp()
+def _softened_kl(logits: Tensor, teacher: Distribution, temperature: float) -> tuple[Tensor, Tensor]:
+    """[R] T²·KL of the distributions at temperature T, and its gradient [R, V]."""
+    z = logits / temperature
+    normaliser = z.logsumexp(-1, keepdim=True)
+    value = temperature**2 * (teacher.negentropy - _dot(teacher.p, z) + normaliser.squeeze(-1))
+    return value, z.sub_(normaliser).exp_().sub_(teacher.p).mul_(temperature)
+
+
+def _acceptance(
+    q: Tensor, p: Tensor, weights: Mapping[str, float], eta: float, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[R] the part of tv, lk and lk_pure that is no divergence; each row's weight of the divergence, `share` and what
+    lk adds to it; and ∂loss/∂α."""
     alpha = torch.minimum(p, q).sum(-1)
     loss, slope = torch.zeros_like(alpha), torch.zeros_like(alpha)
     if weight := weights.get("tv"):
-        loss += weight * (1 - alpha)
-        slope -= weight
+        loss = loss + weight * (1 - alpha)
+        slope = slope - weight
     if weight := weights.get("lk_pure"):
-        loss -= weight * alpha.log()
-        slope -= weight / alpha
+        loss = loss - weight * alpha.log()
+        slope = slope - weight / alpha
     if weight := weights.get("lk"):
-        share = torch.exp(-eta * alpha)
-        loss += weight * share * _add_kl(gradient, log_q, log_p, weight * share.unsqueeze(-1), 1.0)
-        loss += weight * (1 - share) * (1 - alpha)
-        slope -= weight * (1 - share)
-    rising = torch.where(q < p, q, 0)
-    gradient.add_((rising - q * rising.sum(-1, keepdim=True)).mul_(slope.unsqueeze(-1)))
-    return loss
+        part = torch.exp(-eta * alpha)
+        share = share + weight * part
+        loss = loss + weight * (1 - part) * (1 - alpha)
+        slope = slope - weight * (1 - part)
+    return loss, share, slope

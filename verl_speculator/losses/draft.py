@@ -5,13 +5,12 @@ Outside that forward a sharded speculator's parameters are shards, so nothing el
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.losses.chunked import Head, speculator_loss
+from verl_speculator.losses.chunked import Head, depth_scale, speculator_loss
 from verl_speculator.models.base import Speculator
 from verl_speculator.objective import Objective
 
@@ -50,7 +49,7 @@ class DraftSums:
         were right at all earlier depths. A depth without a single pair ends the sum and has no entry of its own.
         """
         weights = (objective or Objective()).depths(len(self.pairs))
-        values = {"speculator_loss": float(mean_loss(self.loss, self.pairs, weights))}
+        values = {"speculator_loss": float((self.loss * depth_scale(self.pairs, weights)).sum())}
         expected, chain = 1.0, 1.0
         for k, (pairs, reached) in enumerate(zip(self.pairs.tolist(), self.reached.tolist(), strict=True)):
             if pairs:
@@ -60,18 +59,6 @@ class DraftSums:
             expected += chain
         values["expected_accept_length"] = expected
         return values
-
-
-def mean_loss(loss: Tensor, pairs: Tensor, weights: Sequence[float]) -> Tensor:
-    """The mean over the valid pairs of each depth, then by weight over the depths that have any; 0 where none has.
-
-    Args:
-        loss: [K] summed loss of each depth.
-        pairs: [K] number of valid pairs of each depth.
-        weights: K weights of the depths.
-    """
-    weight = torch.tensor(weights, dtype=torch.float64, device=pairs.device) * (pairs > 0)
-    return (weight * loss / pairs.clamp(min=1)).sum() / weight.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 class DraftLoss(nn.Module):
