@@ -43,10 +43,16 @@ MAY_IMPORT = {
         ),
     },
     "settings": {"config", "errors"},
-    "preflight": {"checkpoint", "config", "errors", "models", "provenance", "settings", "tokens"},
+    "state_cache": {"errors", "files", "provenance"},
+    "preflight": {
+        *("checkpoint", "config", "errors", "models", "provenance", "selection", "settings", "state_cache", "tokens"),
+    },
     "allocator": set(),
     "launch": {"allocator", "errors", "files", "preflight", "settings"},
-    "engine": {"alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "tokens"},
+    "engine": {
+        *("alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "state_cache"),
+        "tokens",
+    },
     "train": {"engine", "errors", "settings"},
     "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"config"},

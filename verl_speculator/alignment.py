@@ -64,11 +64,7 @@ def align(
     """
     length, device = tokens.numel(), tokens.device
     index = torch.arange(length, device=device)
-    doc_start = torch.zeros(length, dtype=torch.long, device=device)
-    borders = cu_seqlens.to(device=device, dtype=torch.long)[:-1]
-    borders = borders[borders < length]
-    doc_start[borders] = borders
-    doc_start = doc_start.cummax(0).values
+    doc_start = _document_starts(cu_seqlens, length, device)
 
     assistant = loss_mask.bool()
     # A turn starts where the assistant begins: at the first token of a document, or after a token that is not its own.
@@ -95,6 +91,28 @@ def align(
         teachers=seen.T,
         valid=valid[:, positions],
     )
+
+
+def states_read(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[S] every position, ascending, whose state a draft may start from or be compared with, whatever the number of
+    depths: those before a token of the assistant's in the same document.
+
+    Args:
+        loss_mask: [T] 1 where the assistant produced the token, 0 elsewhere.
+        cu_seqlens: [B + 1] the borders of the documents, from 0 to T.
+    """
+    starts = _document_starts(cu_seqlens, loss_mask.numel(), loss_mask.device)
+    before_assistant = loss_mask.bool()[1:] & (starts[1:] == starts[:-1])
+    return before_assistant.nonzero().squeeze(-1)
+
+
+def _document_starts(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
+    """[T] where each position's document begins."""
+    starts = torch.zeros(length, dtype=torch.long, device=device)
+    borders = cu_seqlens.to(device=device, dtype=torch.long)[:-1]
+    borders = borders[borders < length]
+    starts[borders] = borders
+    return starts.cummax(0).values
 
 
 def padded_positions(positions: Tensor, cu_seqlens: Tensor, width: int) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from tqdm import tqdm
 from verl.trainer.sft_trainer import create_sft_dataset
 
+from verl_speculator.alignment import states_read
 from verl_speculator.errors import UserError
 from verl_speculator.tokens import tokenize_texts
 
@@ -55,6 +57,29 @@ def build_dataset(files: Sequence[str], config: Any, tokenizer: Any, processor: 
     if not config.custom_cls.get("path") and is_text(files, config):
         return TextDataset(files, tokenizer, config, max_samples)
     return create_sft_dataset(list(files), config, tokenizer, processor, max_samples=max_samples)
+
+
+class NumberedDataset(Dataset):
+    """A dataset whose rows say which one they are, in `row` [1]."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        return self.dataset[item] | {"row": torch.tensor([item])}
+
+
+def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool) -> torch.Tensor:
+    """[len(rows)] how many of the base's states a draft may read in each of these rows."""
+    loader = DataLoader(Subset(dataset, rows), batch_size=None, num_workers=num_workers)
+    counts = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(tqdm(loader, desc="Counting states", disable=not show)):
+        mask = row["loss_mask"]
+        counts[i] = len(states_read(mask, torch.tensor([0, len(mask)])))
+    return counts
 
 
 class PaddedDataset(Dataset):

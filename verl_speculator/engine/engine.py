@@ -16,13 +16,14 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_speculator.alignment import DraftRows, align, padded_positions
+from verl_speculator.alignment import DraftRows, align, padded_positions, states_read
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.models.initialise import start_from_base
+from verl_speculator.state_cache import StateCache
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 f"{MODEL_TYPE} supports 1 only"
             )
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        # Set by whoever numbers the rows of its data: batches with `row` are then kept there, or read.
+        self.state_cache: StateCache | None = None
 
     @property
     def speculator(self) -> Speculator:
@@ -133,7 +136,11 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         if loss_function is None:
             return super().forward_backward_batch(data, loss_function, forward_only)
         # The divisor of every micro-batch is the batch's own number of pairs, on all ranks, known before the first.
-        self._batch_pairs = self._all_reduce_sum(self._align(data).valid.sum(1).to(get_device_id()))
+        # Whether the base may rest is settled for all ranks too: its forward pass gathers their shards.
+        uncached = self.state_cache is None or "row" not in data or not self.state_cache.has(_numbers(data))
+        pairs = self._align(data).valid.sum(1)
+        known = self._all_reduce_sum(torch.cat([pairs, pairs.new_tensor([uncached])]).to(get_device_id()))
+        self._batch_pairs, self._base_rests = known[:-1], not known[-1]
         output = super().forward_backward_batch(data, loss_function, forward_only)
         for name in (DRAFT_SUMS, BASE_SUMS):
             if name in output["metrics"]:
@@ -153,13 +160,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         base_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         rows = self._align(micro_batch)
-        positions, teachers = rows.positions, rows.teachers
-        if not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            offsets, width = micro_batch["input_ids"].offsets(), base_inputs["input_ids"].shape[1]
-            positions, teachers = (padded_positions(p, offsets, width) for p in (positions, teachers))
-        draft = {
-            "rows": positions,
-            "teacher_rows": teachers,
+        draft = self._places(rows, micro_batch, base_inputs["input_ids"].shape[1]) | {
             "tokens": rows.tokens,
             "targets": rows.targets,
             "valid": rows.valid,
@@ -168,6 +169,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         }
         with self._autocast():
             found, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
+            if "states" in found:
+                self._keep(micro_batch, found.pop("states"))
             draft_loss = found.pop("total") * self.get_data_parallel_size()
             sums = DraftSums(**found)
             loss = self.model_config.speculator_loss_coeff * draft_loss
@@ -187,6 +190,31 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 metrics[BASE_SUMS] = self._base_sums(base_loss, micro_batch)
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
 
+    def _places(self, rows: DraftRows, micro_batch: TensorDict, width: int) -> dict[str, Tensor]:
+        """Where the states are that the rows read: in the base's flattened batch, or among those of the cache."""
+        offsets = micro_batch["input_ids"].offsets()
+        packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
+
+        def in_batch(positions: Tensor) -> Tensor:
+            return positions if packed else padded_positions(positions, offsets, width)
+
+        if self.state_cache is None or "row" not in micro_batch:
+            return {"rows": in_batch(rows.positions), "teacher_rows": in_batch(rows.teachers)}
+        mask = micro_batch["loss_mask"].values()
+        kept = states_read(mask, offsets)
+        place = torch.zeros_like(mask, dtype=torch.long)  # what no valid pair reads points at the first one
+        place[kept] = torch.arange(len(kept), device=place.device)
+        places = {"rows": place[rows.positions], "teacher_rows": place[rows.teachers]}
+        if not self._base_rests:
+            return places | {"kept": in_batch(kept)}
+        return places | {"states": self.state_cache.read(_numbers(micro_batch)).to(get_device_id())}
+
+    def _keep(self, micro_batch: TensorDict, states: Tensor) -> None:
+        numbers = _numbers(micro_batch)
+        lengths = self.state_cache.lengths[numbers].tolist()
+        for row, part in zip(numbers, states.split(lengths), strict=True):
+            self.state_cache.write(row, part)
+
     def _base_sums(self, base_loss: Tensor, micro_batch: TensorDict) -> Tensor:
         """[2] this micro-batch's share of the base's summed loss and of the batch's tokens."""
         tokens = micro_batch["loss_mask"].values().sum()
@@ -205,6 +233,11 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         """As `get_per_tensor_param`, each rank its own shard."""
         parameters, peft_config = super().get_per_tensor_param_shard(**kwargs)
         return _base_only(parameters), peft_config
+
+
+def _numbers(batch: TensorDict) -> list[int]:
+    """Which rows of the training set these are."""
+    return batch["row"].values().tolist()
 
 
 def _base_only(parameters: Any) -> Iterator[tuple]:

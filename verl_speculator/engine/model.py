@@ -56,33 +56,43 @@ class ModelWithSpeculator(nn.Module):
         """
         Args:
             draft: `rows` [R] and `teacher_rows` [K, R], indices into the flattened batch of `base_inputs`, and the
-                `tokens`, `targets`, `valid` and `counts` of `DraftLoss`. None runs the base alone.
+                `tokens`, `targets`, `valid` and `counts` of `DraftLoss`. None runs the base alone. With a cache of
+                states the indices are into its states instead: either `states` [S, D] themselves, and the base rests,
+                or `kept` [S], where in the flattened batch they are.
             base_inputs: of the base's own forward.
 
         Returns:
-            The base's output without `draft`. With it `(found, base_output)`: what `DraftLoss` gives, and the base's
-            output if it is trained (None if it is frozen: its logits are never computed).
+            The base's output without `draft`. With it `(found, base_output)`: what `DraftLoss` gives, with `states`
+            [S, D] in bf16 if they are to be kept, and the base's output if it is trained (None if it is frozen: its
+            logits are never computed).
         """
         if draft is None:
             return self.base(**base_inputs)
-        output = None
-        if self.freeze_base:
-            with torch.no_grad():
-                hidden = self.base.base_model(**base_inputs).last_hidden_state
-        else:
-            # The last entry is the state after the final norm; the others are alive for the backward pass anyway.
-            output = self.base(**base_inputs, output_hidden_states=True)
-            hidden = output.hidden_states[-1]
-            output.hidden_states = None
-            hidden = hidden.detach() if self.detach_hidden else hidden
-        flat = hidden.flatten(0, 1)
+        flat, output = draft.get("states"), None
+        if flat is None:
+            flat, output = self._run_base(base_inputs)
+        kept = {}
+        if "kept" in draft:  # rounded as they are kept, so that every epoch trains on the same
+            flat = flat[draft["kept"]].to(torch.bfloat16)
+            kept["states"] = flat
         rows = (flat[draft["rows"]], draft["tokens"], draft["targets"], draft["valid"])
         if self.head is None:
-            return self.draft(*rows, counts=draft["counts"]), output
+            return self.draft(*rows, counts=draft["counts"]) | kept, output
         self._check_head(base_inputs)
         teacher = {"teacher_hidden": flat.detach(), "teacher_rows": draft["teacher_rows"]}
         with self.head.whole() as head:
-            return self.draft(*rows, counts=draft["counts"], **teacher, base_head=head), output
+            return self.draft(*rows, counts=draft["counts"], **teacher, base_head=head) | kept, output
+
+    def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """States [B · T, D] after the final norm, and the base's output if it is trained."""
+        if self.freeze_base:
+            with torch.no_grad():
+                return self.base.base_model(**base_inputs).last_hidden_state.flatten(0, 1), None
+        # The last entry is the state after the final norm; the others are alive for the backward pass anyway.
+        output = self.base(**base_inputs, output_hidden_states=True)
+        hidden = output.hidden_states[-1].flatten(0, 1)
+        output.hidden_states = None
+        return hidden.detach() if self.detach_hidden else hidden, output
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
         """Once, on a few tokens: whether the head gives what the base itself gives. Here its weights are whole."""

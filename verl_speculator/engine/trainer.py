@@ -6,6 +6,7 @@ import logging
 import time
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,19 @@ from verl.utils.memory_utils import aggressive_empty_cache
 from verl.utils.tracking import Tracking
 
 from verl_speculator.engine.checkpointing import RunCheckpoints
-from verl_speculator.engine.dataset import PaddedDataset, ResumableSampler, build_dataset, is_text
+from verl_speculator.engine.dataset import (
+    NumberedDataset,
+    PaddedDataset,
+    ResumableSampler,
+    build_dataset,
+    count_states,
+    is_text,
+)
 from verl_speculator.engine.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftSums
 from verl_speculator.provenance import git_commit, versions, weights_fingerprint
+from verl_speculator.state_cache import SETTING, StateCache, check_directory, identify_states, say_size
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +57,37 @@ class SpeculatorTrainer(SFTTrainer):
         self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
         if is_text(data.train_files, data):
             model.end_token_ids = ()  # every token is a target
+        self.state_cache = None
+        if data.cache_hidden_states:
+            self.state_cache = self._open_state_cache()
+            self.train_dataset = NumberedDataset(self.train_dataset)
+
+    def _open_state_cache(self) -> StateCache:
+        """The cache that the run names, made by the first process if there is none."""
+        data, model = self.config.data, self.model_config
+        directory = Path(data.cache_hidden_states)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        identity, exists = None, [None]
+        if rank == 0:
+            identity = identify_states(self.config, model.tokenizer)
+            exists = [check_directory(directory, identity)]
+        dist.broadcast_object_list(exists, src=0)
+        if not exists[0]:
+            mine = range(rank, len(self.train_dataset), ranks)
+            counts = count_states(self.train_dataset, mine, data.num_workers, show=rank == 0)
+            parts = [None] * ranks
+            dist.all_gather_object(parts, counts)
+            if rank == 0:
+                lengths = torch.zeros(len(self.train_dataset), dtype=torch.long)
+                for i, part in enumerate(parts):
+                    lengths[i::ranks] = part
+                width = model.hf_config.get_text_config().hidden_size
+                cache = StateCache.create(directory, identity, lengths.numpy(), width)
+                logger.info("%s: %s for %d states", directory, say_size(cache.size), lengths.sum())
+            dist.barrier()
+        if not directory.is_dir():
+            raise UserError(f"{SETTING}={directory}: expected a directory that all machines share")
+        return StateCache(directory)
 
     def _build_engine(self) -> None:
         from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
@@ -65,6 +105,7 @@ class SpeculatorTrainer(SFTTrainer):
         )
         self.training_client.set_loss_fn(partial(sft_loss, config=None))
         self.engine = self.training_client.engine
+        self.engine.state_cache = self.state_cache
 
     def _build_dataloader(self) -> None:
         data = self.config.data
@@ -125,6 +166,7 @@ class SpeculatorTrainer(SFTTrainer):
                 "loss": dict(objective.weights),
                 "kl_temperature": objective.kl_temperature,
                 "seed": self.config.trainer.seed,
+                "cached_states": self.state_cache is not None,
                 "processes": dist.get_world_size(),
             },
             "versions": versions(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from verl_speculator.preflight.base import check_base, check_checkpoints
+from verl_speculator.preflight.cache import check_cache
 from verl_speculator.preflight.data import check_data, check_rows
 from verl_speculator.preflight.values import check_batch, check_device, check_settings
 
@@ -37,3 +38,5 @@ def check_run(config: DictConfig, *, processes: int, processes_per_node: int, fi
         check_rows(config, base, train, "data.train_files")
         if val is not None:
             check_rows(config, base, val, "data.val_files")
+    if first_node:
+        check_cache(config, base, train)
