@@ -95,6 +95,7 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         ("model.speculator.kl_temperature=0", "kl_temperature=0: expected a number > 0"),
         ("model.speculator.depth_weights=[1]", "depth_weights=[1.0]: expected 3 numbers, one for each depth"),
         ("model.speculator.loss_chunk_rows=0", "loss_chunk_rows=0: expected an integer of at least 1"),
+        ("model.speculator.compile=2", "model.speculator.compile=2: expected true, false or null"),
         ("model.speculator.init=base", "16 wide, the base 32; expected the first of emb_dim to be 32"),
         ("data.train_batch_size=7", "its 7 rows per process are not divisible by data.micro_batch_size_per_gpu=4"),
         ("data.train_batch_size=44", "data.train_batch_size=44: the training files have only 40 rows"),
@@ -139,6 +140,12 @@ def test_sum_lstm_needs_tied_weights(attempt, tmp_path):
 def test_flash_attention_has_to_be_installed(attempt, tmp_path):
     more = "+model.override_config.attn_implementation=flash_attention_2"
     assert_refused(attempt, "flash-attn is not installed", tmp_path, more)
+
+
+def test_compiling_needs_a_compiler(attempt, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    words = "model.speculator.compile=true: no C++ compiler (no-such-compiler)"
+    assert_refused(attempt, words, tmp_path, "model.speculator.compile=true")
 
 
 @pytest.mark.parametrize("nproc", ["two", "0", "-1", "1.5", "", "²"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from variants import configurations
 
@@ -227,28 +230,33 @@ def test_two_hundred_steps_are_those_of_the_plain_loop():
 def test_half_precision_loses_no_more_than_the_plain_loop(method):
     """Gradients of bf16 parameters against float64 ones of the same numbers, in many small chunks."""
     config = SpeculatorConfig(method=method, n_predict=K, inner_dim=48, emb_dim=48, proj_dim=48)
-    exact = build_speculator(config, hidden_size=D, vocab_size=V, seed=0).to(torch.bfloat16)
-    batch = Batch(dtype=torch.bfloat16, rows=600)
-    wide = Batch(rows=600)
-    for name in ("hidden", "teacher_hidden", "base_head"):
-        setattr(wide, name, getattr(batch, name).double())
-    double = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
-    double.load_state_dict({name: p.double() for name, p in exact.state_dict().items()})
-    for x in (batch, wide):
-        x.hidden.requires_grad_()
-    truth = gradients(double, plain(double, wide, OBJECTIVES["ce"]), wide.hidden)
-    loop = gradients(exact, plain(exact, batch, OBJECTIVES["ce"]), batch.hidden)
-    loop = {name: grad.clone() for name, grad in loop.items()}
-    rows, _ = batch.arguments()
-    ours = gradients(exact, speculator_loss(exact, *rows, chunk_rows=32)[0], batch.hidden)
-    assert {grad.dtype for grad in ours.values()} == {torch.bfloat16}
+    everything, large = [], []
+    for seed in range(6):
+        exact = build_speculator(config, hidden_size=D, vocab_size=V, seed=seed).to(torch.bfloat16)
+        batch, wide = Batch(dtype=torch.bfloat16, rows=600), Batch(rows=600)
+        for name in ("hidden", "teacher_hidden", "base_head"):
+            setattr(wide, name, getattr(batch, name).double())
+        double = build_speculator(config, hidden_size=D, vocab_size=V, seed=seed, dtype=torch.float64)
+        double.load_state_dict({name: p.double() for name, p in exact.state_dict().items()})
+        for x in (batch, wide):
+            x.hidden.requires_grad_()
+        truth = gradients(double, plain(double, wide, OBJECTIVES["ce"]), wide.hidden)
+        loop = gradients(exact, plain(exact, batch, OBJECTIVES["ce"]), batch.hidden)
+        loop = {name: grad.clone() for name, grad in loop.items()}
+        rows, _ = batch.arguments()
+        ours = gradients(exact, speculator_loss(exact, *rows, chunk_rows=32)[0], batch.hidden)
+        assert {grad.dtype for grad in ours.values()} == {torch.bfloat16}
 
-    def error(grads, names):
-        return sum(float((grads[n].double() - truth[n]).norm() ** 2 / truth[n].norm() ** 2) for n in names) ** 0.5
+        def error(found, names, truth=truth):
+            parts = ((found[n].double() - truth[n]).norm() ** 2 / truth[n].norm() ** 2 for n in names)
+            return float(sum(parts)) ** 0.5
 
-    assert error(ours, truth) <= error(loop, truth)
-    large = [name for name in truth if name.startswith(("emb", "heads"))]
-    assert error(ours, large) < 0.96 * error(loop, large)
+        everything.append(error(ours, truth) / error(loop, truth))
+        tables = [name for name in truth if name.startswith(("emb", "heads"))]
+        large.append(error(ours, tables) / error(loop, tables))
+    # Both round alike within the unroll; what is summed over chunks is where they differ.
+    assert statistics.median(everything) <= 1 and max(everything) < 1.02
+    assert max(large) < 0.97
 
 
 def test_fake_tensors():
@@ -262,6 +270,18 @@ def test_fake_tensors():
         loss.backward()
         assert {p.grad.dtype for p in speculator.parameters()} == {torch.bfloat16}
         assert all(p.grad.shape == p.shape for p in speculator.parameters())
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+def test_compiled_gives_the_same_for_any_number_of_rows(method):
+    """One graph each for unroll and loss, where torch.compile would make one for each number of rows by default."""
+    config = SpeculatorConfig(method=method, n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    compare(config, Batch(rows=15), OBJECTIVES["mix"], compiled=True)
+    graphs = counters["stats"]["unique_graphs"]
+    for rows, chunk_rows in ((25, 100), (40, 14), (14, 100)):
+        compare(config, Batch(rows=rows), OBJECTIVES["mix"], compiled=True, chunk_rows=chunk_rows)
+    assert graphs and counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize(

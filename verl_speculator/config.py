@@ -129,6 +129,7 @@ class SpeculatorTraining:
         default=None, metadata={"help": "weight of each depth's loss, [w0, w1, ...]; null weighs all alike"}
     )
     loss_chunk_rows: int | None = _setting(None, "rows that go through head and loss at a time; null bounds the memory")
+    compile: bool | None = _setting(None, "fuse the speculator's training with torch.compile; null: on CUDA")
 
     def __post_init__(self) -> None:
         if not isinstance(self.detach_hidden, bool):
@@ -142,6 +143,8 @@ class SpeculatorTraining:
         rows = self.loss_chunk_rows
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
             raise UserError(f"{PREFIX}loss_chunk_rows={rows}: expected an integer of at least 1, or null")
+        if self.compile is not None and not isinstance(self.compile, bool):
+            raise UserError(f"{PREFIX}compile={self.compile}: expected true, false or null")
         if self.depth_weights is not None and not isinstance(self.depth_weights, Sequence):
             raise UserError(f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, or null")
         self.objective  # noqa: B018

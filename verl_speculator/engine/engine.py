@@ -106,7 +106,12 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             start_from_base(speculator, base.get_input_embeddings().weight, head)
         return ModelWithSpeculator(
             base,
-            DraftLoss(speculator, training.objective, training.loss_chunk_rows),
+            DraftLoss(
+                speculator,
+                training.objective,
+                training.loss_chunk_rows,
+                compiled=get_device_name() == "cuda" if training.compile is None else training.compile,
+            ),
             freeze_base=self.model_config.freeze_base_model,
             detach_hidden=training.detach_hidden,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def speculator_loss(
     counts: Tensor | None = None,
     loss: str | dict[str, float] | Objective = "ce",
     chunk_rows: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a speculator over all rows and depths, differentiable in `hidden` and in its parameters.
 
@@ -82,6 +84,8 @@ def speculator_loss(
             default.
         loss: a name, weights by name, or an `Objective`.
         chunk_rows: rows at a time; `default_chunk_rows` by default.
+        compiled: run unroll and closed forms through torch.compile, which fuses norms, activations and the passes over
+            the logits. Any number of rows runs through the same code.
 
     Returns:
         The loss, and per depth, without a gradient: `loss` (summed), `pairs`, `correct`, `reached`, `accepted` [K].
@@ -116,9 +120,21 @@ def speculator_loss(
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
+        unroll=_compiled(_unroll) if compiled else _unroll,
+        loss_and_gradient=_compiled(loss_and_gradient_) if compiled else loss_and_gradient_,
     )
     total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.parameters())
     return total, dict(zip(SUMS, sums, strict=True))
+
+
+def _unroll(speculator: Speculator, parameters: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
+    """[K, r, E] the states of a chunk, with these parameters in the place of the speculator's own."""
+    return functional_call(speculator, parameters, (state, tokens))
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 SUMS = ("loss", "pairs", "correct", "reached", "accepted")
@@ -138,10 +154,14 @@ class _Job:
     teacher_hidden: Tensor | None
     teacher_rows: Tensor | None
     base_head: Head | None
+    unroll: Callable[..., Tensor]
+    loss_and_gradient: Callable[..., tuple[Tensor, Tensor]]
 
     def chunks(self) -> Iterator[slice]:
+        """Of nearly the same size, so that none is too small to be worth a product."""
         rows = self.tokens.shape[0]
-        return (slice(begin, min(begin + self.chunk_rows, rows)) for begin in range(0, rows, self.chunk_rows))
+        count = -(-rows // self.chunk_rows)
+        return (slice(i * rows // count, (i + 1) * rows // count) for i in range(count))
 
     def teacher(self, chunk: slice, dtype: torch.dtype) -> tuple[Teacher, Tensor | None]:
         """The base's distribution at every state that a chunk compares with, each computed once, and [r, K] which of
@@ -238,20 +258,21 @@ class _Pass:
         """Add one chunk's losses and gradients to the sums."""
         job, tokens, valid = self.job, self.job.tokens[chunk], self.job.valid[chunk]
         leaves, numbers = self._leaves(tokens)
-        state = self.hidden[chunk].to(self.parameters[0].dtype)
+        # Copies: torch.compile would make code of its own for views of tensors of another size.
+        state = self.hidden[chunk].to(self.parameters[0].dtype, copy=True)
         if self.hidden_gradient is not None:
             state = state.requires_grad_()
         with torch.set_grad_enabled(self.training):
-            states = functional_call(job.speculator, dict(zip(self.names, leaves, strict=True)), (state, numbers))
+            states = job.unroll(job.speculator, dict(zip(self.names, leaves, strict=True)), state, numbers)
         backs = torch.zeros_like(states) if self.training else None
         alive = torch.ones_like(valid[:, 0])
         teacher, which = job.teacher(chunk, self.wide)
         for k, at in enumerate(self.heads):
-            weight, output = self.parameters[at], states[k].detach()
+            weight, output, target = self.parameters[at], states[k].detach(), job.targets[chunk, k].clone()
             logits = (output @ weight.T).to(self.wide)
-            hit = logits.argmax(-1) == job.targets[chunk, k]
+            hit = logits.argmax(-1) == target
             said = {temperature: base.rows(which[:, k]) for temperature, base in teacher.items()}
-            losses, gradient = loss_and_gradient_(logits, job.targets[chunk, k], said, job.objective)
+            losses, gradient = job.loss_and_gradient(logits, target, said, job.objective)
             reached = alive & valid[:, k]
             alive = reached & hit
             self.sums["loss"][k] += torch.where(valid[:, k], losses, 0).sum()

@@ -68,15 +68,22 @@ class DraftLoss(nn.Module):
         speculator: any family.
         objective: what is minimised.
         chunk_rows: rows at a time; None for a number that keeps the blocks of logits small.
+        compiled: whether torch.compile fuses what is computed for them.
     """
 
     def __init__(
-        self, speculator: Speculator, objective: Objective | None = None, chunk_rows: int | None = None
+        self,
+        speculator: Speculator,
+        objective: Objective | None = None,
+        chunk_rows: int | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.speculator = speculator
         self.objective = objective or Objective()
         self.chunk_rows = chunk_rows
+        self.compiled = compiled
 
     def forward(
         self,
@@ -118,5 +125,6 @@ class DraftLoss(nn.Module):
             counts=counts,
             loss=self.objective,
             chunk_rows=self.chunk_rows,
+            compiled=self.compiled,
         )
         return {"total": total, **sums}

@@ -135,6 +135,12 @@ def embedding_scale(n_predict: int, merge_width: int) -> float:
     return math.sqrt((1 - state_weight**2) * merge_width / 2) / state_weight
 
 
+def scaled_sum(projected: Tensor, embedded: Tensor, scale: float) -> Tensor:
+    """projected + α · embedded, rounded once. Not `torch.add(…, alpha=…)`: torch.compile (torch 2.13) loses the factor
+    where it joins the sum to the product before it."""
+    return torch.addcmul(projected, embedded, embedded.new_ones(()), value=scale)
+
+
 def with_head_names(slots: dict[str, Slot], n_predict: int, *, tied: bool) -> dict[str, Slot]:
     """Checkpoint names in which `heads.{k}` is called `head.{k}`, one for each depth even where all share one."""
     named = {key: slot for key, slot in slots.items() if not key.startswith("heads.")}

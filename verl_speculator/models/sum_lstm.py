@@ -18,6 +18,7 @@ from verl_speculator.models.layers import (
     embedding_scale,
     inner_chain,
     rms_normalise,
+    scaled_sum,
     with_head_names,
 )
 
@@ -63,7 +64,7 @@ class SumLSTM(Speculator):
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
         projected, embedded = self.proj[min(state.depth, 1)](state.output), self.emb(token)
-        forget, admit, release, candidate = torch.add(projected, embedded, alpha=self.emb_scale).unbind(-2)
+        forget, admit, release, candidate = scaled_sum(projected, embedded, self.emb_scale).unbind(-2)
         cell = state.cell * torch.sigmoid(forget) + F.gelu(self.cell_ln[0](candidate)) * torch.sigmoid(admit)
         output = F.gelu(self.state_ln[0](cell)) * torch.sigmoid(release)
         return DraftState(output if self.ln is None else self.ln[0](output), cell, state.depth + 1)

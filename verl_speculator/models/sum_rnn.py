@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from verl_speculator.models.layers import (
     inner_chain,
     projection_chain,
     rms_normalise,
+    scaled_sum,
     with_head_names,
 )
 
@@ -55,7 +55,7 @@ class SumRNN(Speculator):
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
         projected = self._layer(self.proj, state.depth)(state.output)
-        merged = torch.add(projected, self._layer(self.emb, state.depth)(token), alpha=self.emb_scale)
+        merged = scaled_sum(projected, self._layer(self.emb, state.depth)(token), self.emb_scale)
         return DraftState(F.gelu(self._layer(self.ln, state.depth)(merged)), None, state.depth + 1)
 
     def head(self, depth: int) -> Tensor:

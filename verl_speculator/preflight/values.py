@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import shutil
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -143,6 +145,12 @@ def check_device(config: DictConfig, processes_per_node: int) -> None:
         raise UserError(
             "model.override_config.attn_implementation=flash_attention_2: needs a half type, "
             f"engine.mixed_precision.param_dtype is {precision.param_dtype}"
+        )
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if device == "cpu" and config.model.speculator.compile and not any(map(shutil.which, compilers)):
+        raise UserError(
+            f"model.speculator.compile=true: no C++ compiler ({' or '.join(compilers)}), which torch.compile needs on "
+            "a CPU; install one, or set it to false"
         )
     if device in ("cuda", "npu"):
         import torch
