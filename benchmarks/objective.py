@@ -4,8 +4,16 @@
         [--regenerated TRAIN_BASE.parquet] [--steps 300] [--jobs 2]
     python benchmarks/objective.py --summary
 
-A row of the CSV is one training run, through the launcher, and its evaluation. Behind a recipe's loss stand its other
-parts: `kl,base,own` starts from the base's embedding and head, and trains on regenerated answers.
+A row of the CSV is one training run, through the launcher, and its evaluation. A recipe is a loss, or several joined by
++, and behind it, after commas, its other parts:
+
+    own        the base's answers (--regenerated) instead of those in TRAIN
+    base       tables and heads start from the base's
+    decay0.4   depth k weighs 0.4^k
+    scale      model.speculator.scale_input=true
+    beta0.95   Adam's second beta
+
+`recommended` is examples/recipes/acceptance.txt, on the base's answers.
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,30 +38,32 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {
-    "ce": ["model.speculator.loss=ce"],
-    "kl": ["model.speculator.loss=kl"],
-    "tv": ["model.speculator.loss=tv"],
-    "lk": ["model.speculator.loss=lk"],
-    "lk_pure": ["model.speculator.loss=lk_pure"],
-    "kl+tv": ["model.speculator.loss={kl: 1.0, tv: 1.0}"],
-    "ce+kl": ["model.speculator.loss={ce: 0.1, kl: 1.0}"],
-}
+K = 5
+RECOMMENDED = ROOT / "examples" / "recipes" / "acceptance.txt"
 LOCK = threading.Lock()
 
 
 def recipe(name: str) -> tuple[list[str], bool]:
-    """Overrides of a recipe such as `kl, base, own`, and whether it reads the regenerated answers."""
-    loss, *more = name.split(",")
-    overrides = list(RECIPES[loss])
-    for part in more:
+    """Overrides of a recipe such as `kl+lk,own,decay0.4`, and whether it reads the base's answers."""
+    if name == "recommended":
+        lines = RECOMMENDED.read_text().splitlines()
+        return [line for line in lines if line and not line.startswith("#")], True
+    loss, *parts = name.split(",")
+    mix = ", ".join(f"{one}: 1.0" for one in loss.split("+"))
+    overrides = [f"model.speculator.loss={{{mix}}}"]
+    for part in parts:
         if part == "base":
             overrides.append("model.speculator.init=base")
-        elif part == "decay":
-            overrides.append("model.speculator.depth_weights=[1.0,0.8,0.64,0.51,0.41]")
+        elif part == "scale":
+            overrides.append("model.speculator.scale_input=true")
+        elif part.startswith("beta"):
+            overrides.append(f"optim.betas=[0.9,{part.removeprefix('beta')}]")
+        elif part.startswith("decay"):
+            weights = [float(part.removeprefix("decay")) ** k for k in range(K)]
+            overrides.append(f"model.speculator.depth_weights=[{','.join(f'{weight:.4g}' for weight in weights)}]")
         elif part != "own":
-            raise SystemExit(f"recipe {name}: unknown part {part}; expected base, decay, own")
-    return overrides, "own" in more
+            raise SystemExit(f"recipe {name}: unknown part {part}; expected own, base, scale, decay…, beta…")
+    return overrides, "own" in parts
 
 
 def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, Any]:
@@ -72,9 +83,10 @@ def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, An
                     f"model.partial_pretrain={args.base}",
                 ),
                 f"data.train_files={args.regenerated if own else args.train}",
-                *("data.train_batch_size=8", "data.micro_batch_size_per_gpu=8", f"optim.lr={lr}", *dims, *overrides),
+                *("data.train_batch_size=8", "data.micro_batch_size_per_gpu=8", *dims, *overrides),
+                *([] if lr == "own" else [f"optim.lr={lr}"]),
                 *(f"trainer.total_training_steps={args.steps}", f"trainer.seed={seed}", "trainer.logger=file"),
-                *("model.speculator.n_predict=5", f"model.speculator.method={args.method}", "trainer.test_freq=-1"),
+                *(f"model.speculator.n_predict={K}", f"model.speculator.method={args.method}", "trainer.test_freq=-1"),
             ],
             check=True,
             env=threads | {"VERL_FILE_LOGGER_PATH": str(log)},
@@ -94,18 +106,21 @@ def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, An
             stderr=subprocess.DEVNULL,
         )
         found = pd.read_csv(f"{folder}/out/results.csv").iloc[0]
-        last = json.loads(log.read_text().splitlines()[-1])["data"]
-    figures = ("tau", "tau_lo", "tau_hi", "accept_rate", *(f"accept_depth_{k}" for k in range(5)), "speedup")
+        steps = [json.loads(line)["data"] for line in log.read_text().splitlines()]
+        last = steps[-1]
+        speed = statistics.median(step["perf/tokens_per_second"] for step in steps)
+    figures = ("tau", "tau_lo", "tau_hi", "accept_rate", *(f"accept_depth_{k}" for k in range(K)), "speedup")
     return {
         "recipe": name,
         "method": args.method,
-        "lr": lr,
+        "lr": max(step["train/lr"] for step in steps),
         "seed": seed,
         "steps": args.steps,
         "batch": 8,
         **{figure: round(float(found[figure]), 4) for figure in figures},
         "train_loss": round(last["train/loss"], 4),
         "train_seconds": round(wall, 1),
+        "tokens_per_second": round(speed, 1),
         "prompts": int(found["prompts_used"]),
     }
 
@@ -114,18 +129,18 @@ def summarise(path: Path) -> None:
     """τ by recipe and learning rate, from the CSV alone."""
     rows = pd.read_csv(path)
     table = Table(title=f"{path.name}: E[accepted] = τ − 1, means over seeds")
-    for name in ("recipe", "lr", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
+    for name in ("recipe", "lr", "steps", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
         table.add_column(name, justify="left" if name == "recipe" else "right")
-    means = rows.groupby(["recipe", "lr"], sort=False).agg(
+    means = rows.groupby(["recipe", "lr", "steps"], sort=False).agg(
         tau=("tau", "mean"),
         seeds=("seed", "nunique"),
         first=("accept_depth_0", "mean"),
         last=("accept_depth_4", "mean"),
     )
     plain = means.loc["ce", "tau"].max() - 1 if "ce" in means.index.get_level_values(0) else float("nan")
-    for (name, lr), row in means.sort_values("tau").iterrows():
+    for (name, lr, steps), row in means.sort_values("tau").iterrows():
         cells = (f"{row.tau:.3f}", f"{(row.tau - 1) / plain - 1:+.1%}", f"{row['first']:.1%}", f"{row['last']:.1%}")
-        table.add_row(name, f"{lr:g}", f"{row.seeds:.0f}", *cells)
+        table.add_row(name, f"{lr:g}", f"{steps}", f"{row.seeds:.0f}", *cells)
     Console().print(table)
 
 
@@ -135,11 +150,9 @@ def main() -> None:
     parser.add_argument("train", nargs="?")
     parser.add_argument("prompts", nargs="?")
     parser.add_argument("--regenerated")
-    parser.add_argument(
-        "--recipes", default="ce kl lk", help="separated by spaces; parts of one by commas: kl,base,own"
-    )
+    parser.add_argument("--recipes", default="ce kl lk", help="separated by spaces")
     parser.add_argument("--method", default="sum_rnn")
-    parser.add_argument("--lr", default="1e-3,3e-3")
+    parser.add_argument("--lr", default="1e-3,3e-3", help="separated by commas; own for what the recipe says")
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--num-prompts", type=int, default=60)

@@ -2,6 +2,7 @@
 
     python benchmarks/training_memory.py [--setting 8b|long|all] [--impl ours|plain|both] [--out FILE.csv]
     python benchmarks/training_memory.py --growth            # K = 1 … 8 and V = 32k … 256k
+    python benchmarks/training_memory.py --by cuda           # on a GPU, by its allocator
 
 Counted on fake tensors: every allocation and release is seen, none takes place, so that no GPU is needed. The gradients
 of the parameters count, the parameters and the rows of hidden states that the base hands over do not. `plain` is the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +80,46 @@ def plain_loss(speculator: Speculator, hidden: Tensor, tokens: Tensor, targets: 
     return torch.stack(losses).mean()
 
 
-def measure(impl: str, rows: int, depths: int, vocab: int, width: int) -> float:
-    """Peak in GB (10⁹ bytes)."""
-    config = SpeculatorConfig(
-        method="sum_lstm",
-        n_predict=depths,
-        inner_dim=width,
-        emb_dim=width,
-        proj_dim=width,
-        tie_lstm_embs=True,
-    )
-    with FakeTensorMode():
-        speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, dtype=torch.bfloat16)
-        hidden = torch.empty(rows, width, dtype=torch.bfloat16)
-        tokens, targets = (torch.empty(rows, depths, dtype=torch.long) for _ in range(2))
-        valid = torch.ones(rows, depths, dtype=torch.bool)
-        account = Account()
-        for tensor in (hidden, tokens, targets, valid, *speculator.parameters()):
+def run(impl: str, loss: str, shape: dict[str, int], device: str, account: Account | None) -> Callable[[], None]:
+    """A loss, forward and backward, ready to be called; what it needs is there before."""
+    rows, depths, vocab, width = (shape[name] for name in ("rows", "depths", "vocab", "width"))
+    widths = {"inner_dim": width, "emb_dim": width, "proj_dim": width}
+    config = SpeculatorConfig(method="sum_lstm", n_predict=depths, tie_lstm_embs=True, **widths)
+    half = {"dtype": torch.bfloat16, "device": device}
+    speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, **half)
+    hidden, head = torch.randn(rows, width, **half), torch.randn(vocab, width, **half)
+    tokens, targets = (torch.randint(vocab, (rows, depths), device=device) for _ in range(2))
+    valid = torch.ones(rows, depths, dtype=torch.bool, device=device)
+    later = torch.arange(rows, device=device)[:, None] + torch.arange(depths, device=device)
+    teacher = {"teacher_hidden": hidden, "teacher_rows": later.clamp(max=rows - 1), "base_head": head}
+    if account is not None:
+        for tensor in (hidden, head, tokens, targets, valid, teacher["teacher_rows"], *speculator.parameters()):
             account.seen[tensor.untyped_storage()._cdata] = None  # there before, and not counted
+
+    def call() -> None:
+        if impl == "plain":
+            plain_loss(speculator, hidden, tokens, targets, valid).backward()
+        else:
+            speculator_loss(speculator, hidden, tokens, targets, valid, **teacher, loss=loss)[0].backward()
+
+    return call
+
+
+def measure(impl: str, loss: str, shape: dict[str, int], by: str) -> float:
+    """Peak in GB (10⁹ bytes), counted on fake tensors or asked of CUDA's allocator."""
+    if by == "cuda":
+        call = run(impl, loss, shape, "cuda", None)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    with FakeTensorMode():
+        account = Account()
+        call = run(impl, loss, shape, "cpu", account)
         with account:
-            if impl == "ours":
-                loss, _ = speculator_loss(speculator, hidden, tokens, targets, valid)
-            else:
-                loss = plain_loss(speculator, hidden, tokens, targets, valid)
-            loss.backward()
+            call()
     return account.peak / 1e9
 
 
@@ -109,6 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=[*SETTINGS, "all"], default="all")
     parser.add_argument("--impl", choices=["ours", "plain", "both"], default="both")
+    parser.add_argument("--loss", default="ce", help="of ours; the plain loop's is ce")
+    parser.add_argument("--by", choices=["fake", "cuda"], default="fake", help="cuda needs a GPU with room for it")
     parser.add_argument("--growth", action="store_true", help="K and V around the first setting")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "training_memory.csv")
     args = parser.parse_args()
@@ -120,8 +140,9 @@ def main() -> None:
     where, console = environment(), Console()
     for name, shape in chosen.items():
         for impl in ("ours", "plain") if args.impl == "both" else (args.impl,):
-            peak = round(measure(impl, **shape), 3)
-            row = {"setting": name, "impl": impl, **shape, "dtype": "bfloat16", "by": "fake tensors", "peak_gb": peak}
+            peak = round(measure(impl, args.loss, shape, args.by), 3)
+            row = {"setting": name, "impl": impl, "loss": args.loss if impl == "ours" else "ce", **shape}
+            row |= {"dtype": "bfloat16", "by": args.by, "peak_gb": peak}
             append_rows(args.out, [row | where])
             console.print(f"{name}: {impl} {peak:.2f} GB")
 
