@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -16,7 +17,7 @@ from variants import configurations
 
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.errors import UserError
-from verl_speculator.losses import reference, speculator_loss
+from verl_speculator.losses import kernels, reference, speculator_loss
 from verl_speculator.losses.closed_form import loss_and_gradient_, teach
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.objective import Objective
@@ -282,6 +283,35 @@ def test_compiled_gives_the_same_for_any_number_of_rows(method):
     for rows, chunk_rows in ((25, 100), (40, 14), (14, 100)):
         compare(config, Batch(rows=rows), OBJECTIVES["mix"], compiled=True, chunk_rows=chunk_rows)
     assert graphs and counters["stats"]["unique_graphs"] == graphs
+
+
+def test_the_fastest_kernel_is_taken(monkeypatch):
+    """On an accelerator; which one that is, is what the measurement says."""
+    speeds = {loss_and_gradient_: 2.0, kernels.liger_cross_entropy_: 1.0}
+    monkeypatch.setattr(kernels, "_measure", lambda kernel, *_: speeds[kernel])
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    ce, other = Objective.parse("ce"), Objective.parse({"ce": 1, "kl": 1})
+    assert kernels.choose_kernel(ce, 3, 7, "cuda", False) is kernels.liger_cross_entropy_
+    assert kernels.choose_kernel(other, 3, 7, "cuda", False) is loss_and_gradient_
+    assert kernels.choose_kernel(ce, 3, 7, "cpu", False) is loss_and_gradient_
+    speeds[kernels.liger_cross_entropy_] = float("inf")
+    assert kernels.choose_kernel(ce, 4, 7, "cuda", False) is loss_and_gradient_
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    speeds[kernels.liger_cross_entropy_] = 1.0
+    assert kernels.choose_kernel(ce, 5, 7, "cuda", False) is loss_and_gradient_
+
+
+def test_liger_gives_the_same():
+    """Its Triton kernel, on a CPU in Triton's interpreter: TRITON_INTERPRET=1, with liger-kernel and triton there."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET=1 is not set")
+    pytest.importorskip("liger_kernel")
+    z, targets = rand(7, 300, seed=1).float(), torch.arange(7) * 40
+    expected = loss_and_gradient_(z.clone(), targets, {}, Objective())
+    block = z.clone()
+    found = kernels.liger_cross_entropy_(block, targets, {}, Objective())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert found[1].data_ptr() == block.data_ptr() and not found[1].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from verl_speculator.losses.closed_form import Teacher, loss_and_gradient_, teach
+from verl_speculator.losses.closed_form import Teacher, teach
+from verl_speculator.losses.kernels import Kernel, choose_kernel, compile_once
 from verl_speculator.models.base import Speculator
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 from verl_speculator.objective import Objective
@@ -106,6 +106,7 @@ def speculator_loss(
         kept = valid.any(1).nonzero().squeeze(-1)
         hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
         teacher_rows = None if teacher_rows is None else teacher_rows[kept]
+    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, objective)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
@@ -116,12 +117,12 @@ def speculator_loss(
         valid=valid,
         scale=scale,
         objective=objective,
-        chunk_rows=chunk_rows or default_chunk_rows(speculator.vocab_size, objective),
+        chunk_rows=rows,
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
-        unroll=_compiled(_unroll) if compiled else _unroll,
-        loss_and_gradient=_compiled(loss_and_gradient_) if compiled else loss_and_gradient_,
+        unroll=compile_once(_unroll) if compiled else _unroll,
+        kernel=choose_kernel(objective, rows, speculator.vocab_size, hidden.device.type, compiled),
     )
     total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.parameters())
     return total, dict(zip(SUMS, sums, strict=True))
@@ -130,11 +131,6 @@ def speculator_loss(
 def _unroll(speculator: Speculator, parameters: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
     """[K, r, E] the states of a chunk, with these parameters in the place of the speculator's own."""
     return functional_call(speculator, parameters, (state, tokens))
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
 
 
 SUMS = ("loss", "pairs", "correct", "reached", "accepted")
@@ -155,7 +151,7 @@ class _Job:
     teacher_rows: Tensor | None
     base_head: Head | None
     unroll: Callable[..., Tensor]
-    loss_and_gradient: Callable[..., tuple[Tensor, Tensor]]
+    kernel: Kernel
 
     def chunks(self) -> Iterator[slice]:
         """Of nearly the same size, so that none is too small to be worth a product."""
@@ -272,7 +268,7 @@ class _Pass:
             logits = (output @ weight.T).to(self.wide)
             hit = logits.argmax(-1) == target
             said = {temperature: base.rows(which[:, k]) for temperature, base in teacher.items()}
-            losses, gradient = job.loss_and_gradient(logits, target, said, job.objective)
+            losses, gradient = job.kernel(logits, target, said, job.objective)
             reached = alive & valid[:, k]
             alive = reached & hit
             self.sums["loss"][k] += torch.where(valid[:, k], losses, 0).sum()
