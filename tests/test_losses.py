@@ -33,6 +33,9 @@ OBJECTIVES = {
     "lk_pure": Objective.parse("lk_pure"),
     "mix": Objective.parse({"ce": 0.1, "kl": 1.0, "tv": 0.5, "lk": 2, "lk_pure": 0.25}, kl_temperature=0.7, lk_eta=10),
     "half_ce": Objective.parse({"ce": 0.5}),
+    "ce_by_reach": Objective.parse("ce", depth_weights="reach"),
+    "kl_by_reach": Objective.parse("kl", depth_weights="reach"),
+    "mix_by_reach": Objective.parse({"ce": 0.1, "kl": 1.0, "lk": 0.5}, kl_temperature=2, depth_weights="reach"),
 }
 
 
@@ -78,7 +81,11 @@ def test_closed_forms(objective):
     expected = row_losses(objective, z, targets, t)
     (gradient,) = torch.autograd.grad(expected.sum(), z)
     block = z.detach().clone()
-    loss, found = loss_and_gradient_(block, targets, teach(t, objective), objective)
+    loss, found, acceptance = loss_and_gradient_(block, targets, teach(t, objective), objective)
+    if objective.by_reach:
+        both = torch.stack([z, z]).detach()
+        alpha = reference.reach(objective, both, torch.stack([targets, targets]), torch.stack([t, t]))[1]
+        torch.testing.assert_close(acceptance, alpha, rtol=0, atol=1e-12)
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
     assert found.data_ptr() == block.data_ptr()
@@ -113,12 +120,13 @@ def plain(speculator, batch, objective, counts=None):
     counts = batch.valid.sum(0) if counts is None else counts
     weights = torch.tensor(objective.depths(batch.valid.shape[1])) * (counts > 0)
     states = speculator.unroll(batch.hidden, batch.tokens)
+    wide = torch.float32 if states.dtype == torch.bfloat16 else states.dtype
+    logits = torch.stack([state @ speculator.head(k).T for k, state in enumerate(states)]).to(wide)
+    teacher = (batch.teacher_hidden[batch.teacher_rows.T] @ batch.base_head.T).to(wide)
+    reach = reference.reach(objective, logits, batch.targets.T, teacher)
     total = 0.0
-    for k, state in enumerate(states):
-        wide = torch.float32 if state.dtype == torch.bfloat16 else state.dtype
-        logits = (state @ speculator.head(k).T).to(wide)
-        teacher = (batch.teacher_hidden[batch.teacher_rows[:, k]] @ batch.base_head.T).to(wide)
-        losses = row_losses(objective, logits, batch.targets[:, k], teacher)
+    for k in range(len(states)):
+        losses = reach[k] * row_losses(objective, logits[k], batch.targets[:, k], teacher[k])
         total = total + weights[k] * torch.where(batch.valid[:, k], losses, 0).sum() / max(int(counts[k]), 1)
     return total / weights.sum()
 
@@ -155,6 +163,17 @@ def test_chunks_give_the_plain_loss_and_every_gradient(objective, chunk_rows):
 def test_every_family(config):
     compare(config, Batch(depths=config.n_predict), OBJECTIVES["mix"], chunk_rows=4)
     compare(config, Batch(depths=config.n_predict), OBJECTIVES["ce"])
+
+
+def test_weighing_by_reach_keeps_the_sums_of_the_plain_loss():
+    """What is reported per depth is the mean loss; what is minimised is weighted."""
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    batch = Batch()
+    plain_sums = compare(config, batch, Objective.parse("kl"), chunk_rows=4)
+    sums = compare(config, batch, OBJECTIVES["kl_by_reach"], chunk_rows=4)
+    torch.testing.assert_close(sums["loss"], plain_sums["loss"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(plain_sums["weighted"], plain_sums["loss"], rtol=0, atol=0)
+    assert sums["weighted"][0] == sums["loss"][0] and (sums["weighted"][1:] < 0.9 * sums["loss"][1:]).all()
 
 
 def test_depth_weights_and_counts_of_a_larger_batch():
@@ -307,11 +326,12 @@ def test_liger_gives_the_same():
         pytest.skip("TRITON_INTERPRET=1 is not set")
     pytest.importorskip("liger_kernel")
     z, targets = rand(7, 300, seed=1).float(), torch.arange(7) * 40
-    expected = loss_and_gradient_(z.clone(), targets, {}, Objective())
+    objective = OBJECTIVES["ce_by_reach"]
+    expected = loss_and_gradient_(z.clone(), targets, {}, objective)
     block = z.clone()
-    found = kernels.liger_cross_entropy_(block, targets, {}, Objective())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert found[1].data_ptr() == block.data_ptr() and not found[1].requires_grad
+    found = kernels.liger_cross_entropy_(block, targets, {}, objective)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=0, atol=1e-6)
+    assert found.gradient.data_ptr() == block.data_ptr() and not found.gradient.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -328,7 +348,7 @@ def test_liger_gives_the_same():
         ({}, {}, "expected one of ce, kl, tv, lk, lk_pure"),
         ("kl", {"kl_temperature": 0}, "model.speculator.kl_temperature=0: expected a number > 0"),
         ("lk", {"lk_eta": -3}, "model.speculator.lk_eta=-3: expected a number > 0"),
-        ("ce", {"depth_weights": [0, 0]}, "model.speculator.depth_weights=[0, 0]: expected numbers ≥ 0"),
+        ("ce", {"depth_weights": [0, 0]}, "model.speculator.depth_weights=[0, 0]: expected reach, or numbers ≥ 0"),
     ],
 )
 def test_objectives_that_are_none(loss, more, message):

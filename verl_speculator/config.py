@@ -126,7 +126,8 @@ class SpeculatorTraining:
     kl_temperature: float = _setting(1.0, "kl: softens both distributions; the loss is multiplied by its square")
     lk_eta: float = _setting(LK_ETA, "lk: how fast it turns from KL to TV as acceptance grows")
     depth_weights: Any = field(
-        default=None, metadata={"help": "weight of each depth's loss, [w0, w1, ...]; null weighs all alike"}
+        default=None,
+        metadata={"help": "weight of each depth's loss, [w0, w1, ...], or reach: each pair's chance to be drafted"},
     )
     loss_chunk_rows: int | None = _setting(None, "rows that go through head and loss at a time; null bounds the memory")
     compile: bool | None = _setting(None, "fuse the speculator's training with torch.compile; null: on CUDA")
@@ -146,7 +147,7 @@ class SpeculatorTraining:
         if self.compile is not None and not isinstance(self.compile, bool):
             raise UserError(f"{PREFIX}compile={self.compile}: expected true, false or null")
         if self.depth_weights is not None and not isinstance(self.depth_weights, Sequence):
-            raise UserError(f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, or null")
+            raise UserError(f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, reach, or null")
         self.objective  # noqa: B018
 
     @property

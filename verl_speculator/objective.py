@@ -12,6 +12,7 @@ from verl_speculator.errors import UserError, nearest
 LOSSES = ("ce", "kl", "tv", "lk", "lk_pure")
 # η of the hybrid for speculators that read tokens (arXiv 2602.23881).
 LK_ETA = 3.0
+REACH = "reach"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Objective:
         kl_temperature: T of `kl`.
         lk_eta: η of `lk`.
         depth_weights: of each depth; None weighs all alike.
+        by_reach: weigh each pair besides by the probability that a drafter gets to it: that all earlier drafts of its
+            row are accepted, Π_{j<k} α_j with α without a gradient. α is Σ_v min(p, q) where the loss compares with the
+            base, and q(target) where it does not.
 
     Raises:
         UserError: naming the setting.
@@ -32,6 +36,7 @@ class Objective:
     kl_temperature: float = 1.0
     lk_eta: float = LK_ETA
     depth_weights: tuple[float, ...] | None = None
+    by_reach: bool = False
 
     @classmethod
     def parse(cls, loss: str | Mapping[str, Any] = "ce", *, prefix: str = "", **more: Any) -> Objective:
@@ -40,7 +45,7 @@ class Objective:
         Args:
             loss: such as "kl" or {"ce": 0.1, "kl": 1.0}.
             prefix: of the settings' names in errors.
-            more: the other attributes.
+            more: the other attributes; `depth_weights` may also be "reach", which means `by_reach`.
         """
         named = {loss: 1.0} if isinstance(loss, str) else loss
         if not isinstance(named, Mapping) or not named:
@@ -62,9 +67,12 @@ class Objective:
         for name in ("kl_temperature", "lk_eta"):
             if name in made and not (_is_number(made[name]) and made[name] > 0):
                 raise UserError(f"{prefix}{name}={made[name]}: expected a number > 0")
-        if (depths := made.get("depth_weights")) is not None:
-            if not all(_is_number(w) and w >= 0 for w in depths) or not any(depths):
-                raise UserError(f"{prefix}depth_weights={list(depths)}: expected numbers ≥ 0, one of them above")
+        if made.get("depth_weights") == REACH:
+            del made["depth_weights"]
+            made["by_reach"] = True
+        elif (depths := made.get("depth_weights")) is not None:
+            if isinstance(depths, str) or not all(_is_number(w) and w >= 0 for w in depths) or not any(depths):
+                raise UserError(f"{prefix}depth_weights={depths}: expected {REACH}, or numbers ≥ 0, one of them above")
             made["depth_weights"] = tuple(map(float, depths))
         return cls(weights, **made)
 
@@ -76,7 +84,8 @@ class Objective:
     @property
     def temperatures(self) -> frozenset[float]:
         """Temperatures at which it asks for the base's distribution."""
-        return frozenset(self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce")
+        found = {self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce"}
+        return frozenset(found | {1.0} if found and self.by_reach else found)
 
     def depths(self, count: int, *, prefix: str = "") -> Sequence[float]:
         """The weight of each of `count` depths.

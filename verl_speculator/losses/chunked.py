@@ -88,7 +88,8 @@ def speculator_loss(
             the logits. Any number of rows runs through the same code.
 
     Returns:
-        The loss, and per depth, without a gradient: `loss` (summed), `pairs`, `correct`, `reached`, `accepted` [K].
+        The loss, and per depth, without a gradient, [K] each: `loss` (summed), `weighted` (the same with each pair's
+        weight, if it has one), `pairs`, `correct`, `reached`, `accepted`.
 
     Raises:
         ValueError: if the teacher is asked for and not given, or chunk_rows is not positive.
@@ -133,7 +134,7 @@ def _unroll(speculator: Speculator, parameters: dict[str, Tensor], state: Tensor
     return functional_call(speculator, parameters, (state, tokens))
 
 
-SUMS = ("loss", "pairs", "correct", "reached", "accepted")
+SUMS = ("loss", "weighted", "pairs", "correct", "reached", "accepted")
 
 
 @dataclass
@@ -188,7 +189,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 run.chunk(chunk)
         ctx.gradients, ctx.hidden_gradient = run.gradients, run.hidden_gradient
         ctx.dtypes = [p.dtype for p in parameters]
-        total = (run.sums["loss"] * job.scale.to(run.wide)).sum()
+        total = (run.sums["weighted"] * job.scale.to(run.wide)).sum()
         found = tuple(run.sums[name] for name in SUMS)
         ctx.mark_non_differentiable(*found)
         return total, *found
@@ -262,21 +263,26 @@ class _Pass:
             states = job.unroll(job.speculator, dict(zip(self.names, leaves, strict=True)), state, numbers)
         backs = torch.zeros_like(states) if self.training else None
         alive = torch.ones_like(valid[:, 0])
+        reach = torch.ones_like(alive, dtype=self.wide)
         teacher, which = job.teacher(chunk, self.wide)
         for k, at in enumerate(self.heads):
             weight, output, target = self.parameters[at], states[k].detach(), job.targets[chunk, k].clone()
             logits = (output @ weight.T).to(self.wide)
             hit = logits.argmax(-1) == target
             said = {temperature: base.rows(which[:, k]) for temperature, base in teacher.items()}
-            losses, gradient = job.kernel(logits, target, said, job.objective)
+            losses, gradient, acceptance = job.kernel(logits, target, said, job.objective)
+            losses, weight_of = torch.where(valid[:, k], losses, 0), valid[:, k] * reach
             reached = alive & valid[:, k]
             alive = reached & hit
-            self.sums["loss"][k] += torch.where(valid[:, k], losses, 0).sum()
+            self.sums["loss"][k] += losses.sum()
+            self.sums["weighted"][k] += (losses * reach).sum()
+            if acceptance is not None:
+                reach = reach * acceptance
             flags = {"pairs": valid[:, k], "correct": hit & valid[:, k], "reached": reached, "accepted": alive}
             for name, flag in flags.items():
                 self.sums[name][k] += flag.sum()
             if self.training:
-                gradient.mul_((job.scale[k] * valid[:, k]).to(self.wide).unsqueeze(-1))
+                gradient.mul_((job.scale[k] * weight_of).to(self.wide).unsqueeze(-1))
                 if self.gradients[at] is not None:
                     add_product_(self.gradients[at], gradient, output)
                 torch.mm(gradient.to(weight.dtype), weight, out=backs[k])

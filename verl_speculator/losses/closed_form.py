@@ -40,6 +40,20 @@ class Distribution(NamedTuple):
 Teacher = Mapping[float, Distribution]
 
 
+class Block(NamedTuple):
+    """What comes of a block of logits.
+
+    Attributes:
+        loss: [R]
+        gradient: [R, V] in the place of the logits.
+        acceptance: [R] α, if the objective weighs by reach.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    acceptance: Tensor | None
+
+
 def teach(logits: Tensor, objective: Objective) -> Teacher:
     """The base's distribution at each temperature that the objective asks for.
 
@@ -55,9 +69,7 @@ def teach(logits: Tensor, objective: Objective) -> Teacher:
     return found
 
 
-def loss_and_gradient_(
-    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_(logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective) -> Block:
     """The loss of each row and its gradient.
 
     Args:
@@ -65,9 +77,6 @@ def loss_and_gradient_(
         targets: [R] token ids.
         teacher: what `teach` gives for the same rows; empty for an objective that does not compare with the base.
         objective: what is minimised.
-
-    Returns:
-        [R] losses and [R, V] gradients in the place of the logits.
     """
     weights = dict(objective.weights)
     loss = logits.new_zeros(logits.shape[0])
@@ -85,13 +94,18 @@ def loss_and_gradient_(
         p, negentropy = teacher[1.0]
         divergence = negentropy - _dot(p, logits) + normaliser.squeeze(-1)
     gradient = logits.sub_(normaliser).exp_()  # q
+    alpha = None
+    if weights.keys() - {"kl"} or (objective.by_reach and teacher):
+        alpha = torch.minimum(teacher[1.0].p, gradient).sum(-1)
+    elif objective.by_reach:
+        alpha = gradient.gather(-1, column).squeeze(-1)
     if not weights:
         gradient = gradient if ce == 1 else gradient.mul_(ce)
     else:
         share = torch.full_like(loss, weights.get("kl", 0.0))
         rising = slope = None
         if weights.keys() - {"kl"}:
-            added, share, slope = _acceptance(gradient, p, weights, objective.lk_eta, share)
+            added, share, slope = _acceptance(alpha, weights, objective.lk_eta, share)
             loss = loss + added
             rising = torch.where(gradient < p, gradient, 0)
         loss = loss + share * divergence
@@ -103,7 +117,8 @@ def loss_and_gradient_(
             gradient.addcmul_(rising, slope.unsqueeze(-1))
     if ce:
         gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -ce))
-    return loss, gradient if softened is None else gradient.add_(softened)
+    gradient = gradient if softened is None else gradient.add_(softened)
+    return Block(loss, gradient, alpha if objective.by_reach else None)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -120,11 +135,10 @@ def _softened_kl(logits: Tensor, teacher: Distribution, temperature: float) -> t
 
 
 def _acceptance(
-    q: Tensor, p: Tensor, weights: Mapping[str, float], eta: float, share: Tensor
+    alpha: Tensor, weights: Mapping[str, float], eta: float, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[R] the part of tv, lk and lk_pure that is no divergence; each row's weight of the divergence, `share` and what
     lk adds to it; and ∂loss/∂α."""
-    alpha = torch.minimum(p, q).sum(-1)
     loss, slope = torch.zeros_like(alpha), torch.zeros_like(alpha)
     if weight := weights.get("tv"):
         loss = loss + weight * (1 - alpha)

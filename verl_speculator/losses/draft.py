@@ -21,6 +21,7 @@ class DraftSums:
 
     Attributes:
         loss: [K] sum of the loss over valid pairs.
+        weighted: [K] the same with the weight of each pair, where the objective gives them one.
         pairs: [K] number of valid pairs.
         correct: [K] pairs whose most likely token is the target.
         reached: [K] pairs whose earlier depths were all correct.
@@ -28,13 +29,14 @@ class DraftSums:
     """
 
     loss: Tensor
+    weighted: Tensor
     pairs: Tensor
     correct: Tensor
     reached: Tensor
     accepted: Tensor
 
     def stack(self) -> Tensor:
-        """[5, K] float32 without a gradient: add these, over micro-batches and ranks."""
+        """[6, K] float32 without a gradient: add these, over micro-batches and ranks."""
         return torch.stack([getattr(self, f.name).detach().float() for f in fields(self)])
 
     @classmethod
@@ -49,7 +51,7 @@ class DraftSums:
         were right at all earlier depths. A depth without a single pair ends the sum and has no entry of its own.
         """
         weights = (objective or Objective()).depths(len(self.pairs))
-        values = {"speculator_loss": float((self.loss * depth_scale(self.pairs, weights)).sum())}
+        values = {"speculator_loss": float((self.weighted * depth_scale(self.pairs, weights)).sum())}
         expected, chain = 1.0, 1.0
         for k, (pairs, reached) in enumerate(zip(self.pairs.tolist(), self.reached.tolist(), strict=True)):
             if pairs:

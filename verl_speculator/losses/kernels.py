@@ -15,12 +15,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from verl_speculator.losses.closed_form import Teacher, loss_and_gradient_
+from verl_speculator.losses.closed_form import Block, Teacher, loss_and_gradient_
 from verl_speculator.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[Tensor, Tensor, Teacher, Objective], tuple[Tensor, Tensor]]
+Kernel = Callable[[Tensor, Tensor, Teacher, Objective], Block]
 ROUNDS = 5
 
 
@@ -52,9 +52,7 @@ def compile_once(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def liger_cross_entropy_(
-    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def liger_cross_entropy_(logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective) -> Block:
     """Liger-Kernel's cross-entropy, which writes the gradient over the logits in one Triton kernel."""
     from liger_kernel.ops.cross_entropy import cross_entropy_forward
 
@@ -70,7 +68,7 @@ def liger_cross_entropy_(
             softcap=None,
             return_z_loss=False,
         )
-    return losses, logits.detach()
+    return Block(losses, logits.detach(), losses.neg().exp() if objective.by_reach else None)
 
 
 OTHERS: dict[str, Kernel] = {"liger_kernel": liger_cross_entropy_}

@@ -56,6 +56,24 @@ def lk(logits: Tensor, teacher: Tensor, eta: float) -> Tensor:
     return weight * kl(logits, teacher) + (1 - weight) * tv(logits, teacher)
 
 
+def reach(objective: Objective, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
+    """[K, R] the weight of each pair of K depths under an objective that weighs by reach: Π_{j<k} α_j, the probability
+    that a drafter gets to depth k. Ones under any other.
+
+    Args:
+        logits: [K, R, V]
+        targets: [K, R]
+        teacher: [K, R, V], or None; α is then the probability of the target.
+    """
+    if not objective.by_reach:
+        return torch.ones_like(logits[..., 0])
+    if objective.needs_teacher:
+        alpha = torch.stack([acceptance(z, t) for z, t in zip(logits, teacher, strict=True)])
+    else:
+        alpha = logits.softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    return torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]]).cumprod(0).detach()
+
+
 def row_losses(objective: Objective, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
     """[R] the mix of an objective, differentiable by autograd."""
     found = {
