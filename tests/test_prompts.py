@@ -263,7 +263,7 @@ def test_held_out_rows_refused(write, tokenizer, row, words):
         ({"messages": [SYSTEM, ANSWER]}, "row 1: messages has no message of a user's to answer"),
         ({"messages": [{"role": "user", "content": ""}]}, "row 1: messages ends in an empty message"),
         ({"prompt": ""}, "row 1: prompt is '', expected a text that is not empty"),
-        ({"prompt": None}, "row 1: prompt is None, expected a list of messages"),
+        ({"prompt": None}, "row 1: prompt is None, expected a text, or a list of messages"),
         ({"text": ""}, "row 1: text is '', expected a text that is not empty"),
         ({"text": None}, "row 1: text is None, expected a text that is not empty"),
     ],

@@ -87,6 +87,13 @@ class Objective:
         found = {self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce"}
         return frozenset(found | {1.0} if found and self.by_reach else found)
 
+    @property
+    def weights_of_depths(self) -> str | list[float]:
+        """The depth weights as a checkpoint records them: "equal", "reach", or the numbers."""
+        if self.by_reach:
+            return REACH
+        return "equal" if self.depth_weights is None else list(self.depth_weights)
+
     def depths(self, count: int, *, prefix: str = "") -> Sequence[float]:
         """The weight of each of `count` depths.
 

@@ -43,7 +43,8 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list
         plain: a document begins as the tokenizer begins one, and is closed with its end token. What a template has
             rendered is complete.
     """
-    rows = tokenizer(list(texts), add_special_tokens=plain)["input_ids"]
+    # What is too long for the base is said by whoever cuts or refuses it.
+    rows = tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     return [ids if not plain or end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
 

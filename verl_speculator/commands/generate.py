@@ -50,6 +50,8 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt:
         raise UserError("prompt: empty; expected a text, as --prompt or on standard input")
+    if stop and "" in stop:
+        raise UserError("stop: an empty text ends every answer at once; expected one that is not empty")
 
     from verl_speculator.checkpoint import load_speculator
     from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
@@ -184,5 +186,5 @@ def _report(runs: list[_Shown], *, greedy: bool) -> None:
     console.print(table)
     if len(runs) == 2:
         same = runs[0].generation.tokens == runs[1].generation.tokens
-        told = f", the {'same' if same else 'NOT the same'} text" if greedy else ""
+        told = f", the {'same' if same else 'NOT the same'} text" if greedy else ", of texts drawn apart"
         console.print(f"speedup {rates[1] / rates[0]:.2f}{told}")

@@ -165,6 +165,7 @@ class SpeculatorTrainer(SFTTrainer):
                 "speculator_loss_coeff": model.speculator_loss_coeff,
                 "loss": dict(objective.weights),
                 "kl_temperature": objective.kl_temperature,
+                "depth_weights": objective.weights_of_depths,
                 "seed": self.config.trainer.seed,
                 "cached_states": self.state_cache is not None,
                 "processes": dist.get_world_size(),

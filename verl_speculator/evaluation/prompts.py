@@ -161,7 +161,9 @@ def _read_json_lines(path: Path, accepted: Sequence[str]) -> tuple[str, list[dic
                 names |= dict.fromkeys(row)
                 rows.append({name: row[name] for name in (*accepted, CATEGORY_COLUMN) if name in row})
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: truncated, or not JSON ({error.msg}); expected an object") from None
+        raise UserError(
+            f"{path}, line {number}: truncated, or not JSON ({error.msg}); expected one object on each line"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from None
     return _choose(path, len(rows), names, accepted), rows
@@ -186,6 +188,8 @@ def _parse(value: Any, column: str, where: str) -> dict[str, Any]:
         if not isinstance(value, list) or not value or not all(isinstance(turn, str) and turn for turn in value):
             raise UserError(f"{where}: {column} is {short(value)}, expected a list of texts, none of them empty")
         return {"messages": ({"role": "user", "content": value[0]},), "further": tuple(value[1:])}
+    if column == "prompt" and value is None:
+        raise UserError(f"{where}: {column} is None, expected a text, or a list of messages")
     if column == "prompt" and isinstance(value, str):
         return {"messages": ({"role": "user", "content": _text(value, column, where)},)}
     messages = _messages(value, column, where)

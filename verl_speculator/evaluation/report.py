@@ -169,6 +169,7 @@ def _columns(rows: Sequence[Record]) -> list[str]:
     at = LEADING.index("overlap")
     leading = [*LEADING[:at], *depths, *LEADING[at:]]
     leading += [name for name in ("category",) if name in names]
+    leading += sorted((name for name in names if name.startswith("hist_")), key=_depth)
     return [*leading, *(name for name in names if name not in leading)]
 
 

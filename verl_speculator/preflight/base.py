@@ -144,6 +144,7 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
         "trainer.seed": (recorded["training"].get("seed"), config.trainer.seed),
         "model.speculator.loss": (recorded["training"].get("loss"), dict(objective.weights)),
         "model.speculator.kl_temperature": (recorded["training"].get("kl_temperature"), objective.kl_temperature),
+        "model.speculator.depth_weights": (recorded["training"].get("depth_weights"), objective.weights_of_depths),
     }
     if not config.data.custom_cls.get("path"):
         pairs["rows of data.train_files"] = (recorded["data"].get("train_rows"), train_rows)
