@@ -1,0 +1,33 @@
+"""The memory of the loss, reckoned on fake tensors: exact, and the same on every machine."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from runs import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+from training_memory import SETTINGS, measure  # noqa: E402
+
+SHAPE = SETTINGS["8b"]
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_what_an_8b_base_needs(loss):
+    """64 rows of 256 tokens, V = 128,256, widths 4,096, three depths: 4.7 GB of it are the gradients in float32."""
+    assert 4.7 < measure("ours", loss, SHAPE, "fake") < 6.0
+
+
+def test_depths_hardly_matter_and_rows_do_not():
+    few, many = (measure("ours", "ce", SHAPE | {"depths": depths}, "fake") for depths in (1, 8))
+    assert many < 1.2 * few
+    doubled = measure("ours", "ce", SHAPE | {"rows": 2 * SHAPE["rows"]}, "fake")
+    assert doubled < 1.06 * measure("ours", "ce", SHAPE, "fake")
+
+
+def test_the_account_sees_what_the_plain_loop_holds():
+    """K blocks of logits in bf16 and as many in float32, at least."""
+    block = SHAPE["rows"] * SHAPE["vocab"] * SHAPE["depths"] / 1e9
+    assert measure("plain", "ce", SHAPE, "fake") > (2 + 4) * block
