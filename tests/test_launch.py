@@ -249,7 +249,13 @@ def test_checkpoints_refused(attempt, run_folder, tmp_path):
     recorded = {
         "base": {"trained_jointly": True, "weights_fingerprint": "other"},
         "data": {"train_rows": 41},
-        "training": {"train_batch_size": 16, "lr": 5e-2, "seed": 2},
+        "training": {
+            "train_batch_size": 16,
+            "lr": 5e-2,
+            "seed": 2,
+            "loss": {"kl": 1.0},
+            "depth_weights": [1, 0.5, 0.5],
+        },
     }
     (run_folder / "config.json").write_text(json.dumps(config | {"verl_speculator": recorded}))
     with pytest.raises(UserError) as error:
@@ -260,6 +266,8 @@ def test_checkpoints_refused(attempt, run_folder, tmp_path):
         "data.train_batch_size (16, 8)",
         "trainer.seed (2, 1)",
         "rows of data.train_files (41, 40)",
+        "model.speculator.loss ({'kl': 1.0}, {'ce': 1.0})",
+        "model.speculator.depth_weights ([1, 0.5, 0.5], equal)",
     ):
         assert words in str(error.value)
     assert "optim.lr" not in str(error.value)

@@ -9,7 +9,7 @@ from runs import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-from training_memory import SETTINGS, measure  # noqa: E402
+from training_memory import SETTINGS, measure
 
 SHAPE = SETTINGS["8b"]
 
