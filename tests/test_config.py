@@ -78,7 +78,7 @@ def test_dims_refused(value):
             {"depth_weights": [1, 2]},
             "model.speculator.depth_weights=[1.0, 2.0]: expected 5 numbers, one for each depth",
         ),
-        ({"depth_weights": 3}, "model.speculator.depth_weights=3: expected a list of numbers, reach, or null"),
+        ({"depth_weights": 3}, "model.speculator.depth_weights=3: expected a list of numbers, reach, gain, or null"),
         ({"loss_chunk_rows": 0}, "model.speculator.loss_chunk_rows=0: expected an integer of at least 1, or null"),
     ],
 )

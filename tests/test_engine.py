@@ -234,9 +234,9 @@ def test_joint_training_moves_both(base, rows):
     after = weights(engine)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     total, tokens = output["metrics"]["base_sums"]
-    draft = torch.tensor(output["metrics"]["draft_sums"])
+    draft = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"]))
     assert tokens == sum(int(row["loss_mask"].sum()) for row in rows)
-    expected = total / tokens + float((draft[0] / draft[1]).mean())
+    expected = total / tokens + float((draft.loss / draft.pairs).mean())
     assert sum(output["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -271,7 +271,8 @@ def test_a_row_reads_no_other_document(engine, rows):
         )
         run_batch(engine, make_batch([rows[0], other], micro=2), train=False)
         hook.remove()
-        alone = run_batch(engine, make_batch([rows[0]], micro=1), train=False)["metrics"]["draft_sums"][1][0]
+        found = run_batch(engine, make_batch([rows[0]], micro=1), train=False)["metrics"]["draft_sums"]
+        alone = DraftSums.unstack(torch.tensor(found)).pairs[0]
         hidden, tokens, targets, valid = states[0]
         count = int(alone)
         first.append((hidden[:count], tokens[:count][:, :1], targets[:, :count] * valid[:, :count]))

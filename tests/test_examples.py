@@ -27,7 +27,7 @@ def test_train_for_acceptance(base, chat, tmp_path):
     answers = pq.read_table(tmp_path / "run.answers.parquet")["messages"].to_pylist()
     assert answers and all(talk[-1]["role"] == "assistant" for talk in answers)
     training = read_checkpoint_info(tmp_path / "run").provenance["training"]
-    assert training["loss"] == {"kl": 1.0, "tv": 1.0} and training["depth_weights"] == "reach"
+    assert training["loss"] == {"kl": 1.0, "tv": 1.0} and training["depth_weights"] == "gain"
 
 
 def test_without_arguments_it_says_what_it_takes():

@@ -35,7 +35,8 @@ OBJECTIVES = {
     "half_ce": Objective.parse({"ce": 0.5}),
     "ce_by_reach": Objective.parse("ce", depth_weights="reach"),
     "kl_by_reach": Objective.parse("kl", depth_weights="reach"),
-    "mix_by_reach": Objective.parse({"ce": 0.1, "kl": 1.0, "lk": 0.5}, kl_temperature=2, depth_weights="reach"),
+    "kl_by_gain": Objective.parse("kl", depth_weights="gain"),
+    "mix_by_gain": Objective.parse({"ce": 0.1, "kl": 1.0, "lk": 0.5}, kl_temperature=2, depth_weights="gain"),
 }
 
 
@@ -82,9 +83,9 @@ def test_closed_forms(objective):
     (gradient,) = torch.autograd.grad(expected.sum(), z)
     block = z.detach().clone()
     loss, found, acceptance = loss_and_gradient_(block, targets, teach(t, objective), objective)
-    if objective.by_reach:
-        both = torch.stack([z, z]).detach()
-        alpha = reference.reach(objective, both, torch.stack([targets, targets]), torch.stack([t, t]))[1]
+    if objective.pair_weights:
+        q = z.detach().softmax(-1)
+        alpha = reference.acceptance(z.detach(), t) if objective.needs_teacher else q.gather(-1, targets[:, None])[:, 0]
         torch.testing.assert_close(acceptance, alpha, rtol=0, atol=1e-12)
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
@@ -123,10 +124,10 @@ def plain(speculator, batch, objective, counts=None):
     wide = torch.float32 if states.dtype == torch.bfloat16 else states.dtype
     logits = torch.stack([state @ speculator.head(k).T for k, state in enumerate(states)]).to(wide)
     teacher = (batch.teacher_hidden[batch.teacher_rows.T] @ batch.base_head.T).to(wide)
-    reach = reference.reach(objective, logits, batch.targets.T, teacher)
+    share = reference.pair_weights(objective, logits, batch.targets.T, teacher, batch.valid.T)
     total = 0.0
     for k in range(len(states)):
-        losses = reach[k] * row_losses(objective, logits[k], batch.targets[:, k], teacher[k])
+        losses = share[k] * row_losses(objective, logits[k], batch.targets[:, k], teacher[k])
         total = total + weights[k] * torch.where(batch.valid[:, k], losses, 0).sum() / max(int(counts[k]), 1)
     return total / weights.sum()
 
@@ -348,7 +349,11 @@ def test_liger_gives_the_same():
         ({}, {}, "expected one of ce, kl, tv, lk, lk_pure"),
         ("kl", {"kl_temperature": 0}, "model.speculator.kl_temperature=0: expected a number > 0"),
         ("lk", {"lk_eta": -3}, "model.speculator.lk_eta=-3: expected a number > 0"),
-        ("ce", {"depth_weights": [0, 0]}, "model.speculator.depth_weights=[0, 0]: expected reach, or numbers ≥ 0"),
+        (
+            "ce",
+            {"depth_weights": [0, 0]},
+            "model.speculator.depth_weights=[0, 0]: expected numbers ≥ 0, one of them above, or reach or gain",
+        ),
     ],
 )
 def test_objectives_that_are_none(loss, more, message):

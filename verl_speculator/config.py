@@ -127,7 +127,7 @@ class SpeculatorTraining:
     lk_eta: float = _setting(LK_ETA, "lk: how fast it turns from KL to TV as acceptance grows")
     depth_weights: Any = field(
         default=None,
-        metadata={"help": "weight of each depth's loss, [w0, w1, ...], or reach: each pair's chance to be drafted"},
+        metadata={"help": "weight of each depth's loss, [w0, w1, ...], or of each pair: reach, gain"},
     )
     loss_chunk_rows: int | None = _setting(None, "rows that go through head and loss at a time; null bounds the memory")
     compile: bool | None = _setting(None, "fuse the speculator's training with torch.compile; null: on CUDA")
@@ -147,7 +147,9 @@ class SpeculatorTraining:
         if self.compile is not None and not isinstance(self.compile, bool):
             raise UserError(f"{PREFIX}compile={self.compile}: expected true, false or null")
         if self.depth_weights is not None and not isinstance(self.depth_weights, Sequence):
-            raise UserError(f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, reach, or null")
+            raise UserError(
+                f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, reach, gain, or null"
+            )
         self.objective  # noqa: B018
 
     @property

@@ -12,7 +12,8 @@ from verl_speculator.errors import UserError, nearest
 LOSSES = ("ce", "kl", "tv", "lk", "lk_pure")
 # η of the hybrid for speculators that read tokens (arXiv 2602.23881).
 LK_ETA = 3.0
-REACH = "reach"
+# How a pair may be weighed by α, the chance of each draft of its row to be accepted.
+PAIR_WEIGHTS = ("reach", "gain")
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class Objective:
         kl_temperature: T of `kl`.
         lk_eta: η of `lk`.
         depth_weights: of each depth; None weighs all alike.
-        by_reach: weigh each pair besides by the probability that a drafter gets to it: that all earlier drafts of its
-            row are accepted, Π_{j<k} α_j with α without a gradient. α is Σ_v min(p, q) where the loss compares with the
-            base, and q(target) where it does not.
+        pair_weights: weigh each pair besides by the row's α, taken as constants: "reach" by the probability that a
+            drafter gets to it, Π_{j<k} α_j; "gain" by what its α adds to the row's expected accepted length,
+            ∂/∂α_k Σ_i Π_{j≤i} α_j = Π_{j<k} α_j · (1 + α_{k+1} + α_{k+1} α_{k+2} + …). α is Σ_v min(p, q) where the
+            loss compares with the base, and q(target) where it does not.
 
     Raises:
         UserError: naming the setting.
@@ -36,7 +38,7 @@ class Objective:
     kl_temperature: float = 1.0
     lk_eta: float = LK_ETA
     depth_weights: tuple[float, ...] | None = None
-    by_reach: bool = False
+    pair_weights: str | None = None
 
     @classmethod
     def parse(cls, loss: str | Mapping[str, Any] = "ce", *, prefix: str = "", **more: Any) -> Objective:
@@ -45,7 +47,7 @@ class Objective:
         Args:
             loss: such as "kl" or {"ce": 0.1, "kl": 1.0}.
             prefix: of the settings' names in errors.
-            more: the other attributes; `depth_weights` may also be "reach", which means `by_reach`.
+            more: the other attributes; `depth_weights` may also be one of `PAIR_WEIGHTS`.
         """
         named = {loss: 1.0} if isinstance(loss, str) else loss
         if not isinstance(named, Mapping) or not named:
@@ -67,12 +69,14 @@ class Objective:
         for name in ("kl_temperature", "lk_eta"):
             if name in made and not (_is_number(made[name]) and made[name] > 0):
                 raise UserError(f"{prefix}{name}={made[name]}: expected a number > 0")
-        if made.get("depth_weights") == REACH:
-            del made["depth_weights"]
-            made["by_reach"] = True
+        if made.get("depth_weights") in PAIR_WEIGHTS:
+            made["pair_weights"] = made.pop("depth_weights")
         elif (depths := made.get("depth_weights")) is not None:
             if isinstance(depths, str) or not all(_is_number(w) and w >= 0 for w in depths) or not any(depths):
-                raise UserError(f"{prefix}depth_weights={depths}: expected {REACH}, or numbers ≥ 0, one of them above")
+                raise UserError(
+                    f"{prefix}depth_weights={depths}: expected numbers ≥ 0, one of them above, or "
+                    + " or ".join(PAIR_WEIGHTS)
+                )
             made["depth_weights"] = tuple(map(float, depths))
         return cls(weights, **made)
 
@@ -85,13 +89,13 @@ class Objective:
     def temperatures(self) -> frozenset[float]:
         """Temperatures at which it asks for the base's distribution."""
         found = {self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce"}
-        return frozenset(found | {1.0} if found and self.by_reach else found)
+        return frozenset(found | {1.0} if found and self.pair_weights else found)
 
     @property
     def weights_of_depths(self) -> str | list[float]:
-        """The depth weights as a checkpoint records them: "equal", "reach", or the numbers."""
-        if self.by_reach:
-            return REACH
+        """The depth weights as a checkpoint records them: "equal", a name of `PAIR_WEIGHTS`, or the numbers."""
+        if self.pair_weights:
+            return self.pair_weights
         return "equal" if self.depth_weights is None else list(self.depth_weights)
 
     def depths(self, count: int, *, prefix: str = "") -> Sequence[float]:

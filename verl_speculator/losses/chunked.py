@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,14 +29,14 @@ from verl_speculator.objective import Objective
 
 # Numbers in one block of logits: 256 MiB in float32. Independent of the machine, so that sums are too.
 BLOCK = 2**26
-LEAST_ROWS = 64
+LEAST_ROWS = 16
 
 Head = Callable[[Tensor], Tensor]
 
 
-def default_chunk_rows(vocab_size: int, objective: Objective) -> int:
+def default_chunk_rows(vocab_size: int, depths: int, objective: Objective) -> int:
     """Rows of a chunk whose blocks of logits, the teacher's among them, have a bounded size."""
-    return max(LEAST_ROWS, BLOCK // vocab_size // (2 if objective.needs_teacher else 1))
+    return max(LEAST_ROWS, BLOCK // (vocab_size * depths) // (2 if objective.needs_teacher else 1))
 
 
 def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -83,7 +84,7 @@ def speculator_loss(
         counts: [K] valid pairs of each depth in the whole batch, of which this may be a part; those of `valid` by
             default.
         loss: a name, weights by name, or an `Objective`.
-        chunk_rows: rows at a time; `default_chunk_rows` by default.
+        chunk_rows: rows at a time, each with all its depths; `default_chunk_rows` by default.
         compiled: run unroll and closed forms through torch.compile, which fuses norms, activations and the passes over
             the logits. Any number of rows runs through the same code.
 
@@ -107,7 +108,7 @@ def speculator_loss(
         kept = valid.any(1).nonzero().squeeze(-1)
         hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
         teacher_rows = None if teacher_rows is None else teacher_rows[kept]
-    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, objective)
+    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, valid.shape[1], objective)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
@@ -123,7 +124,7 @@ def speculator_loss(
         teacher_rows=teacher_rows,
         base_head=base_head,
         unroll=compile_once(_unroll) if compiled else _unroll,
-        kernel=choose_kernel(objective, rows, speculator.vocab_size, hidden.device.type, compiled),
+        kernel=choose_kernel(objective, rows * valid.shape[1], speculator.vocab_size, hidden.device.type, compiled),
     )
     total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.parameters())
     return total, dict(zip(SUMS, sums, strict=True))
@@ -132,6 +133,17 @@ def speculator_loss(
 def _unroll(speculator: Speculator, parameters: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
     """[K, r, E] the states of a chunk, with these parameters in the place of the speculator's own."""
     return functional_call(speculator, parameters, (state, tokens))
+
+
+def pair_weights(objective: Objective, acceptance: Tensor) -> Tensor:
+    """[K, r] weights of pairs from α [K, r], as `Objective.pair_weights` defines them."""
+    weights = torch.cat([torch.ones_like(acceptance[:1]), acceptance[:-1]]).cumprod(0)
+    if objective.pair_weights == "gain":
+        tail = torch.ones_like(acceptance[0])
+        for k in range(len(acceptance) - 2, -1, -1):
+            tail = 1 + acceptance[k + 1] * tail
+            weights[k] *= tail
+    return weights
 
 
 SUMS = ("loss", "weighted", "pairs", "correct", "reached", "accepted")
@@ -249,46 +261,67 @@ class _Pass:
         self.names, own = zip(*job.speculator.named_parameters(), strict=True)
         self.kinds = [kinds.get(id(p)) for p in own]
         places = {id(p): i for i, p in enumerate(own)}
-        self.heads = [places[id(job.speculator.head(k))] for k in range(job.valid.shape[1])]
+        heads = [places[id(job.speculator.head(k))] for k in range(job.valid.shape[1])]
+        # Depths that share a head follow each other: one product serves all of them.
+        self.heads = [(at, slice(ks[0], ks[-1] + 1)) for at, ks in _runs(heads)]
 
     def chunk(self, chunk: slice) -> None:
         """Add one chunk's losses and gradients to the sums."""
-        job, tokens, valid = self.job, self.job.tokens[chunk], self.job.valid[chunk]
+        job, tokens = self.job, self.job.tokens[chunk]
         leaves, numbers = self._leaves(tokens)
-        # Copies: torch.compile would make code of its own for views of tensors of another size.
+        # A copy: torch.compile would make code of its own for a view of a tensor of another size.
         state = self.hidden[chunk].to(self.parameters[0].dtype, copy=True)
         if self.hidden_gradient is not None:
             state = state.requires_grad_()
         with torch.set_grad_enabled(self.training):
             states = job.unroll(job.speculator, dict(zip(self.names, leaves, strict=True)), state, numbers)
-        backs = torch.zeros_like(states) if self.training else None
-        alive = torch.ones_like(valid[:, 0])
-        reach = torch.ones_like(alive, dtype=self.wide)
-        teacher, which = job.teacher(chunk, self.wide)
-        for k, at in enumerate(self.heads):
-            weight, output, target = self.parameters[at], states[k].detach(), job.targets[chunk, k].clone()
-            logits = (output @ weight.T).to(self.wide)
-            hit = logits.argmax(-1) == target
-            said = {temperature: base.rows(which[:, k]) for temperature, base in teacher.items()}
-            losses, gradient, acceptance = job.kernel(logits, target, said, job.objective)
-            losses, weight_of = torch.where(valid[:, k], losses, 0), valid[:, k] * reach
-            reached = alive & valid[:, k]
-            alive = reached & hit
-            self.sums["loss"][k] += losses.sum()
-            self.sums["weighted"][k] += (losses * reach).sum()
-            if acceptance is not None:
-                reach = reach * acceptance
-            flags = {"pairs": valid[:, k], "correct": hit & valid[:, k], "reached": reached, "accepted": alive}
-            for name, flag in flags.items():
-                self.sums[name][k] += flag.sum()
-            if self.training:
-                gradient.mul_((job.scale[k] * weight_of).to(self.wide).unsqueeze(-1))
-                if self.gradients[at] is not None:
-                    add_product_(self.gradients[at], gradient, output)
-                torch.mm(gradient.to(weight.dtype), weight, out=backs[k])
-            del said, logits, gradient
+        backs = self._judge(chunk, states.detach())
         if self.training:
             self._backward(chunk, states, backs, state, leaves, tokens)
+
+    def _judge(self, chunk: slice, states: Tensor) -> Tensor:
+        """Heads, losses and their gradients for states [K, r, E]; [K, r, E] the gradient of the total by the states."""
+        job = self.job
+        depths, rows, _ = states.shape
+        valid, targets = job.valid[chunk].T, job.targets[chunk].T.flatten()
+        logits = self._logits(states)
+        hit = (logits.argmax(-1) == targets).view(depths, rows)
+        teacher, which = job.teacher(chunk, self.wide)
+        said = {temperature: base.rows(which.T.flatten()) for temperature, base in teacher.items()}
+        del teacher
+        losses, gradient, acceptance = job.kernel(logits, targets, said, job.objective)
+        del said, logits
+        losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.wide)
+        if acceptance is not None:
+            weights = weights * pair_weights(job.objective, acceptance.view(depths, rows) * valid)
+        accepted = (hit & valid).cummin(0).values
+        reached = valid & torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]])
+        found = (losses, losses * weights, valid, hit & valid, reached, accepted)
+        for name, per_pair in zip(SUMS, found, strict=True):
+            self.sums[name] += per_pair.sum(1)
+        backs = torch.empty_like(states)
+        if self.training:
+            weights = weights * job.scale.to(self.wide).unsqueeze(-1)
+            gradient = gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1)
+            for at, ks in self.heads:
+                part = gradient[ks].flatten(0, 1)
+                if self.gradients[at] is not None:
+                    add_product_(self.gradients[at], part, states[ks].flatten(0, 1))
+                torch.mm(part.to(states.dtype), self.parameters[at], out=backs[ks].flatten(0, 1))
+        return backs
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """[K · r, V] in the wide type, depth by depth."""
+        depths, rows, _ = states.shape
+        products = (states[ks].flatten(0, 1) @ self.parameters[at].T for at, ks in self.heads)
+        if len(self.heads) == 1:
+            return next(products).to(self.wide)
+        logits = states.new_empty(depths * rows, self.job.speculator.vocab_size, dtype=self.wide)
+        for part, product in zip(
+            logits.split([(ks.stop - ks.start) * rows for _, ks in self.heads]), products, strict=True
+        ):
+            part.copy_(product)
+        return logits
 
     def _leaves(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
         """The parameters as the chunk's own leaves, and the token numbers that go with them.
@@ -320,6 +353,12 @@ class _Pass:
                 self.gradients[i].index_add_(0, tokens.flatten(), gradient.to(self.gradients[i].dtype))
             else:
                 self.gradients[i].add_(gradient)
+
+
+def _runs(values: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Each run of equal values, with its indices."""
+    for value, run in groupby(range(len(values)), key=values.__getitem__):
+        yield value, list(run)
 
 
 def add_product_(total: Tensor, gradient: Tensor, output: Tensor) -> None:

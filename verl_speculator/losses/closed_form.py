@@ -46,7 +46,7 @@ class Block(NamedTuple):
     Attributes:
         loss: [R]
         gradient: [R, V] in the place of the logits.
-        acceptance: [R] α, if the objective weighs by reach.
+        acceptance: [R] α, if the objective weighs pairs by it.
     """
 
     loss: Tensor
@@ -95,9 +95,9 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, teacher: Teacher, object
         divergence = negentropy - _dot(p, logits) + normaliser.squeeze(-1)
     gradient = logits.sub_(normaliser).exp_()  # q
     alpha = None
-    if weights.keys() - {"kl"} or (objective.by_reach and teacher):
+    if weights.keys() - {"kl"} or (objective.pair_weights and teacher):
         alpha = torch.minimum(teacher[1.0].p, gradient).sum(-1)
-    elif objective.by_reach:
+    elif objective.pair_weights:
         alpha = gradient.gather(-1, column).squeeze(-1)
     if not weights:
         gradient = gradient if ce == 1 else gradient.mul_(ce)
@@ -118,7 +118,7 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, teacher: Teacher, object
     if ce:
         gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -ce))
     gradient = gradient if softened is None else gradient.add_(softened)
-    return Block(loss, gradient, alpha if objective.by_reach else None)
+    return Block(loss, gradient, alpha if objective.pair_weights else None)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

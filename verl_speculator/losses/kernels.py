@@ -68,7 +68,7 @@ def liger_cross_entropy_(logits: Tensor, targets: Tensor, teacher: Teacher, obje
             softcap=None,
             return_z_loss=False,
         )
-    return Block(losses, logits.detach(), losses.neg().exp() if objective.by_reach else None)
+    return Block(losses, logits.detach(), losses.neg().exp() if objective.pair_weights else None)
 
 
 OTHERS: dict[str, Kernel] = {"liger_kernel": liger_cross_entropy_}

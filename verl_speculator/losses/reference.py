@@ -56,22 +56,30 @@ def lk(logits: Tensor, teacher: Tensor, eta: float) -> Tensor:
     return weight * kl(logits, teacher) + (1 - weight) * tv(logits, teacher)
 
 
-def reach(objective: Objective, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
-    """[K, R] the weight of each pair of K depths under an objective that weighs by reach: Π_{j<k} α_j, the probability
-    that a drafter gets to depth k. Ones under any other.
+def pair_weights(
+    objective: Objective, logits: Tensor, targets: Tensor, teacher: Tensor | None, valid: Tensor
+) -> Tensor:
+    """[K, R] what each pair's loss is multiplied with besides its depth's weight; never carries a gradient.
 
     Args:
         logits: [K, R, V]
         targets: [K, R]
-        teacher: [K, R, V], or None; α is then the probability of the target.
+        teacher: [K, R, V]; α is the probability of the target where the objective does not compare with the base.
+        valid: [K, R] bool; nothing is drafted behind a pair that is not valid.
     """
-    if not objective.by_reach:
+    if objective.pair_weights is None:
         return torch.ones_like(logits[..., 0])
     if objective.needs_teacher:
         alpha = torch.stack([acceptance(z, t) for z, t in zip(logits, teacher, strict=True)])
     else:
         alpha = logits.softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    return torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]]).cumprod(0).detach()
+    alpha = (alpha * valid).detach()
+    if objective.pair_weights == "reach":
+        return torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]]).cumprod(0)
+    with torch.enable_grad():
+        alpha.requires_grad_()
+        accepted = sum(alpha[: k + 1].prod(0) for k in range(len(alpha)))
+        return torch.autograd.grad(accepted.sum(), alpha)[0]
 
 
 def row_losses(objective: Objective, logits: Tensor, targets: Tensor, teacher: Tensor | None) -> Tensor:
