@@ -10,6 +10,7 @@ A row of the CSV is one training run, through the launcher, and its evaluation. 
     own        the base's answers (--regenerated) instead of those in TRAIN
     base       tables and heads start from the base's
     decay0.4   depth k weighs 0.4^k
+    reach, gain    pairs are weighed by their row's acceptance
     scale      model.speculator.scale_input=true
     beta0.95   Adam's second beta
 
@@ -58,11 +59,15 @@ def recipe(name: str) -> tuple[list[str], bool]:
             overrides.append("model.speculator.scale_input=true")
         elif part.startswith("beta"):
             overrides.append(f"optim.betas=[0.9,{part.removeprefix('beta')}]")
+        elif part in ("reach", "gain"):
+            overrides.append(f"model.speculator.depth_weights={part}")
         elif part.startswith("decay"):
             weights = [float(part.removeprefix("decay")) ** k for k in range(K)]
             overrides.append(f"model.speculator.depth_weights=[{','.join(f'{weight:.4g}' for weight in weights)}]")
         elif part != "own":
-            raise SystemExit(f"recipe {name}: unknown part {part}; expected own, base, scale, decay…, beta…")
+            raise SystemExit(
+                f"recipe {name}: unknown part {part}; expected own, base, scale, reach, gain, decay…, beta…"
+            )
     return overrides, "own" in parts
 
 

@@ -70,7 +70,7 @@ def test_dims_refused(value):
         ({"n_predct": 3}, "did you mean 'n_predict'"),
         ({"detach_hidden": "yes"}, "detach_hidden=yes: expected true or false"),
         ({"init": "bases"}, "model.speculator.init=bases: expected random or base (did you mean 'base'?)"),
-        ({"loss": "kll"}, "model.speculator.loss=kll: expected one of ce, kl, tv, lk, lk_pure"),
+        ({"loss": "kll"}, "model.speculator.loss=kll: kll is no loss (did you mean 'kl'?)"),
         ({"loss": {"ce": -1}}, "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
         ({"loss": {"ce": 0}}, "all weights are 0"),
         ({"kl_temperature": 0}, "model.speculator.kl_temperature=0: expected a number > 0"),

@@ -1,36 +1,21 @@
-"""The examples, as a user starts them."""
+"""The examples, as they are used."""
 
 from __future__ import annotations
 
-import subprocess
+from runs import ROOT
 
-import pyarrow.parquet as pq
-from runs import ROOT, environment
+from verl_speculator.config import split_settings
+from verl_speculator.settings import load_settings
 
-from verl_speculator.checkpoint import read_checkpoint_info
-
-SCRIPT = ROOT / "examples" / "train_for_acceptance.sh"
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.txt"))
 
 
-def test_train_for_acceptance(base, chat, tmp_path):
-    small = [f"model.speculator.{name}_dim=16" for name in ("inner", "emb", "proj")]
-    result = subprocess.run(
-        [
-            *(SCRIPT, "1", tmp_path / "run", base, chat, "data.train_batch_size=8", "trainer.device=cpu"),
-            *("trainer.total_training_steps=1", "data.num_workers=0", *small),
-        ],
-        env=environment(REGENERATE="--max-new-tokens 12 --keep-unfinished"),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    answers = pq.read_table(tmp_path / "run.answers.parquet")["messages"].to_pylist()
-    assert answers and all(talk[-1]["role"] == "assistant" for talk in answers)
-    training = read_checkpoint_info(tmp_path / "run").provenance["training"]
-    assert training["loss"] == {"kl": 1.0, "tv": 1.0} and training["depth_weights"] == "gain"
-
-
-def test_without_arguments_it_says_what_it_takes():
-    result = subprocess.run([SCRIPT, "1"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "train_for_acceptance.sh <nproc> <save_path> BASE TRAIN.parquet" in result.stderr
+def test_recipes_are_overrides_without_blanks():
+    """So that `$(grep -v '^#' FILE)` puts them on a command line as they are."""
+    assert RECIPES
+    for file in RECIPES:
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        assert lines and not any(" " in line or not line for line in lines)
+        config = load_settings([*lines, "trainer.default_local_dir=x", "trainer.device=cpu"])
+        shape, training = split_settings(config.model.speculator)
+        assert training.objective.needs_teacher and training.objective.depths(shape.n_predict)

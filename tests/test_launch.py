@@ -89,7 +89,7 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         ("model.speculator.inner_dim=a.b", "inner_dim=a.b is no width"),
         ("model.speculator.emb_dim=8", "must end in the same width"),
         ("model.speculator.method=sum_lstms", "did you mean 'sum_lstm'"),
-        ("model.speculator.loss=kll", "loss=kll: expected one of ce, kl, tv, lk, lk_pure"),
+        ("model.speculator.loss=kll", "loss=kll: kll is no loss (did you mean 'kl'?)"),
         ("model.speculator.loss={ce: -1}", "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
         ("model.speculator.loss={ce: 0}", "all weights are 0"),
         ("model.speculator.kl_temperature=0", "kl_temperature=0: expected a number > 0"),

@@ -341,7 +341,7 @@ def test_liger_gives_the_same():
         (
             "kll",
             {},
-            "loss=kll: expected one of ce, kl, tv, lk, lk_pure, or weights of several (did you mean 'kl'?)",
+            "loss=kll: kll is no loss (did you mean 'kl'?); expected one of ce, kl, tv, lk, lk_pure, or weights",
         ),
         ({"ce": -1}, {}, "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
         ({"ce": "x"}, {}, "model.speculator.loss.ce=x: expected a weight ≥ 0"),

@@ -22,7 +22,7 @@ from verl_speculator.alignment import align, states_read
 from verl_speculator.errors import UserError
 from verl_speculator.state_cache import CHECKSUMS, MANIFEST, STATES, StateCache, check_directory
 
-IDENTITY = {"base": {"name": "a", "weights_fingerprint": "1"}, "data": ["x"]}
+IDENTITY = {"the base's weights": "1", "data": {"max_length": 8}, "the contents of data.train_files": ["x"]}
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=4), st.integers(1, 4))
@@ -85,22 +85,26 @@ def test_directories_that_hold_something_else(tmp_path, monkeypatch):
     assert not check_directory(folder, IDENTITY)
     fill(StateCache.create(folder, IDENTITY, [2, 3], 4), [0])
     for changed, words in (
-        ({"base": {"name": "b", "weights_fingerprint": "2"}}, r"states of another base \(a, this run's is b\); remove"),
-        ({"data": ["y"]}, "states of another data; remove it, or name another directory"),
-        ({"versions": {"transformers": "9"}}, "states of another versions"),
+        ({"the base's weights": "2"}, r"holds other states \(its own, this run's\): the base's weights; remove it"),
+        ({"data": {"max_length": 9, "x": 1}}, r"data.max_length \(8, 9\), data.x \(None, 1\); remove it"),
+        ({"the contents of data.train_files": ["y"]}, "the contents of data.train_files; remove it, or name another"),
+        ({"versions": {"transformers": "9"}}, "versions"),
     ):
         with pytest.raises(UserError, match=words):
             check_directory(folder, IDENTITY | changed)
     for name in (STATES, CHECKSUMS):
         torn = shutil.copytree(folder, tmp_path / name)
         os.truncate(torn / name, 3)
-        with pytest.raises(UserError, match="the cache is torn"):
+        with pytest.raises(UserError, match=f"torn, {name} has 3 bytes, expected"):
             check_directory(torn, IDENTITY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file, expected a directory"):
+        check_directory(tmp_path / "file", IDENTITY)
     (folder / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match="the cache is torn"):
+    with pytest.raises(UserError, match="torn, Expecting property name"):
         check_directory(folder, IDENTITY)
     (folder / MANIFEST).unlink()
-    with pytest.raises(UserError, match="holds other files, and no cache"):
+    with pytest.raises(UserError, match="so it is no cache"):
         check_directory(folder, IDENTITY)
     with pytest.raises(UserError, match="cannot be written to"):
         monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -153,17 +157,18 @@ def losses(log):
     return [log[step]["train/loss"] for step in sorted(log)]
 
 
-def test_a_run_that_reads_all_equals_the_one_that_wrote(written, runs, make, base):
+def test_a_run_that_reads_all_equals_the_one_that_wrote(written, runs, make):
     """Through the launcher, in one process, in other micro-batches."""
     before = (runs / "states" / STATES).read_bytes()
     checksums = np.fromfile(runs / "states" / CHECKSUMS, np.uint32)
     assert len(checksums) == 40 and checksums.all()
     manifest = json.loads((runs / "states" / MANIFEST).read_text())
-    assert manifest["identity"]["base"]["name"] == str(base) and manifest["rows"] == 40
+    assert manifest["identity"]["data"]["max_length"] == 1024 and manifest["rows"] == 40
     log = {"VERL_FILE_LOGGER_PATH": str(runs / "log.jsonl")}
     settings = make("states", trainer__logger="file", data__micro_batch_size_per_gpu=2)
     result = script(1, runs / "reading", *settings, **log)
     assert result.returncode == 0, result.stderr
+    assert "states of 40 of 40 rows are there" in result.stderr
     assert losses(read_log(runs / "log.jsonl")) == pytest.approx(losses(written), rel=1e-3)
     assert (runs / "states" / STATES).read_bytes() == before
 
@@ -221,13 +226,13 @@ def test_the_launcher_refuses_before_anything_loads(written, runs, make, bases, 
             launch.launch(["1", str(runs / "refused"), *settings])
         assert not (runs / "refused").exists()
 
-    refused("holds states of another base", *make("states", model__partial_pretrain=bases["qwen2_untied"]))
-    refused("holds states of another data settings", *make("states", data__train_max_samples=39))
+    refused("the base's weights", *make("states", model__partial_pretrain=bases["qwen2_untied"]))
+    refused(r"data.train_max_samples \(-1, 39\)", *make("states", data__train_max_samples=39))
     refused("the states of a base that is trained change", *make("new", model__freeze_base_model="false"))
     refused("expected a directory, or null", *make(None), "data.cache_hidden_states=3")
     (runs / "other").mkdir()
     (runs / "other" / "file").write_text("")
-    refused("holds other files, and no cache", *make("other"))
+    refused("so it is no cache", *make("other"))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
     size = (runs / "states" / STATES).stat().st_size / 1e6

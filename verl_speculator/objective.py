@@ -57,8 +57,8 @@ class Objective:
         for name, weight in named.items():
             if name not in LOSSES:
                 raise UserError(
-                    f"{prefix}loss={name}: expected one of {', '.join(LOSSES)}, or weights of several"
-                    + nearest(str(name), LOSSES)
+                    f"{prefix}loss={loss}: {name} is no loss{nearest(str(name), LOSSES)}; expected one of "
+                    f"{', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"
                 )
             if not _is_number(weight) or weight < 0:
                 raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ SETTING = "data.cache_hidden_states"
 FORMAT = 1
 MANIFEST, LENGTHS, STATES, CHECKSUMS = "manifest.json", "lengths.npy", "states.bf16", "checksums.u32"
 BYTES = 2  # of a number in bf16
+READABLE = ("format", "engine.mixed_precision.param_dtype")
 # Settings of `data` that change neither rows nor tokens.
 IRRELEVANT = {
     *("train_batch_size", "micro_batch_size_per_gpu", "max_token_len_per_gpu", "use_dynamic_bsz", "num_workers"),
@@ -63,13 +64,13 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "versions": {name: metadata.version(name) for name in ("verl_speculator", "transformers")},
-        "base": {"name": base, "weights_fingerprint": fingerprint},
-        "compute type": (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
-        "model settings": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},
-        "data": [_digest(Path(file)) for file in data["train_files"]],
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "data settings": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT},
-        "dataset class": _digest(Path(custom)) if custom else None,
+        "the base's weights": fingerprint,
+        "engine.mixed_precision.param_dtype": (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
+        "model.override_config": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},
+        "the contents of data.train_files": [_digest(Path(file)) for file in data["train_files"]],
+        "tokenizer or chat template": _tokenizer_digest(tokenizer),
+        "data": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT},
+        "the code of data.custom_cls": _digest(Path(custom)) if custom else None,
     }
 
 
@@ -94,28 +95,37 @@ def check_directory(directory: Path, identity: Mapping[str, Any]) -> bool:
     """
     setting = f"{SETTING}={directory}"
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        check_writable(setting, directory.parent)
-        if directory.exists():
-            check_writable(setting, directory)
+        check_writable(setting, directory)
         return False
     otherwise = "; remove it, or name another directory"
+    if not directory.is_dir():
+        raise UserError(f"{setting}: a file, expected a directory")
     if not (directory / MANIFEST).is_file():
-        raise UserError(f"{setting}: holds other files, and no cache")
+        raise UserError(f"{setting}: has no {MANIFEST}, so it is no cache; expected an empty directory, or a new one")
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        rows, width = int(manifest["rows"]), int(manifest["width"])
+        found, rows, width = manifest["identity"], int(manifest["rows"]), int(manifest["width"])
         lengths = np.load(directory / LENGTHS)
-        sizes = {STATES: int(lengths.sum()) * width * BYTES, CHECKSUMS: 4 * rows}
-        whole = len(lengths) == rows and all((directory / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{setting}: the cache is torn{otherwise}")
-    found = manifest["identity"]
-    if differing := [name for name in identity if found.get(name) != identity[name]]:
-        what = f" ({found['base']['name']}, this run's is {identity['base']['name']})" if "base" in differing else ""
-        raise UserError(f"{setting}: holds states of another {', '.join(differing)}{what}{otherwise}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{setting}: torn, {' '.join(str(error).split())}{otherwise}") from None
+    for name, size in {STATES: int(lengths.sum()) * width * BYTES, CHECKSUMS: 4 * rows}.items():
+        file = directory / name
+        has = file.stat().st_size if file.is_file() else 0
+        if has != size:
+            raise UserError(f"{setting}: torn, {name} has {has} bytes, expected {size}{otherwise}")
+    if differing := list(_differences(found, dict(identity))):
+        raise UserError(f"{setting}: holds other states (its own, this run's): {', '.join(differing)}{otherwise}")
     return True
+
+
+def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    """What differs, by name, with both values where people can read them."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in dict.fromkeys([*mine, *theirs]):
+            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+    elif mine != theirs:
+        told = name in READABLE or name.startswith(("data.", "model.override_config.", "versions."))
+        yield f"{name} ({mine}, {theirs})" if told else name
 
 
 def check_space(directory: Path, needed: int, *, estimated: bool = False) -> None:
@@ -190,6 +200,11 @@ class StateCache:
             reason = error.strerror or error
             raise UserError(f"{SETTING}={directory}: {say_size(size)} cannot be written: {reason}") from None
         return cls(directory)
+
+    @property
+    def written(self) -> int:
+        """Rows that have been written, by whichever run; whether they are whole shows when they are read."""
+        return int(np.count_nonzero(self._checksums))
 
     @property
     def size(self) -> int:

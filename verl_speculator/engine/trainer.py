@@ -87,7 +87,9 @@ class SpeculatorTrainer(SFTTrainer):
             dist.barrier()
         if not directory.is_dir():
             raise UserError(f"{SETTING}={directory}: expected a directory that all machines share")
-        return StateCache(directory)
+        cache = StateCache(directory)
+        logger.info("%s: states of %d of %d rows are there", directory, cache.written, cache.rows)
+        return cache
 
     def _build_engine(self) -> None:
         from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig

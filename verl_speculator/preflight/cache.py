@@ -6,11 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from verl_speculator.errors import UserError
 from verl_speculator.preflight.base import Base
 from verl_speculator.preflight.data import Rows
 from verl_speculator.selection import spread
-from verl_speculator.state_cache import BYTES, SETTING, check_directory, check_space, identify_states
+from verl_speculator.state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.tokens import tokenize_conversation, tokenize_texts
 
 SAMPLE = 1000
@@ -18,14 +17,9 @@ SAMPLE = 1000
 
 def check_cache(config: DictConfig, base: Base, train: Rows) -> None:
     """Whether the states named by `data.cache_hidden_states` can be read or written. Reads a sample of the rows."""
-    named = config.data.cache_hidden_states
-    if named is None:
+    if config.data.cache_hidden_states is None:
         return
-    if not isinstance(named, str) or not named:
-        raise UserError(f"{SETTING}={named}: expected a directory, or null")
-    if not config.model.freeze_base_model:
-        raise UserError(f"{SETTING}={named}: the states of a base that is trained change; expected null")
-    directory = Path(named)
+    directory = Path(config.data.cache_hidden_states)
     if check_directory(directory, identify_states(config, base.tokenizer)) or config.data.custom_cls.get("path"):
         return
     check_space(directory, _count_states(config, base, train) * base.hidden_size * BYTES, estimated=True)

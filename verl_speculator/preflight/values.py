@@ -120,6 +120,11 @@ def check_settings(config: DictConfig) -> None:
         _number(config, key, *bounds)
     _number(config, "model.speculator_loss_coeff", 0.0, math.inf, inclusive=not config.model.freeze_base_model)
     _loggers(config)
+    named = config.data.cache_hidden_states
+    if named is not None and (not isinstance(named, str) or not named):
+        raise UserError(f"data.cache_hidden_states={named}: expected a directory, or null")
+    if named is not None and not config.model.freeze_base_model:
+        raise UserError(f"data.cache_hidden_states={named}: the states of a base that is trained change; expected null")
     for key, only in UNSUPPORTED.items():
         if OmegaConf.select(config, key) != only:
             raise UserError(
