@@ -15,16 +15,20 @@ import openai
 import pytest
 import torch
 from drafts import load_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from serving import QUESTION, answer_tokens, quick_speculator, serving, slow_rounds, until
 
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.decoding import generate as loop
 from verl_speculator.errors import UserError
+from verl_speculator.server.protocol import ApiError, ChatRequest, CompletionRequest, Message, parse
 from verl_speculator.server.settings import ServeSettings
 from verl_speculator.server.text import TextStream
 
 MESSAGES = [{"role": "user", "content": QUESTION}]
 LIMIT = 20_000
+FIELDS = st.sampled_from(sorted(ChatRequest.model_fields | CompletionRequest.model_fields | Message.model_fields))
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +206,7 @@ def test_models(client):
     ("fields", "param", "message"),
     [
         ({"temperature": 3}, "temperature", "temperature=3: Input should be less than or equal to 2"),
+        ({"temperature": 1e-40}, "temperature", "temperature=1e-40: expected 0, or 0.001 to 2"),
         ({"temperature": "hot"}, "temperature", "temperature='hot'"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -248,6 +253,23 @@ def test_a_body_that_is_no_request(address, client):
         raw.sendall(b"nonsense\r\n\r\n")
         assert raw.recv(1000).startswith(b"HTTP/1.1 400")
     assert chat(client).choices
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | FIELDS, inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kind=st.sampled_from([ChatRequest, CompletionRequest]), content=st.dictionaries(FIELDS, JSON) | JSON)
+def test_whatever_comes_is_a_request_or_an_error_in_one_line(kind, content):
+    try:
+        parse(kind, json.dumps(content).encode())
+    except ApiError as error:
+        assert error.status == 400 and error.message and "\n" not in error.message
+        json.dumps(error.body)
 
 
 def test_limits(base, address, client):

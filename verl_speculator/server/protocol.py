@@ -31,6 +31,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 MAX_STOPS = 4
+# Below it logits over temperature leave float32's range, and nothing but the most likely token is ever drawn.
+LEAST_TEMPERATURE = 1e-3
 SHOWN = 60
 
 
@@ -124,6 +126,13 @@ class Request(BaseModel):
                         code="unsupported_parameter",
                     )
         return data
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_soft(cls, value: float | None) -> float | None:
+        if value and value < LEAST_TEMPERATURE:
+            raise ValueError(f"expected 0, or {LEAST_TEMPERATURE} to 2")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod
