@@ -56,9 +56,10 @@ MAY_IMPORT = {
     "train": {"engine", "errors", "settings"},
     "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"config"},
+    "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
         *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
-        "tokens",
+        *("models", "server", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
+from verl_speculator.commands.loading import check_speculator, load
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.errors import UserError
 
@@ -45,7 +46,7 @@ def generate(
     if draft_length is not None and speculator is None:
         raise UserError(f"draft_length={draft_length}: there is no speculator to draft with; expected --speculator")
     if speculator is not None:
-        _check_speculator(speculator, base, draft_length, allow_other_base)
+        check_speculator(speculator, base, draft_length, allow_other_base)
     if prompt is None:
         prompt = sys.stdin.read()
     if not prompt:
@@ -53,13 +54,8 @@ def generate(
     if stop and "" in stop:
         raise UserError("stop: an empty text ends every answer at once; expected one that is not empty")
 
-    from verl_speculator.checkpoint import load_speculator
-    from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
-
-    device = choose_device(device)
-    kind = choose_dtype(dtype, device)
-    tokenizer = load_tokenizer(base)
-    model = load_base(base, device=device, dtype=kind)
+    loaded = load(base, speculator, device=device, dtype=dtype)
+    model, tokenizer, draft = loaded.base, loaded.tokenizer, loaded.speculator
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -69,13 +65,8 @@ def generate(
         "stop": tuple(stop or ()),
         "tokenizer": tokenizer,
         "input_ids": _tokens(tokenizer, prompt, system, chat),
-        "eos_token_id": _ends(tokenizer, model),
+        "eos_token_id": loaded.ends,
     }
-    draft = None
-    if speculator is not None:
-        draft = load_speculator(speculator, device=device, dtype=kind).requires_grad_(False).eval()
-        if draft.is_untrained():
-            typer.echo(f"warning: {speculator}: no training step has changed its tensors", err=True)
     if compare:
         # The first call of anything is slow: neither of the two should pay for it.
         for one in (None, draft):
@@ -99,22 +90,6 @@ class _Shown:
     generation: Generation
 
 
-def _check_speculator(speculator: str, base: str, draft_length: int | None, allow_other_base: bool) -> None:
-    """What the checkpoint's configuration and the base's tell without loading either."""
-    from verl_speculator.bases import base_shape
-    from verl_speculator.checkpoint import read_checkpoint_info
-
-    info = read_checkpoint_info(speculator)
-    if draft_length is not None and not 1 <= draft_length <= info.config.n_predict:
-        raise UserError(
-            f"draft_length={draft_length}: expected 1 to {info.config.n_predict}, the speculator's n_predict"
-        )
-    info.check_base(*base_shape(base))
-    if not allow_other_base:
-        info.check_base_weights(base)
-    typer.echo(f"{info.directory}: trained for {info.base_name}", err=True)
-
-
 def _tokens(tokenizer: Any, prompt: str, system: str | None, chat: bool) -> list[int]:
     from verl_speculator.tokens import tokenize_prompt
 
@@ -122,12 +97,6 @@ def _tokens(tokenizer: Any, prompt: str, system: str | None, chat: bool) -> list
         return tokenizer(prompt)["input_ids"]
     messages = [{"role": "system", "content": system}] if system else []
     return tokenize_prompt(tokenizer, [*messages, {"role": "user", "content": prompt}])
-
-
-def _ends(tokenizer: Any, model: Any) -> tuple[int, ...]:
-    from verl_speculator.tokens import end_token_ids
-
-    return end_token_ids(tokenizer, model.generation_config)
 
 
 def _warm_up(model: Any, draft: Any, settings: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""What commands that generate load: a base, its tokenizer, and a speculator or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from verl_speculator.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from verl_speculator.models import Speculator
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base in evaluation mode with its tokenizer, a speculator or None, and the tokens that end an answer."""
+
+    base: nn.Module
+    tokenizer: Any
+    speculator: Speculator | None
+    ends: tuple[int, ...]
+
+
+def check_speculator(speculator: str, base: str, draft_length: int | None, allow_other_base: bool) -> None:
+    """What the checkpoint's configuration and the base's tell without loading either.
+
+    Raises:
+        UserError: for a speculator that is not there, or not for this base, or drafts fewer tokens.
+    """
+    from verl_speculator.bases import base_shape
+    from verl_speculator.checkpoint import read_checkpoint_info
+
+    info = read_checkpoint_info(speculator)
+    if draft_length is not None and not 1 <= draft_length <= info.config.n_predict:
+        raise UserError(
+            f"draft_length={draft_length}: expected 1 to {info.config.n_predict}, the speculator's n_predict"
+        )
+    info.check_base(*base_shape(base))
+    if not allow_other_base:
+        info.check_base_weights(base)
+    typer.echo(f"{info.directory}: trained for {info.base_name}", err=True)
+
+
+def load(base: str, speculator: str | None, *, device: str, dtype: str) -> Loaded:
+    """Load what `check_speculator` has let through; an untrained speculator is warned of.
+
+    Raises:
+        UserError: for a device or dtype that is none, or a base that cannot be loaded.
+    """
+    from verl_speculator.checkpoint import load_speculator
+    from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
+    from verl_speculator.tokens import end_token_ids
+
+    device = choose_device(device)
+    kind = choose_dtype(dtype, device)
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, device=device, dtype=kind)
+    draft = None
+    if speculator is not None:
+        draft = load_speculator(speculator, device=device, dtype=kind).requires_grad_(False).eval()
+        if draft.is_untrained():
+            typer.echo(f"warning: {speculator}: no training step has changed its tensors", err=True)
+    return Loaded(model, tokenizer, draft, end_token_ids(tokenizer, model.generation_config))
