@@ -210,6 +210,7 @@ def test_greedy_policy_is_one_hot_of_the_largest():
     ("settings", "message"),
     [
         ({"temperature": -1}, "temperature=-1: expected a number ≥ 0"),
+        ({"temperature": 1e-40}, "temperature=1e-40: expected 0 (greedy), or at least 0.001"),
         ({"temperature": float("nan")}, "temperature=nan: expected a number ≥ 0"),
         ({"top_p": 0}, "top_p=0: expected a number in (0, 1]"),
         ({"top_p": 1.5}, "top_p=1.5: expected a number in (0, 1]"),

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Below it logits over temperature leave float32's range, and nothing but the most likely token is ever drawn.
+LEAST_TEMPERATURE = 1e-3
+
+
 @dataclass(frozen=True)
 class SamplingPolicy:
     """Temperature, then top-k, then top-p: the order of Hugging Face's `generate` and of vLLM.
@@ -32,6 +36,8 @@ class SamplingPolicy:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature={self.temperature}: expected a number ≥ 0")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(f"temperature={self.temperature}: expected 0 (greedy), or at least {LEAST_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: expected a number in (0, 1]")
         if self.top_k != int(self.top_k) or self.top_k < 0:

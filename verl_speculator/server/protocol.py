@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from verl_speculator.decoding.policy import LEAST_TEMPERATURE
+
 # Fields that OpenAI's API or vLLM's knows and this server does not, each with the values that ask for nothing. Other
 # unknown fields do not change the text (user, metadata, store, …) and are ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -31,8 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 MAX_STOPS = 4
-# Below it logits over temperature leave float32's range, and nothing but the most likely token is ever drawn.
-LEAST_TEMPERATURE = 1e-3
 SHOWN = 60
 
 
