@@ -349,7 +349,7 @@ def test_results_are_replaced_only_when_told(tmp_path):
     path, out = write(tmp_path / "rows.jsonl", [{"messages": turns(word, "red")} for word in WORDS]), tmp_path / "out"
     run(path, out, val_rows=2)
     settings = PrepareSettings((str(path),), out, val_rows=0)
-    with pytest.raises(UserError, match=r"holds train.parquet already; expected another directory, or overwrite"):
+    with pytest.raises(UserError, match=r"holds train.parquet already; expected another directory, or --overwrite"):
         prepare(settings)
     assert len(read(out / "val.parquet")) == 2
     again = PrepareSettings((str(out / "train.parquet"),), out, overwrite=True)
@@ -523,5 +523,5 @@ def test_on_the_command_line(tmp_path):
     assert json.loads((tmp_path / "out" / "prepare.json").read_text())["seed"] == 2
     refused = command(path, "--out", tmp_path / "out")
     assert refused.returncode == 2
-    expected = f"error: out={tmp_path / 'out'}: holds train.parquet already; expected another directory, or overwrite"
+    expected = f"error: out={tmp_path / 'out'}: holds train.parquet already; expected another directory, or --overwrite"
     assert refused.stderr.strip() == expected
