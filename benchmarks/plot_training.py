@@ -56,9 +56,10 @@ def speed(rows: pd.DataFrame) -> Figure:
 
 
 def objective(rows: pd.DataFrame) -> Figure:
-    """Accepted drafts per round of each recipe at its best learning rate; a dot is a seed."""
-    means = rows.groupby(["recipe", "steps", "lr"])["tau"].mean().reset_index()
-    best = means.sort_values("tau").drop_duplicates(["recipe", "steps"], keep="last")
+    """Accepted drafts per round of each recipe at the learning rate that has most seeds; a dot is a seed."""
+    means = rows.groupby(["recipe", "steps", "lr"])["tau"].agg(["mean", "size"]).reset_index()
+    best = means.sort_values(["size", "mean"]).drop_duplicates(["recipe", "steps"], keep="last")
+    best = best.rename(columns={"mean": "tau"}).sort_values("tau")
     figure, axis = plt.subplots(figsize=(10, 0.4 * len(best) + 1), constrained_layout=True)
     for i, row in enumerate(best.itertuples()):
         seeds = rows[(rows["recipe"] == row.recipe) & (rows["steps"] == row.steps) & (rows["lr"] == row.lr)]
