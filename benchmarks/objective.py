@@ -135,13 +135,14 @@ def summarise(path: Path) -> None:
     rows = pd.read_csv(path)
     table = Table(title=f"{path.name}: E[accepted] = τ − 1, means over seeds")
     for name in ("recipe", "lr", "steps", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
-        table.add_column(name, justify="left" if name == "recipe" else "right")
+        table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
     means = rows.groupby(["recipe", "lr", "steps"], sort=False).agg(
         tau=("tau", "mean"),
         seeds=("seed", "nunique"),
         first=("accept_depth_0", "mean"),
         last=("accept_depth_4", "mean"),
     )
+    means = means.sort_index()
     plain = means.loc["ce", "tau"].max() - 1 if "ce" in means.index.get_level_values(0) else float("nan")
     for (name, lr, steps), row in means.sort_values("tau").iterrows():
         cells = (f"{row.tau:.3f}", f"{(row.tau - 1) / plain - 1:+.1%}", f"{row['first']:.1%}", f"{row['last']:.1%}")
