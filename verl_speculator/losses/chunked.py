@@ -263,7 +263,7 @@ class _Pass:
         places = {id(p): i for i, p in enumerate(own)}
         heads = [places[id(job.speculator.head(k))] for k in range(job.valid.shape[1])]
         # Depths that share a head follow each other: one product serves all of them.
-        self.heads = [(at, slice(ks[0], ks[-1] + 1)) for at, ks in _runs(heads)]
+        self.heads = list(_runs(heads))
 
     def chunk(self, chunk: slice) -> None:
         """Add one chunk's losses and gradients to the sums."""
@@ -317,10 +317,8 @@ class _Pass:
         if len(self.heads) == 1:
             return next(products).to(self.wide)
         logits = states.new_empty(depths * rows, self.job.speculator.vocab_size, dtype=self.wide)
-        for part, product in zip(
-            logits.split([(ks.stop - ks.start) * rows for _, ks in self.heads]), products, strict=True
-        ):
-            part.copy_(product)
+        for (_, ks), product in zip(self.heads, products, strict=True):
+            logits[ks.start * rows : ks.stop * rows] = product
         return logits
 
     def _leaves(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -355,10 +353,13 @@ class _Pass:
                 self.gradients[i].add_(gradient)
 
 
-def _runs(values: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Each run of equal values, with its indices."""
-    for value, run in groupby(range(len(values)), key=values.__getitem__):
-        yield value, list(run)
+def _runs(values: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Each run of equal values, and where it stands."""
+    start = 0
+    for value, run in groupby(values):
+        stop = start + len(list(run))
+        yield value, slice(start, stop)
+        start = stop
 
 
 def add_product_(total: Tensor, gradient: Tensor, output: Tensor) -> None:
