@@ -41,7 +41,10 @@ def tiny(**settings):
     return build_speculator(config, hidden_size=12, vocab_size=30, seed=0)
 
 
-@pytest.mark.parametrize("config", configurations().values(), ids=configurations().keys())
+ARCTIC = {name: config for name, config in configurations().items() if config.method != "medusa"}
+
+
+@pytest.mark.parametrize("config", ARCTIC.values(), ids=ARCTIC.keys())
 def test_config_is_what_arctic_inference_reads(config, tmp_path):
     speculator = build_speculator(config, hidden_size=20, vocab_size=61, seed=0, dtype=torch.bfloat16)
     save_speculator(speculator, tmp_path, base_architectures=["Qwen2ForCausalLM"])

@@ -13,6 +13,7 @@ from verl_speculator.config import (
     SpeculatorConfig,
     SpeculatorTraining,
     default_of,
+    ignored_settings,
     known_settings,
     parse_dims,
     split_settings,
@@ -31,8 +32,38 @@ def test_defaults_of_the_guide():
         "proj_dim": 1024,
         "scale_input": False,
         "tie_weights": True,
+    }
+    assert SpeculatorConfig(method="sum_lstm").to_dict() == config.to_dict() | {
+        "method": "sum_lstm",
         "tie_lstm_embs": False,
     }
+    assert SpeculatorConfig(method="medusa").to_dict() == {
+        "method": "medusa",
+        "n_predict": 5,
+        "num_layers": 1,
+        "head": "copy",
+        "hidden_state": "post_norm",
+        "inner_dim": None,
+    }
+
+
+def test_settings_that_a_family_does_not_read_change_nothing():
+    given = {"method": "medusa", "emb_dim": "not even a width", "tie_weights": False, "num_layers": 2}
+    assert SpeculatorConfig(**given) == SpeculatorConfig(method="medusa", num_layers=2)
+    assert ignored_settings(given) == [
+        "model.speculator.emb_dim=not even a width",
+        "model.speculator.tie_weights=False",
+    ]
+    assert ignored_settings({"num_layers": 2}) == ["model.speculator.num_layers=2"]
+    assert not ignored_settings({"method": "sum_lstm", "tie_lstm_embs": True, "num_layers": 1})
+
+
+def test_the_start_is_the_familys_own_unless_it_is_named():
+    assert [split_settings({"method": m})[1].init for m in ("sum_rnn", "sum_lstm", "medusa")] == ["random"] * 2 + [
+        "base"
+    ]
+    assert split_settings({"method": "medusa", "init": "random"})[1].init == "random"
+    assert split_settings({"init": "base"})[1].init == "base"
 
 
 def test_yaml_and_dataclasses_agree():
@@ -69,7 +100,25 @@ def test_dims_refused(value):
         ({"tie_weights": 1}, "tie_weights=1: expected true or false"),
         ({"n_predct": 3}, "did you mean 'n_predict'"),
         ({"detach_hidden": "yes"}, "detach_hidden=yes: expected true or false"),
-        ({"init": "bases"}, "model.speculator.init=bases: expected random or base (did you mean 'base'?)"),
+        ({"init": "bases"}, "model.speculator.init=bases: expected random, base or null (did you mean 'base'?)"),
+        (
+            {"method": "medusa", "head": "shard"},
+            "model.speculator.head=shard: expected one of copy, shared, frozen_shared (did you mean 'shared'?)",
+        ),
+        (
+            {"method": "medusa", "hidden_state": "prenorm"},
+            "model.speculator.hidden_state=prenorm: expected one of post_norm, pre_norm (did you mean 'pre_norm'?)",
+        ),
+        ({"method": "medusa", "num_layers": 0}, "model.speculator.num_layers=0: expected an integer of at least 1"),
+        (
+            {"method": "medusa", "inner_dim": "64.64"},
+            "model.speculator.inner_dim=64.64: model.speculator.method=medusa has a single width there",
+        ),
+        (
+            {"method": "medusa", "head": "frozen_shared", "init": "random"},
+            "model.speculator.init=random: model.speculator.head=frozen_shared never learns; expected "
+            "model.speculator.init=base",
+        ),
         ({"loss": "kll"}, "model.speculator.loss=kll: kll is no loss (did you mean 'kl'?)"),
         ({"loss": {"ce": -1}}, "model.speculator.loss.ce=-1: expected a weight ≥ 0"),
         ({"loss": {"ce": 0}}, "all weights are 0"),

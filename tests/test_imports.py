@@ -48,7 +48,7 @@ MAY_IMPORT = {
         *("checkpoint", "config", "errors", "models", "provenance", "selection", "settings", "state_cache", "tokens"),
     },
     "allocator": set(),
-    "launch": {"allocator", "errors", "files", "preflight", "settings"},
+    "launch": {"allocator", "config", "errors", "files", "preflight", "settings"},
     "engine": {
         *("alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "state_cache"),
         "tokens",

@@ -17,6 +17,13 @@ VARIANTS = {
         {"inner_dim": 20, "emb_dim": "16.24", "proj_dim": "32.24", "tie_lstm_embs": True},
         {"inner_dim": "16.24", "emb_dim": "16.24", "proj_dim": "16.24"},
     ],
+    "medusa": [
+        {"inner_dim": None},
+        {"inner_dim": 8, "num_layers": 2},
+        {"head": "shared", "n_predict": 1},
+        {"head": "frozen_shared", "hidden_state": "pre_norm", "inner_dim": None},
+        {"hidden_state": "pre_norm", "num_layers": 3, "inner_dim": None},
+    ],
 }
 
 

@@ -194,18 +194,14 @@ def config_content(
     base_architectures: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of `config.json`: the keys of ArcticInference 0.3.0, then our own."""
-    content = {
-        "model_type": "mlp_speculator",
-        "architectures": [FAMILIES[config.method].serving_architecture],
+    """The content of `config.json`: the settings, the keys by which a serving engine knows them, then our own."""
+    facts = {
         "base_model_archs": list(base_architectures),
         "torch_dtype": dtype,
         "input_hidden_dim": hidden_size,
         "vocab_size": vocab_size,
-        # ArcticInference asserts one entry for each draft token.
-        "top_k_tokens_per_head": [1] * config.n_predict,
-    }
-    return content | config.to_dict() | {PROVENANCE_KEY: dict(provenance or {})}
+    } | config.to_dict()
+    return FAMILIES[config.method].serving_keys(facts) | facts | {PROVENANCE_KEY: dict(provenance or {})}
 
 
 def write_checkpoint(

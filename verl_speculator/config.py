@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 from verl_speculator.errors import UserError, nearest
-from verl_speculator.families import FAMILIES
+from verl_speculator.families import FAMILIES, HEADS, HIDDEN_STATES
 from verl_speculator.objective import LK_ETA, LOSSES, Objective
 
 PREFIX = "model.speculator."
@@ -58,6 +58,13 @@ class SpeculatorConfig:
     scale_input: bool = _setting(False, "normalise the base's hidden state and divide it by sqrt(2) at the first step")
     tie_weights: bool = _setting(True, "share embedding, norm and head between the depths")
     tie_lstm_embs: bool = _setting(False, "sum_lstm: one embedding for all four gates")
+    num_layers: int = _setting(1, "medusa: residual blocks of each head")
+    head: str = _setting(
+        "copy", "medusa: " + ", ".join(HEADS) + ": a head of its own for each depth, one, or one at rest"
+    )
+    hidden_state: str = _setting(
+        "post_norm", "medusa: " + ", ".join(HIDDEN_STATES) + ": which of the base's states it reads"
+    )
 
     def __post_init__(self) -> None:
         if self.method not in FAMILIES:
@@ -66,14 +73,29 @@ class SpeculatorConfig:
                 + nearest(str(self.method), FAMILIES)
             )
         family = FAMILIES[self.method]
-        if isinstance(self.n_predict, bool) or not isinstance(self.n_predict, int) or self.n_predict < 1:
-            raise UserError(f"{PREFIX}n_predict={self.n_predict}: expected an integer of at least 1")
+        for setting in fields(self):
+            if setting.name not in self.read_settings(self.method):
+                object.__setattr__(self, setting.name, setting.default)
+        for name in ("n_predict", "num_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{PREFIX}{name}={value}: expected an integer of at least 1")
         for name in ("scale_input", "tie_weights", "tie_lstm_embs"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{PREFIX}{name}={getattr(self, name)}: expected true or false")
-        for name, default in family.dim_defaults.items():
+        for name, known in (("head", HEADS), ("hidden_state", HIDDEN_STATES)):
             value = getattr(self, name)
-            dims = parse_dims(PREFIX + name, default if value is None else value)
+            if value not in known:
+                raise UserError(
+                    f"{PREFIX}{name}={value}: expected one of {', '.join(known)}{nearest(str(value), known)}"
+                )
+        for name, default in family.dim_defaults.items():
+            value = getattr(self, name) if getattr(self, name) is not None else default
+            if value is None:
+                continue
+            dims = parse_dims(PREFIX + name, value)
+            if family.single_widths and len(dims) > 1:
+                raise UserError(f"{PREFIX}{name}={value}: {PREFIX}method={self.method} has a single width there")
             object.__setattr__(self, name, dims[0] if len(dims) == 1 else ".".join(map(str, dims)))
         if family.merges_widths and self.emb_dims[-1] != self.proj_dims[-1]:
             raise UserError(
@@ -102,14 +124,25 @@ class SpeculatorConfig:
         """Widths of the projection chain; the last is the merge width M."""
         return parse_dims(PREFIX + "proj_dim", self.proj_dim)
 
+    @property
+    def has_frozen_parts(self) -> bool:
+        """Whether some of its parameters are saved and never trained."""
+        return self.head == "frozen_shared" or self.hidden_state == "pre_norm"
+
+    @staticmethod
+    def read_settings(method: str) -> tuple[str, ...]:
+        """The settings that a family reads; all others are ignored."""
+        return ("method", "n_predict", *FAMILIES[method].settings)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, several widths as the dotted text, a single one as an integer."""
-        return asdict(self)
+        """What the family reads, in plain values: several widths as the dotted text, a single one as an integer."""
+        return {name: getattr(self, name) for name in self.read_settings(self.method)}
 
     def differences(self, other: SpeculatorConfig) -> list[str]:
         """Settings in which two configurations differ, as `name (self's value, other's value)`."""
         mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{name} ({mine[name]}, {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+        names = dict.fromkeys([*mine, *theirs])
+        return [f"{n} ({mine.get(n)}, {theirs.get(n)})" for n in names if mine.get(n) != theirs.get(n)]
 
 
 @dataclass(frozen=True)
@@ -118,7 +151,9 @@ class SpeculatorTraining:
 
     path: str | None = _setting(None, "trained speculator to start from: a checkpoint, or a run (its latest step)")
     detach_hidden: bool = _setting(False, "joint training: keep the speculator's gradient away from the base")
-    init: str = _setting("random", "random, or base: tables and heads from the base's own, in widths equal to its own")
+    init: str | None = _setting(
+        None, "random, or base: tables and heads from the base's own; null: base for medusa alone"
+    )
     loss: Any = field(
         default="ce",
         metadata={"help": f"what is minimised: {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1.0}}"},
@@ -137,9 +172,9 @@ class SpeculatorTraining:
             raise UserError(f"{PREFIX}detach_hidden={self.detach_hidden}: expected true or false")
         if self.path is not None and not isinstance(self.path, str):
             raise UserError(f"{PREFIX}path={self.path}: expected a directory")
-        if self.init not in ("random", "base"):
+        if self.init not in (None, "random", "base"):
             raise UserError(
-                f"{PREFIX}init={self.init}: expected random or base{nearest(str(self.init), ('random', 'base'))}"
+                f"{PREFIX}init={self.init}: expected random, base or null{nearest(str(self.init), ('random', 'base'))}"
             )
         rows = self.loss_chunk_rows
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
@@ -200,4 +235,17 @@ def split_settings(values: Mapping[str, Any]) -> tuple[SpeculatorConfig, Specula
         for cls in (SpeculatorConfig, SpeculatorTraining)
     )
     training.objective.depths(shape.n_predict, prefix=PREFIX)
+    training = replace(training, init=training.init or FAMILIES[shape.method].init)
+    if training.init == "random" and shape.head == "frozen_shared":
+        raise UserError(f"{PREFIX}init=random: {PREFIX}head=frozen_shared never learns; expected {PREFIX}init=base")
     return shape, training
+
+
+def ignored_settings(values: Mapping[str, Any]) -> list[str]:
+    """`name=value` of what is set in a mapping of `model.speculator.*` keys and not read by the family it names."""
+    read = SpeculatorConfig.read_settings(values.get("method", "sum_rnn"))
+    return [
+        f"{PREFIX}{f.name}={values[f.name]}"
+        for f in fields(SpeculatorConfig)
+        if f.name not in read and values.get(f.name, f.default) != f.default
+    ]

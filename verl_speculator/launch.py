@@ -105,10 +105,15 @@ def launch(argv: Sequence[str]) -> None:
 
     from omegaconf import OmegaConf
 
+    from verl_speculator.config import ignored_settings
     from verl_speculator.preflight import check_run
-    from verl_speculator.settings import load_settings
+    from verl_speculator.settings import compose, resolve
 
-    config = load_settings(overrides)
+    config = compose(overrides)
+    given = config.model.speculator
+    config = resolve(config)
+    if ignored := ignored_settings(OmegaConf.to_container(given)):
+        sys.stderr.write(f"note: model.speculator.method={given.method} does not read {', '.join(ignored)}: ignored\n")
     if show:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return

@@ -129,6 +129,8 @@ def resolve(config: DictConfig) -> DictConfig:
     with open_dict(config):
         speculator, training = split_settings(OmegaConf.to_container(config.model.speculator))
         config.model.speculator = speculator.to_dict() | vars(training)
+        if speculator.has_frozen_parts:  # FSDP1 has no other way to train a part of a unit
+            config.engine.use_orig_params = True
         _resolve_base(config)
         if config.trainer.device == "auto":
             config.trainer.device = detect_device()

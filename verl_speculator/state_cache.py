@@ -66,6 +66,7 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in ("verl_speculator", "transformers")},
         "the base's weights": fingerprint,
         "engine.mixed_precision.param_dtype": (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
+        "model.speculator.hidden_state": config.model.speculator.get("hidden_state", "post_norm"),
         "model.override_config": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},
         "the contents of data.train_files": [_digest(Path(file)) for file in data["train_files"]],
         "tokenizer or chat template": _tokenizer_digest(tokenizer),

@@ -30,7 +30,7 @@ class Drafter(Protocol):
     def propose(self, hidden: Tensor, token: Tensor, uniforms: Tensor | None, count: int) -> Proposal:
         """
         Args:
-            hidden: [1, D] the base's state after its final norm at the position before `token`.
+            hidden: [1, D] the base's state at the position before `token`.
             token: [1] the newest token; the base has not read it yet.
             uniforms: [count] in [0, 1) to draw with; None where no token is ever drawn.
             count: how many tokens to draft.

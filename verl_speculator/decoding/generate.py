@@ -252,7 +252,8 @@ def speculative_stream(
     else:
         generator.manual_seed(seed)
     drafter = SpeculatorDrafter(speculator, policy, sampled=sampled_drafts) if speculator is not None else None
-    decoding = _Decoding(Target(base), drafter, policy, generator, time_parts=time_parts)
+    target = Target(base) if speculator is None else Target(base, speculator.reads)
+    decoding = _Decoding(target, drafter, policy, generator, time_parts=time_parts)
     return GenerationStream(decoding, prompt, rule, draft_length, limit)
 
 

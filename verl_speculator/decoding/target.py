@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from verl_speculator.decoding.cache import roll_back, rollback_cache
 from verl_speculator.errors import UserError
+from verl_speculator.models.hidden_state import POST_NORM, StateTap
 
 
 def position_limit(base: nn.Module) -> int | None:
@@ -24,12 +25,13 @@ class Target:
 
     Args:
         base: any Hugging Face causal language model whose cache holds keys and values of every layer.
+        reads: which hidden states are asked for, `Speculator.reads`.
 
     Raises:
         UserError: for a base with recurrent layers, whose state cannot be rolled back.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, reads: str = POST_NORM) -> None:
         if base._is_stateful:
             raise UserError(
                 f"base={base.name_or_path} ({type(base).__name__}): its recurrent state cannot be rolled back after a "
@@ -38,19 +40,15 @@ class Target:
         self.base = base
         self.cache = rollback_cache()
         self._last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._hidden: Tensor | None = None
-
-    def _keep_hidden(self, module: nn.Module, inputs: object, output: object) -> None:
-        self._hidden = output[0]
+        # To ask the base for its hidden states would keep every layer's.
+        self._tap = StateTap(base, reads)
 
     def __enter__(self) -> Target:
-        # The state after the final norm, which training reads too. To ask for all hidden states would keep every
-        # layer's.
-        self._hook = self.base.base_model.register_forward_hook(self._keep_hidden)
+        self._tap.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hook.remove()
+        self._tap.__exit__(kind, error, trace)
 
     @property
     def length(self) -> int:
@@ -65,11 +63,11 @@ class Target:
             last_only: give the last token's state and logits alone; N is then 1 in the result.
 
         Returns:
-            The hidden states after the final norm [N, D] and the logits [N, V] for the tokens that follow each.
+            The hidden states [N, D] and the logits [N, V] for the tokens that follow each.
         """
         keep = {"logits_to_keep": 1} if last_only and self._last_only else {}
         logits = self.base(input_ids=tokens.unsqueeze(0), past_key_values=self.cache, use_cache=True, **keep).logits[0]
-        hidden, self._hidden = self._hidden[0], None
+        hidden = self._tap.take()[0]
         return (hidden[-1:], logits[-1:]) if last_only else (hidden, logits)
 
     def roll_back(self, length: int) -> None:

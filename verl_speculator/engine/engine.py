@@ -22,7 +22,7 @@ from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpe
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
-from verl_speculator.models.initialise import start_from_base
+from verl_speculator.models.initialise import copy_norm, start_from_base
 from verl_speculator.state_cache import StateCache
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 raise UserError(f"model.speculator.path={training.path} differs: {', '.join(differing)}")
             speculator.load_state_dict(read_weights(info))
             logger.info("speculator starts from %s", info.directory)
-        elif training.init == "base" and not head.is_meta:  # verl loads the weights on rank 0 alone, and sends them
-            start_from_base(speculator, base.get_input_embeddings().weight, head)
+        elif not head.is_meta:  # verl loads the weights on rank 0 alone, and sends them
+            if training.init == "base":
+                start_from_base(speculator, base.get_input_embeddings().weight, head)
+            copy_norm(speculator, base)
         return ModelWithSpeculator(
             base,
             DraftLoss(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from verl_speculator.engine.teacher import BaseHead
 from verl_speculator.losses import DraftLoss
+from verl_speculator.models.hidden_state import PRE_NORM, StateTap, final_norm
 
 BASE_PREFIX = "base."
 DRAFT_PREFIX = "draft."
@@ -35,6 +36,7 @@ class ModelWithSpeculator(nn.Module):
         self._head_checked = False
         self.freeze_base = freeze_base
         self.detach_hidden = detach_hidden
+        self.reads = draft.speculator.reads
         # What sharding wrappers and verl ask of a model: its configuration, and the classes of its sharding units.
         self.config = base.config
         self._no_split_modules = [*(base._no_split_modules or []), DraftLoss.__name__]
@@ -79,19 +81,23 @@ class ModelWithSpeculator(nn.Module):
         if self.head is None:
             return self.draft(*rows, counts=draft["counts"]) | kept, output
         self._check_head(base_inputs)
-        teacher = {"teacher_hidden": flat.detach(), "teacher_rows": draft["teacher_rows"]}
+        taught = flat.detach()
+        if self.reads == PRE_NORM:
+            with torch.no_grad():
+                taught = final_norm(self.base)(taught)
+        teacher = {"teacher_hidden": taught, "teacher_rows": draft["teacher_rows"]}
         with self.head.whole() as head:
             return self.draft(*rows, counts=draft["counts"], **teacher, base_head=head) | kept, output
 
     def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """States [B · T, D] after the final norm, and the base's output if it is trained."""
-        if self.freeze_base:
-            with torch.no_grad():
-                return self.base.base_model(**base_inputs).last_hidden_state.flatten(0, 1), None
-        # The last entry is the state after the final norm; the others are alive for the backward pass anyway.
-        output = self.base(**base_inputs, output_hidden_states=True)
-        hidden = output.hidden_states[-1].flatten(0, 1)
-        output.hidden_states = None
+        """States [B · T, D] as the speculator reads them, and the base's output if it is trained."""
+        with StateTap(self.base, self.reads) as tap:
+            if self.freeze_base:
+                with torch.no_grad():
+                    self.base.base_model(**base_inputs)
+                return tap.take().flatten(0, 1), None
+            output = self.base(**base_inputs)
+            hidden = tap.take().flatten(0, 1)
         return hidden.detach() if self.detach_hidden else hidden, output
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:

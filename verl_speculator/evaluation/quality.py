@@ -26,11 +26,17 @@ class Document:
         mask: [T] 1 where the assistant produced the token.
     """
 
-    @torch.inference_mode()
     def __init__(self, base: nn.Module, tokens: list[int], mask: list[int]) -> None:
+        self.base = base
         self.tokens, self.mask = (torch.tensor(x, device=base.device) for x in (tokens, mask))
-        with Target(base) as target:
-            self.hidden, self.logits = target.read(self.tokens)
+        self.states: dict[str, Tensor] = {}
+
+    def _read(self, reads: str) -> Tensor:
+        """[T, D] the base's states of this kind; it runs once for each."""
+        if reads not in self.states:
+            with Target(self.base, reads) as target:
+                self.states[reads], self.logits = target.read(self.tokens)
+        return self.states[reads]
 
     @torch.inference_mode()
     def measure(
@@ -51,7 +57,8 @@ class Document:
         borders = torch.tensor([0, len(self.tokens)])
         rows = align(self.tokens, self.mask, borders, speculator.n_predict, end_token_ids)
         dtype = next(speculator.parameters()).dtype
-        states = speculator.unroll(self.hidden[rows.positions].to(dtype), rows.tokens)
+        hidden = self._read(speculator.reads)[rows.positions]
+        states = speculator.unroll(hidden.to(dtype), rows.tokens)
         sums: dict[str, list[float]] = {name: [] for name in ("pairs", *MEASURES)}
         for k, state in enumerate(states):
             valid = rows.valid[k]

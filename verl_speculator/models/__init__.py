@@ -45,11 +45,13 @@ def build_speculator(
     with torch.device("meta"):
         speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size)
     device, dtype = torch.device(device or "cpu"), dtype or torch.float32
+    frozen = speculator.frozen()
     # By hand: `nn.Module.to` cannot convert where tensors are only reckoned with (FakeTensorMode).
-    for module in speculator.modules():
+    for path, module in speculator.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
-            setattr(module, name, torch.nn.Parameter(empty))
+            trained = f"{path}.{name}" not in frozen
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=trained))
     if device.type == "meta":
         return speculator
     speculator.reset_parameters(None if seed is None else torch.Generator().manual_seed(seed))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_speculator.config import SpeculatorConfig
+from verl_speculator.models.hidden_state import POST_NORM
 
 
 class Slot(NamedTuple):
@@ -36,18 +37,13 @@ class DraftState(NamedTuple):
 
     Attributes:
         output: [T, E] the state that the depth's head reads; [T, D] the base's hidden state before the first step.
-        cell: [T, M] the memory of families that have one, None otherwise.
+        cell: [T, M] what else a family carries on: a memory, or the base's state itself. None where there is none.
         depth: the depth that the next step will be.
     """
 
     output: Tensor
     cell: Tensor | None
     depth: int
-
-
-def _constant(name: str) -> float:
-    """What a parameter that is no matrix starts as: a norm's weight or a bias."""
-    return 0.0 if name.endswith("bias") else 1.0
 
 
 class Speculator(nn.Module, abc.ABC):
@@ -62,6 +58,10 @@ class Speculator(nn.Module, abc.ABC):
     """
 
     method: ClassVar[str]
+    # Whether a depth's state depends on the tokens before it.
+    reads_tokens: ClassVar[bool] = True
+    # Whether a head that starts from the base's own keeps its scale, because it reads states like the base's.
+    copies_scale: ClassVar[bool] = False
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -74,8 +74,13 @@ class Speculator(nn.Module, abc.ABC):
         """K."""
         return self.config.n_predict
 
+    @property
+    def reads(self) -> str:
+        """Which of the base's states it starts from: `post_norm` or `pre_norm`."""
+        return POST_NORM
+
     def start(self, hidden: Tensor) -> DraftState:
-        """The state before the first step, from the base's hidden state [T, D] after its final norm."""
+        """The state before the first step, from the base's hidden state [T, D], the one that `reads` names."""
         return DraftState(hidden, None, 0)
 
     @abc.abstractmethod
@@ -91,7 +96,7 @@ class Speculator(nn.Module, abc.ABC):
         """All depths at once, for training.
 
         Args:
-            hidden: [T, D] the base's hidden state at position t, after its final norm.
+            hidden: [T, D] the base's hidden state at position t, the one that `reads` names.
             tokens: [T, K] the tokens x_{t+1} … x_{t+K}.
 
         Returns:
@@ -114,22 +119,34 @@ class Speculator(nn.Module, abc.ABC):
         """
         return {name: Slot(name) for name, _ in self.named_parameters()}
 
+    def frozen(self) -> frozenset[str]:
+        """Parameters that are saved and never trained."""
+        return frozenset()
+
+    def constants(self) -> dict[str, float]:
+        """Parameters that start as one number."""
+        return {n: 0.0 if n.endswith("bias") else 1.0 for n, p in self.named_parameters() if p.dim() == 1}
+
     def is_untrained(self) -> bool:
         """Whether it holds what `reset_parameters` gave it: every constant is still exactly the constant.
 
         The first optimizer step moves every norm, whatever the seed of the matrices was.
         """
-        constants = [(name, p) for name, p in self.named_parameters() if p.dim() == 1]
-        return all(bool((p == _constant(name)).all()) for name, p in constants)
+        frozen = self.frozen()
+        return all(
+            bool((self.get_parameter(name) == value).all())
+            for name, value in self.constants().items()
+            if name not in frozen
+        )
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Matrices N(0, 1/√min(shape)); norms 1 and 0 (Snowflake's initialisation)."""
-        state = dict(self.named_parameters())
+        """`constants`, and matrices N(0, 1/√min(shape)) (Snowflake's initialisation)."""
+        state, constants = dict(self.named_parameters()), self.constants()
         for slot in dict.fromkeys(self.checkpoint_slots().values()):
             tensor = slot.of(state)
-            if tensor.dim() == 2:
+            if slot.parameter in constants:
+                tensor.fill_(constants[slot.parameter])
+            else:
                 std = 1 / math.sqrt(min(tensor.shape))
                 tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)
-            else:
-                tensor.fill_(_constant(slot.parameter))

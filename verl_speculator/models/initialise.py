@@ -1,4 +1,4 @@
-"""Starting a speculator's tables and heads from the base's own."""
+"""Starting a speculator from the base: its tables, its heads, and its norm."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from verl_speculator.errors import UserError
 from verl_speculator.models.base import Slot, Speculator
+from verl_speculator.models.hidden_state import FrozenNorm, final_norm
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 
 
@@ -37,8 +38,10 @@ def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]
 
 @torch.no_grad()
 def start_from_base(speculator: Speculator, embedding: Tensor, head: Tensor) -> None:
-    """Every token table from the base's embedding, every head from its output head, scaled to the spread that
-    `reset_parameters` gives: most of a speculator's parameters then know the vocabulary before the first step.
+    """Every token table from the base's embedding, every head from its output head: most of a speculator's parameters
+    then know the vocabulary before the first step.
+
+    They are scaled to the spread that `reset_parameters` gives, unless the family reads states like the base's.
 
     Args:
         speculator: initialised; its other parameters stay as they are.
@@ -51,4 +54,17 @@ def start_from_base(speculator: Speculator, embedding: Tensor, head: Tensor) -> 
     state = dict(speculator.named_parameters())
     for _, slot, is_table in vocabulary_slots(speculator):
         own, source = slot.of(state), (embedding if is_table else head).float()
-        own.copy_(source * (1 / math.sqrt(min(own.shape)) / source.std()))
+        scale = 1.0 if speculator.copies_scale else 1 / math.sqrt(min(own.shape)) / source.std()
+        own.copy_(source * scale)
+
+
+def copy_norm(speculator: Speculator, base: nn.Module) -> None:
+    """The base's final norm into the speculator's frozen copy, where it has one: however it starts, that is no matter
+    of training.
+
+    Raises:
+        UserError: if the base ends with something else than an RMS norm.
+    """
+    for module in speculator.modules():
+        if isinstance(module, FrozenNorm):
+            module.copy_from(final_norm(base))

@@ -1,0 +1,100 @@
+"""Medusa: a head of its own for each draft token, all on one state of the base (Cai et al. 2024, arXiv 2401.10774).
+
+Names of modules are those of vLLM's implementation, so that a checkpoint loads there as it stands.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from verl_speculator.config import SpeculatorConfig
+from verl_speculator.models.base import DraftState, Speculator
+from verl_speculator.models.hidden_state import PRE_NORM, FrozenNorm
+from verl_speculator.models.layers import OutputHead
+
+
+class ResidualBlock(nn.Linear):
+    """x + SiLU(A x + a)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(super().forward(x))
+
+
+class BottleneckBlock(nn.Module):
+    """x + B SiLU(A x + a), with A to a narrower width and B back."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, inner)
+        self.up = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.silu(self.down(x)))
+
+
+class HeadBlocks(nn.Module):
+    """The residual blocks of one head."""
+
+    def __init__(self, width: int, inner: int | None, num_layers: int) -> None:
+        super().__init__()
+        blocks = (ResidualBlock(width) if inner is None else BottleneckBlock(width, inner) for _ in range(num_layers))
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Medusa(Speculator):
+    """Head k reads the base's state and no token, and predicts the token k + 2 positions on.
+
+        z_k = block_k,L(… block_k,1(h)),   block(x) = x + SiLU(A x + a),   logits_k = W_k z_k
+
+    A starts at zero and W_k as the base's own head, so that an untrained head repeats the base's next token.
+    """
+
+    method = "medusa"
+    reads_tokens: ClassVar[bool] = False
+    copies_scale: ClassVar[bool] = True
+
+    def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
+        self.norm = FrozenNorm(hidden_size) if config.hidden_state == PRE_NORM else None
+        self.blocks = nn.ModuleList(
+            HeadBlocks(hidden_size, config.inner_dim, config.num_layers) for _ in range(config.n_predict)
+        )
+        heads = config.n_predict if config.head == "copy" else 1
+        self.lm_heads = nn.ModuleList(OutputHead(vocab_size, hidden_size) for _ in range(heads))
+
+    @property
+    def reads(self) -> str:
+        return self.config.hidden_state
+
+    def start(self, hidden: Tensor) -> DraftState:
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return DraftState(hidden, hidden, 0)
+
+    def step(self, state: DraftState, token: Tensor) -> DraftState:
+        return DraftState(self.blocks[state.depth](state.cell), state.cell, state.depth + 1)
+
+    def head(self, depth: int) -> Tensor:
+        return self.lm_heads[min(depth, len(self.lm_heads) - 1)].weight
+
+    def frozen(self) -> frozenset[str]:
+        at_rest = ("norm.", "lm_heads.") if self.config.head == "frozen_shared" else ("norm.",)
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(at_rest))
+
+    def constants(self) -> dict[str, float]:
+        """Norm 1, and zero whatever keeps a block from changing its input."""
+        found = {name: 0.0 for name, _ in self.named_parameters() if name.startswith("blocks.")}
+        for name in [n for n in found if n.endswith("down.weight")]:
+            del found[name]
+        return found | ({} if self.norm is None else {"norm.weight": 1.0, "norm.eps": 1e-6})
