@@ -52,3 +52,10 @@ def test_inspect_says_which_engine_can_serve_it(tmp_path):
     assert "emb_dim=4.8: it reads a single width" in serving(emb_dim="4.8", proj_dim="4.8")[arctic]
     assert "inner_dim=16, emb_dim=8" in serving(inner_dim=16)[arctic]
     assert serving()["verl_speculator.decoding"] == "yes"
+    medusa = {"method": "medusa", "inner_dim": None}
+    vllm = "vLLM 0.24 to 0.32 without plugins"
+    assert serving(**medusa)[vllm] == serving(**medusa, head="shared", num_layers=2)[vllm] == "yes"
+    assert "it serves sum_rnn and sum_lstm" in serving(**medusa)[arctic]
+    assert "no bottleneck" in serving(**medusa | {"inner_dim": 8})[vllm]
+    assert "after the final norm" in serving(**medusa, hidden_state="pre_norm")[vllm]
+    assert "method=sum_rnn: no released version serves it" in serving()[vllm]

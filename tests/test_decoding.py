@@ -12,6 +12,7 @@ from verl_speculator.decoding import Round, SamplingPolicy, speculative_generate
 from verl_speculator.decoding.cache import roll_back, rollback_cache
 from verl_speculator.decoding.stop import StopRule
 from verl_speculator.errors import UserError
+from verl_speculator.families import FAMILIES
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 COUNT = 30
@@ -69,9 +70,16 @@ def test_every_draft_length(model, text, n_predict):
             assert {r.drafted for r in result.rounds[1:]} == {draft_length}
 
 
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
-def test_both_families_and_untied(model, text, method):
-    for settings in ({}, {"tie_weights": False} if method == "sum_rnn" else {"tie_lstm_embs": True}):
+OTHERWISE = {
+    "sum_rnn": {"tie_weights": False},
+    "sum_lstm": {"tie_lstm_embs": True},
+    "medusa": {"hidden_state": "pre_norm", "head": "shared", "num_layers": 2},
+}
+
+
+@pytest.mark.parametrize("method", FAMILIES)
+def test_every_family(model, text, method):
+    for settings in ({}, OTHERWISE[method]):
         speculator = untrained(model, 4, method=method, **settings)
         result = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
         assert result.tokens == text

@@ -15,6 +15,7 @@ from verl_speculator import build_speculator
 from verl_speculator.alignment import align
 from verl_speculator.checkpoint import write_checkpoint
 from verl_speculator.errors import UserError
+from verl_speculator.families import FAMILIES
 from verl_speculator.losses import DraftSums
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.models import Slot
@@ -193,7 +194,7 @@ def test_the_state_is_the_one_that_the_output_head_reads(bases, rows, name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+@pytest.mark.parametrize("method", FAMILIES)
 def test_frozen_base_does_not_move_by_a_bit(bases, rows, name, method):
     engine = build_engine(bases[name], speculator={"method": method}, lr=1e-2)
     before = weights(engine)

@@ -17,6 +17,7 @@ from variants import configurations
 
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.errors import UserError
+from verl_speculator.families import FAMILIES
 from verl_speculator.losses import kernels, reference, speculator_loss
 from verl_speculator.losses.closed_form import loss_and_gradient_, teach
 from verl_speculator.losses.reference import row_losses
@@ -294,7 +295,7 @@ def test_fake_tensors():
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+@pytest.mark.parametrize("method", FAMILIES)
 def test_compiled_gives_the_same_for_any_number_of_rows(method):
     """One graph each for unroll and loss, where torch.compile would make one for each number of rows by default."""
     config = SpeculatorConfig(method=method, n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)

@@ -35,10 +35,17 @@ def step(engine, rows):
     engine.lr_scheduler_step()
 
 
+MEDUSA = {"method": "medusa", "hidden_state": "pre_norm", "head": "frozen_shared"}
+
+
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint):
-    options = {"freeze_base_model": not joint, "speculator": {"method": "sum_lstm"}}
+@pytest.mark.parametrize(
+    ("name", "speculator"),
+    [*((name, {"method": "sum_lstm"}) for name in ARCHITECTURES), ("gemma2", MEDUSA), ("qwen2_untied", MEDUSA)],
+    ids=[*ARCHITECTURES, "gemma2-medusa", "qwen2_untied-medusa"],
+)
+def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint, speculator):
+    options = {"freeze_base_model": not joint, "speculator": speculator}
     engine = build_engine(bases[name], **options)
     step(engine, rows)
     checkpoints(engine, tmp_path).save_checkpoint(step=1)

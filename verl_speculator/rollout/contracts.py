@@ -25,6 +25,8 @@ class Serving:
 
 def arctic_obstacle(config: SpeculatorConfig) -> str | None:
     """What keeps ArcticInference 0.3.0 from serving a speculator, and what to train instead; None if nothing does."""
+    if config.method not in ("sum_rnn", "sum_lstm"):
+        return f"method={config.method}: it serves sum_rnn and sum_lstm"
     for name, dims in (("emb_dim", config.emb_dims), ("proj_dim", config.proj_dims)):
         if len(dims) > 1:
             return f"{name}={getattr(config, name)}: it reads a single width"
@@ -39,10 +41,21 @@ def arctic_obstacle(config: SpeculatorConfig) -> str | None:
     return None
 
 
+def medusa_obstacle(config: SpeculatorConfig) -> str | None:
+    """What keeps vLLM 0.24 to 0.32 from serving a speculator as Medusa heads, None if nothing does."""
+    if config.method != "medusa":
+        return f"method={config.method}: no released version serves it"
+    if config.inner_dim is not None:
+        return f"inner_dim={config.inner_dim}: it knows no bottleneck"
+    if config.hidden_state != "post_norm":
+        return f"hidden_state={config.hidden_state}: it hands over the state after the final norm"
+    return None
+
+
 def serving_engines(config: SpeculatorConfig) -> list[Serving]:
     """Every engine that is known, with what keeps it from serving a speculator of this configuration."""
     return [
         Serving("verl_speculator.decoding", None),
         Serving("ArcticInference 0.3.0 (vLLM 0.26.0)", arctic_obstacle(config)),
-        Serving("vLLM without plugins", f"no released version serves {config.method}"),
+        Serving("vLLM 0.24 to 0.32 without plugins", medusa_obstacle(config)),
     ]
