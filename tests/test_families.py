@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from variants import VARIANTS, configurations
+from variants import VARIANTS, configurations, shape_of
 
 from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
 from verl_speculator.errors import UserError
@@ -17,7 +17,7 @@ CONFIGS = configurations()
 
 
 def build(config, **options):
-    return build_speculator(config, hidden_size=D, vocab_size=V, **({"seed": 0, "dtype": torch.float64} | options))
+    return build_speculator(config, **shape_of(config, D, V), **({"seed": 0, "dtype": torch.float64} | options))
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def stir(speculator):
 def inputs(config, rows=T, seed=1):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
-    return hidden, torch.randint(V, (rows, config.n_predict), generator=generator)
+    return hidden, torch.randint(V, (rows, config.depths), generator=generator)
 
 
 def test_every_family_is_in_the_suite():
@@ -48,16 +48,16 @@ def config(request):
 def test_shapes(config):
     speculator = build(config)
     states = speculator.unroll(*inputs(config))
-    width = D if config.method == "medusa" else config.inner_dims[-1]
-    assert states.shape == (config.n_predict, T, width)
-    for k in range(config.n_predict):
+    width = D if speculator.copies_scale else config.inner_dims[-1]
+    assert states.shape == (config.depths, T, width)
+    for k in range(config.depths):
         assert speculator.head(k).shape == (V, width)
 
 
 def test_unroll_equals_repeated_step(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
     states, state = speculator.unroll(hidden, tokens), speculator.start(hidden)
-    for k in range(config.n_predict):
+    for k in range(config.depths):
         state = speculator.step(state, tokens[:, k])
         torch.testing.assert_close(state.output, states[k], rtol=0, atol=1e-12)
 
@@ -72,7 +72,7 @@ def test_rows_do_not_see_each_other(config):
 def test_depth_k_reads_no_later_token(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
     before = speculator.unroll(hidden, tokens)
-    for k in range(config.n_predict):
+    for k in range(config.depths):
         changed = tokens.clone()
         changed[:, k] = (changed[:, k] + 1) % V
         after = speculator.unroll(hidden, changed)
@@ -83,10 +83,13 @@ def test_depth_k_reads_no_later_token(config):
 def test_every_parameter_is_used_and_gets_a_gradient(config):
     loss = DraftLoss(stir(build(config)))
     hidden, tokens = inputs(config)
-    targets = torch.randint(V, (config.n_predict, T))
+    targets = torch.randint(V, (config.depths, T))
     loss(hidden, tokens, targets, torch.ones_like(targets, dtype=torch.bool))["total"].backward()
     grads = {name: p.grad for name, p in loss.speculator.named_parameters()}
-    frozen = loss.speculator.frozen()
+    # A block of the base is trained through the base's own pass: tests/test_early_exit.py.
+    elsewhere = set(grads) - set(loss.speculator.unroll_parameters())
+    assert all(name.startswith("block.") for name in elsewhere)
+    frozen = loss.speculator.frozen() | elsewhere
     assert {name for name, grad in grads.items() if grad is None} == frozen
     slots = loss.speculator.checkpoint_slots().items()
     without = {key for key, slot in slots if slot.parameter not in frozen and not slot.of(grads).any()}
@@ -99,11 +102,12 @@ def test_every_parameter_is_used_and_gets_a_gradient(config):
 def test_no_rows_give_zero_gradients(config):
     loss = DraftLoss(build(config))
     hidden, tokens = inputs(config, rows=0)
-    nothing = torch.zeros(config.n_predict, 0, dtype=torch.long)
+    nothing = torch.zeros(config.depths, 0, dtype=torch.long)
     found = loss(hidden, tokens, nothing, nothing.bool())
     found["total"].backward()
     assert not found["pairs"].any()
-    assert all(p.grad is not None and not p.grad.any() for p in loss.parameters() if p.requires_grad)
+    unrolled = loss.speculator.unroll_parameters().values()
+    assert all(p.grad is not None and not p.grad.any() for p in unrolled if p.requires_grad)
 
 
 def test_initialisation(config):
@@ -113,6 +117,8 @@ def test_initialisation(config):
         assert torch.equal(parameter, again.get_parameter(name))
     for slot in speculator.checkpoint_slots().values():
         tensor = slot.of(dict(speculator.named_parameters()))
+        if slot.parameter.startswith("block."):
+            continue
         if (value := speculator.constants().get(slot.parameter)) is None:
             assert tensor.std().item() == pytest.approx(1 / min(tensor.shape) ** 0.5, rel=0.2)
             assert not torch.equal(tensor, slot.of(dict(other.named_parameters())))
@@ -138,6 +144,9 @@ def test_tied_tensors_stand_under_every_name(config, tmp_path):
         heads = config.n_predict if config.head == "copy" else 1
         assert {n for n in tensors if n.startswith("lm_heads.")} == {f"lm_heads.{k}.weight" for k in range(heads)}
         return
+    if config.method == "early_exit":
+        assert {n for n in tensors if "head" in n} == {"exit_head.weight"}
+        return
     heads = [tensors[f"head.{k}.weight"] for k in range(config.n_predict)]
     if config.tie_weights:
         assert all(torch.equal(head, heads[0]) for head in heads)
@@ -160,7 +169,7 @@ def test_a_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
         tensors[key] = tensors[key][:-1]
     else:
         key = f"head.{config.n_predict - 1}.weight"
-        if config.method == "medusa" or not config.tie_weights or config.n_predict == 1:
+        if config.method in ("medusa", "early_exit") or not config.tie_weights or config.n_predict == 1:
             pytest.skip("nothing is tied here")
         tensors[key] = tensors[key] + 1
     torch.save(tensors, file)
@@ -171,6 +180,9 @@ def test_a_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
 
 def test_one_optimizer_step_is_told_from_none(config):
     """Also in bf16, where a norm's weight may stay at 1: its bias does not stay at 0."""
+    if config.method == "early_exit":  # all that learns starts as the base's: nothing tells
+        assert not build(config).is_untrained()
+        return
     for dtype in (torch.float64, torch.bfloat16):
         speculator = build(config, seed=4, dtype=dtype)
         assert speculator.is_untrained()

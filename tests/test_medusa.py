@@ -119,7 +119,7 @@ def test_bases_that_end_with_something_else():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32))
-    with pytest.raises(UserError, match=r"pre_norm: GPT2LMHeadModel ends with LayerNorm, .* expected post_norm"):
+    with pytest.raises(UserError, match=r"final norm: GPT2LMHeadModel ends with LayerNorm; expected an RMS norm"):
         Target(model, "pre_norm")
     del model.transformer.ln_f
     with pytest.raises(UserError, match=r"has no final norm that is known here \(looked for norm, "):

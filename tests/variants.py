@@ -24,7 +24,21 @@ VARIANTS = {
         {"head": "frozen_shared", "hidden_state": "pre_norm", "inner_dim": None},
         {"hidden_state": "pre_norm", "num_layers": 3, "inner_dim": None},
     ],
+    "early_exit": [
+        {"exit_layer": 1},
+        {"exit_layer": 0, "trainable": "head_and_block", "n_predict": 4},
+    ],
 }
+
+
+# The block of a base that an early exit trains a copy of.
+BLOCK_SHAPES = {"attention.q.weight": [20, 20], "norm.weight": [20], "mlp.up.bias": [24]}
+
+
+def shape_of(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> dict:
+    """What `build_speculator` needs to know of the base."""
+    block = BLOCK_SHAPES if config.trainable == "head_and_block" else None
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "block_shapes": block}
 
 
 def configurations() -> dict[str, SpeculatorConfig]:

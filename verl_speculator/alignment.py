@@ -33,7 +33,7 @@ class DraftRows:
         tokens: [R, K] the tokens x_{t+1} … x_{t+K}; past the end of the row the last token is repeated, and never read
             by a valid pair.
         targets: [K, R] the token x_{t+2+k} that depth k predicts.
-        teachers: [K, R] the position t+1+k, at which the base predicts the same token.
+        teachers: [K, R] the position before the target, at which the base predicts the same token.
         valid: [K, R] bool, whether the pair counts. Valid depths of a row come first: a pair is valid only if all
             earlier depths of its row are.
     """
@@ -46,7 +46,13 @@ class DraftRows:
 
 
 def align(
-    tokens: Tensor, loss_mask: Tensor, cu_seqlens: Tensor, n_predict: int, end_token_ids: Collection[int]
+    tokens: Tensor,
+    loss_mask: Tensor,
+    cu_seqlens: Tensor,
+    n_predict: int,
+    end_token_ids: Collection[int],
+    *,
+    ahead: int = 2,
 ) -> DraftRows:
     """Rows, inputs, targets and validity of every draft in a packed row of documents.
 
@@ -61,6 +67,8 @@ def align(
         cu_seqlens: [B + 1] the borders of the documents, from 0 to T.
         n_predict: K.
         end_token_ids: tokens that end an assistant's turn. Empty for plain text, where every token is a target.
+        ahead: how many tokens ahead of its state the first depth predicts. 2 where a draft starts from a state whose
+            next token is known; 1 where it reads that token itself, and depth k at position t predicts x_{t+1+k}.
     """
     length, device = tokens.numel(), tokens.device
     index = torch.arange(length, device=device)
@@ -75,7 +83,7 @@ def align(
     produced = assistant & (ends_before == ends_before[turn_start])
 
     depth = torch.arange(n_predict, device=device)[:, None]
-    target = index + 2 + depth  # [K, T]
+    target = index + ahead + depth  # [K, T]
     inside = target < length
     target = target.clamp(max=length - 1)
     # x_{t+1} must belong to the target's turn, and t to its document.
@@ -88,7 +96,7 @@ def align(
         positions=positions,
         tokens=tokens[seen],
         targets=tokens[target[:, positions]],
-        teachers=seen.T,
+        teachers=(positions[:, None] + ahead - 1 + depth.T).clamp(max=length - 1).T,
         valid=valid[:, positions],
     )
 

@@ -34,6 +34,8 @@ STATE_FILES = ("optimizer.pt", "lr_scheduler.pt", "random.pt")
 BASE_DIRECTORY = "huggingface"
 STEP_DIRECTORY = re.compile(r"^global_step_(\d+)$")
 PROVENANCE_KEY = "verl_speculator"
+BLOCK_KEY = "block_shapes"
+BLOCK_PREFIX = "block."
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class CheckpointInfo:
         hidden_size: width D of the base it was trained for.
         vocab_size: V, the rows of the base's output head.
         dtype: of the tensors on disk, as in `torch.<dtype>`.
+        block_shapes: of the parameters of the base's block that it holds a trained copy of; empty where it has none.
         provenance: base, data, step, seed and versions; empty for checkpoints made elsewhere.
     """
 
@@ -56,7 +59,13 @@ class CheckpointInfo:
     hidden_size: int
     vocab_size: int
     dtype: str
+    block_shapes: dict[str, list[int]]
     provenance: dict[str, Any]
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What `build_speculator` needs to know of the base."""
+        return {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size, "block_shapes": self.block_shapes}
 
     def check_base(self, hidden_size: int, vocab_size: int) -> None:
         """Refuse a base of another width or vocabulary.
@@ -178,6 +187,7 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
             hidden_size=int(content["input_hidden_dim"]),
             vocab_size=int(content["vocab_size"]),
             dtype=str(content.get("torch_dtype", "float32")).removeprefix("torch."),
+            block_shapes={str(k): [int(n) for n in v] for k, v in content.get(BLOCK_KEY, {}).items()},
             provenance=dict(content.get(PROVENANCE_KEY, {})),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -191,6 +201,7 @@ def config_content(
     hidden_size: int,
     vocab_size: int,
     dtype: str,
+    block_shapes: Mapping[str, Sequence[int]] | None = None,
     base_architectures: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -201,6 +212,8 @@ def config_content(
         "input_hidden_dim": hidden_size,
         "vocab_size": vocab_size,
     } | config.to_dict()
+    if block_shapes:
+        facts[BLOCK_KEY] = dict(block_shapes)
     return FAMILIES[config.method].serving_keys(facts) | facts | {PROVENANCE_KEY: dict(provenance or {})}
 
 
@@ -232,13 +245,16 @@ def write_checkpoint(
 
     from verl_speculator.models import build_speculator
 
-    slots = build_speculator(config, hidden_size=hidden_size, vocab_size=vocab_size, device="meta").checkpoint_slots()
+    shape = {"hidden_size": hidden_size, "vocab_size": vocab_size}
+    shape["block_shapes"] = {
+        name.removeprefix(BLOCK_PREFIX): list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)
+    }
+    slots = build_speculator(config, **shape, device="meta").checkpoint_slots()
     tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
     (dtype,) = {tensor.dtype for tensor in tensors.values()}
     content = config_content(
         config,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
+        **shape,
         dtype=str(dtype).removeprefix("torch."),
         base_architectures=base_architectures,
         provenance=provenance,
@@ -300,7 +316,7 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: no such file") from None
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
         raise UserError(f"{path}: truncated, or not a file of tensors") from None
-    module = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
+    module = build_speculator(info.config, **info.shape, device="meta")
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
     faults = [f"missing {key}" for key in slots if key not in tensors]
     faults += [f"unexpected {key}" for key in tensors if key not in slots]
@@ -364,7 +380,7 @@ def load_speculator(
         if name and not allow_other_base:
             info.check_base_weights(name)
     logger.info("%s: trained for %s", info.directory, info.base_name)
-    speculator = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
+    speculator = build_speculator(info.config, **info.shape, device="meta")
     state = {name: tensor.clone() for name, tensor in read_weights(info).items()}
     speculator.load_state_dict(state, assign=True)
     return speculator.to(device=device, dtype=dtype or getattr(torch, info.dtype))

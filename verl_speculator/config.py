@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 from verl_speculator.errors import UserError, nearest
-from verl_speculator.families import FAMILIES, HEADS, HIDDEN_STATES
+from verl_speculator.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
 from verl_speculator.objective import LK_ETA, LOSSES, Objective
 
 PREFIX = "model.speculator."
@@ -65,6 +65,8 @@ class SpeculatorConfig:
     hidden_state: str = _setting(
         "post_norm", "medusa: " + ", ".join(HIDDEN_STATES) + ": which of the base's states it reads"
     )
+    exit_layer: int | None = _setting(None, "early_exit: the base's block that the draft leaves behind, from 0")
+    trainable: str = _setting("head", "early_exit: what learns, " + " or ".join(TRAINABLE))
 
     def __post_init__(self) -> None:
         if self.method not in FAMILIES:
@@ -83,12 +85,15 @@ class SpeculatorConfig:
         for name in ("scale_input", "tie_weights", "tie_lstm_embs"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{PREFIX}{name}={getattr(self, name)}: expected true or false")
-        for name, known in (("head", HEADS), ("hidden_state", HIDDEN_STATES)):
+        for name, known in (("head", HEADS), ("hidden_state", HIDDEN_STATES), ("trainable", TRAINABLE)):
             value = getattr(self, name)
             if value not in known:
                 raise UserError(
                     f"{PREFIX}{name}={value}: expected one of {', '.join(known)}{nearest(str(value), known)}"
                 )
+        layer = self.exit_layer
+        if "exit_layer" in family.settings and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+            raise UserError(f"{PREFIX}exit_layer={layer}: expected a block of the base, an integer of at least 0")
         for name, default in family.dim_defaults.items():
             value = getattr(self, name) if getattr(self, name) is not None else default
             if value is None:
@@ -127,7 +132,28 @@ class SpeculatorConfig:
     @property
     def has_frozen_parts(self) -> bool:
         """Whether some of its parameters are saved and never trained."""
-        return self.head == "frozen_shared" or self.hidden_state == "pre_norm"
+        return self.head == "frozen_shared" or self.hidden_state == "pre_norm" or self.exit_layer is not None
+
+    @property
+    def depths(self) -> int:
+        """Depths that training knows: K, or 1 for a family that is trained one token at a time."""
+        return 1 if FAMILIES[self.method].single_depth else self.n_predict
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens ahead the first prediction lies, `Family.ahead`."""
+        return FAMILIES[self.method].ahead
+
+    def check_blocks(self, count: int) -> None:
+        """Refuse a block that a base with so many does not have.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        if self.exit_layer is not None and self.exit_layer >= count:
+            raise UserError(
+                f"{PREFIX}exit_layer={self.exit_layer}: the base has {count} blocks; expected 0 to {count - 1}"
+            )
 
     @staticmethod
     def read_settings(method: str) -> tuple[str, ...]:
@@ -234,7 +260,7 @@ def split_settings(values: Mapping[str, Any]) -> tuple[SpeculatorConfig, Specula
         cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         for cls in (SpeculatorConfig, SpeculatorTraining)
     )
-    training.objective.depths(shape.n_predict, prefix=PREFIX)
+    training.objective.depths(shape.depths, prefix=PREFIX)
     training = replace(training, init=training.init or FAMILIES[shape.method].init)
     if training.init == "random" and shape.head == "frozen_shared":
         raise UserError(f"{PREFIX}init=random: {PREFIX}head=frozen_shared never learns; expected {PREFIX}init=base")

@@ -15,6 +15,7 @@ from typing import Any
 
 HEADS = ("copy", "shared", "frozen_shared")
 HIDDEN_STATES = ("post_norm", "pre_norm")
+TRAINABLE = ("head", "head_and_block")
 
 
 def _nothing_more(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +58,9 @@ class Family:
         merges_widths: whether `emb_dim` and `proj_dim` meet in a sum, and so must end in the same width.
         requires: settings that must hold one particular value, for example `{"tie_weights": True}`.
         init: what `model.speculator.init` is by default.
+        ahead: how many tokens ahead its first prediction lies: 2 where it starts from a state whose next token is
+            known, 1 where it reads every token itself.
+        single_depth: whether training knows one depth only, each draft token being read before the next is drafted.
         serving_keys: from the content of `config.json` to the keys by which a serving engine knows the same.
     """
 
@@ -68,6 +72,8 @@ class Family:
     merges_widths: bool = False
     requires: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     init: str = "random"
+    ahead: int = 2
+    single_depth: bool = False
     serving_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing_more
 
 
@@ -101,6 +107,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             single_widths=True,
             init="base",
             serving_keys=_vllm_medusa_keys,
+        ),
+        "early_exit": Family(
+            target="verl_speculator.models.early_exit:EarlyExit",
+            summary="Early exit: the base cut behind one of its blocks, with a head of its own",
+            settings=("exit_layer", "trainable"),
+            init="base",
+            ahead=1,
+            single_depth=True,
         ),
     }
 )

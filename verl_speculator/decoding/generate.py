@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.decoding.draft import Drafter, SpeculatorDrafter
+from verl_speculator.decoding.draft import Drafter
+from verl_speculator.decoding.pair import pair
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.decoding.sampling import draw
 from verl_speculator.decoding.stop import StopRule
@@ -251,8 +252,7 @@ def speculative_stream(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    drafter = SpeculatorDrafter(speculator, policy, sampled=sampled_drafts) if speculator is not None else None
-    target = Target(base) if speculator is None else Target(base, speculator.reads)
+    target, drafter = pair(base, speculator, policy, sampled=sampled_drafts)
     decoding = _Decoding(target, drafter, policy, generator, time_parts=time_parts)
     return GenerationStream(decoding, prompt, rule, draft_length, limit)
 

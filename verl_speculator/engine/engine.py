@@ -22,7 +22,7 @@ from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpe
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
-from verl_speculator.models.initialise import copy_norm, start_from_base
+from verl_speculator.models.initialise import block_shapes, copy_norm, start_from_base
 from verl_speculator.state_cache import StateCache
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             self.model_config.speculator_config,
             hidden_size=base.config.get_text_config().hidden_size,
             vocab_size=head.shape[0],
+            block_shapes=block_shapes(base, self.model_config.speculator_config),
             seed=self.engine_config.seed,
         )
         if training.path is not None and self.rank == 0:  # the other ranks are sent rank 0's weights
@@ -106,6 +107,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             if training.init == "base":
                 start_from_base(speculator, base.get_input_embeddings().weight, head)
             copy_norm(speculator, base)
+            speculator.copy_block(base)
         return ModelWithSpeculator(
             base,
             DraftLoss(
@@ -126,13 +128,14 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     # One batch
 
     def _align(self, batch: TensorDict) -> DraftRows:
-        tokens = batch["input_ids"]
+        tokens, shape = batch["input_ids"], self.model_config.speculator_config
         return align(
             tokens.values(),
             batch["loss_mask"].values(),
             tokens.offsets(),
-            self.model_config.speculator_config.n_predict,
+            shape.depths,
             self.model_config.end_token_ids,
+            ahead=shape.ahead,
         )
 
     def _all_reduce_sum(self, values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from verl_speculator.engine.teacher import BaseHead
 from verl_speculator.losses import DraftLoss
-from verl_speculator.models.hidden_state import PRE_NORM, StateTap, final_norm
+from verl_speculator.models.hidden_state import POST_NORM, PRE_NORM, BlockCall, StateTap, final_norm
 
 BASE_PREFIX = "base."
 DRAFT_PREFIX = "draft."
@@ -37,6 +37,7 @@ class ModelWithSpeculator(nn.Module):
         self.freeze_base = freeze_base
         self.detach_hidden = detach_hidden
         self.reads = draft.speculator.reads
+        draft.speculator.attach(base)
         # What sharding wrappers and verl ask of a model: its configuration, and the classes of its sharding units.
         self.config = base.config
         self._no_split_modules = [*(base._no_split_modules or []), DraftLoss.__name__]
@@ -70,35 +71,43 @@ class ModelWithSpeculator(nn.Module):
         """
         if draft is None:
             return self.base(**base_inputs)
-        flat, output = draft.get("states"), None
-        if flat is None:
-            flat, output = self._run_base(base_inputs)
+        taken, taught, output = draft.get("states"), None, None
+        if taken is None:
+            taken, taught, output = self._run_base(base_inputs)
         kept = {}
         if "kept" in draft:  # rounded as they are kept, so that every epoch trains on the same
-            flat = flat[draft["kept"]].to(torch.bfloat16)
-            kept["states"] = flat
-        rows = (flat[draft["rows"]], draft["tokens"], draft["targets"], draft["valid"])
+            taken, taught = taken.flatten(0, 1)[draft["kept"]].to(torch.bfloat16), None
+            kept["states"] = taken
+        rows = {name: draft[name] for name in ("tokens", "targets", "valid", "rows", "counts")}
         if self.head is None:
-            return self.draft(*rows, counts=draft["counts"]) | kept, output
+            return self.draft(taken, **rows) | kept, output
         self._check_head(base_inputs)
-        taught = flat.detach()
-        if self.reads == PRE_NORM:
-            with torch.no_grad():
-                taught = final_norm(self.base)(taught)
-        teacher = {"teacher_hidden": taught, "teacher_rows": draft["teacher_rows"]}
+        if taught is None:
+            taught = self._after_norm(taken.detach())
+        teacher = {"teacher_hidden": taught.reshape(-1, taught.shape[-1]), "teacher_rows": draft["teacher_rows"]}
         with self.head.whole() as head:
-            return self.draft(*rows, counts=draft["counts"], **teacher, base_head=head) | kept, output
+            return self.draft(taken, **rows, **teacher, base_head=head) | kept, output
 
-    def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """States [B · T, D] as the speculator reads them, and the base's output if it is trained."""
-        with StateTap(self.base, self.reads) as tap:
+    def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
+        """What the speculator reads, the states [B, T, D] that the base's head reads if a teacher is asked for and they
+        are others, and the base's output if it is trained."""
+        other = self.head is not None and self.reads not in (POST_NORM, PRE_NORM)
+        with StateTap(self.base, self.reads) as tap, StateTap(self.base, POST_NORM) as final:
             if self.freeze_base:
                 with torch.no_grad():
                     self.base.base_model(**base_inputs)
-                return tap.take().flatten(0, 1), None
-            output = self.base(**base_inputs)
-            hidden = tap.take().flatten(0, 1)
-        return hidden.detach() if self.detach_hidden else hidden, output
+                output = None
+            else:
+                output = self.base(**base_inputs)
+            taken, taught = tap.take(), final.take()
+        if output is not None and self.detach_hidden:
+            taken = BlockCall(taken.state.detach(), taken.arguments) if isinstance(taken, BlockCall) else taken.detach()
+        return taken, taught.detach() if other else None, output
+
+    @torch.no_grad()
+    def _after_norm(self, states: Tensor) -> Tensor:
+        """The states that the base's head reads, from those that the speculator does."""
+        return final_norm(self.base)(states) if self.reads == PRE_NORM else states
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
         """Once, on a few tokens: whether the head gives what the base itself gives. Here its weights are whole."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.alignment import align
-from verl_speculator.decoding.target import Target
 from verl_speculator.models import Speculator
+from verl_speculator.models.hidden_state import StateTap
 
 MEASURES = ("ce", "kl", "kl_training_temperature", "top1", "top5")
 
@@ -29,14 +30,15 @@ class Document:
     def __init__(self, base: nn.Module, tokens: list[int], mask: list[int]) -> None:
         self.base = base
         self.tokens, self.mask = (torch.tensor(x, device=base.device) for x in (tokens, mask))
-        self.states: dict[str, Tensor] = {}
+        self.taken: dict[str, Any] = {}
 
-    def _read(self, reads: str) -> Tensor:
-        """[T, D] the base's states of this kind; it runs once for each."""
-        if reads not in self.states:
-            with Target(self.base, reads) as target:
-                self.states[reads], self.logits = target.read(self.tokens)
-        return self.states[reads]
+    def _read(self, reads: str) -> Any:
+        """What a speculator that `reads` this takes of the base; it runs once for each."""
+        if reads not in self.taken:
+            with StateTap(self.base, reads) as tap:
+                self.logits = self.base(input_ids=self.tokens.unsqueeze(0), use_cache=False).logits[0]
+                self.taken[reads] = tap.take()
+        return self.taken[reads]
 
     @torch.inference_mode()
     def measure(
@@ -55,9 +57,10 @@ class Document:
             the most likely one, or among the five.
         """
         borders = torch.tensor([0, len(self.tokens)])
-        rows = align(self.tokens, self.mask, borders, speculator.n_predict, end_token_ids)
+        rows = align(self.tokens, self.mask, borders, speculator.depths, end_token_ids, ahead=speculator.config.ahead)
         dtype = next(speculator.parameters()).dtype
-        hidden = self._read(speculator.reads)[rows.positions]
+        speculator.attach(self.base)
+        hidden = speculator.contextualise(self._read(speculator.reads))[0][rows.positions]
         states = speculator.unroll(hidden.to(dtype), rows.tokens)
         sums: dict[str, list[float]] = {name: [] for name in ("pairs", *MEASURES)}
         for k, state in enumerate(states):

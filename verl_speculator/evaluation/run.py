@@ -141,20 +141,18 @@ class Bench:
                 lookup = HuggingFace(self.base, self.policy, copied, self.ends)
                 entries.append(Entry(name, {"method": name, "draft_length": copied}, {}, lookup))
         if "random" in self.settings.baselines and first is not None:
-            untrained = self._random(first.config)
+            untrained = self._random(first)
             entries.append(self._entry("random", first.config, untrained, {"shape_of": str(first.directory)}))
         for name, info in infos.items():
             identity = {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
             entries.append(self._entry(name, info.config, speculators[name], identity))
         return entries
 
-    def _random(self, config: SpeculatorConfig) -> Speculator:
+    def _random(self, info: CheckpointInfo) -> Speculator:
         """A freshly initialised speculator: what an unloaded checkpoint would be."""
-        width, vocab = base_shape(self.base)
         untrained = build_speculator(
-            config,
-            hidden_size=width,
-            vocab_size=vocab,
+            info.config,
+            **info.shape,
             seed=self.settings.seed,
             device=self.base.device,
             dtype=self.base.dtype,

@@ -126,7 +126,7 @@ def speculator_loss(
         unroll=compile_once(_unroll) if compiled else _unroll,
         kernel=choose_kernel(objective, rows * valid.shape[1], speculator.vocab_size, hidden.device.type, compiled),
     )
-    total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.parameters())
+    total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.unroll_parameters().values())
     return total, dict(zip(SUMS, sums, strict=True))
 
 
@@ -258,7 +258,7 @@ class _Pass:
         self.sums = {name: hidden.new_zeros(job.valid.shape[1], dtype=self.wide) for name in SUMS}
         modules = job.speculator.modules()
         kinds = {id(m.weight): type(m) for m in modules if isinstance(m, (TokenEmbedding, OutputHead))}
-        self.names, own = zip(*job.speculator.named_parameters(), strict=True)
+        self.names, own = zip(*job.speculator.unroll_parameters().items(), strict=True)
         self.kinds = [kinds.get(id(p)) for p in own]
         places = {id(p): i for i, p in enumerate(own)}
         heads = [places[id(job.speculator.head(k))] for k in range(job.valid.shape[1])]

@@ -94,6 +94,7 @@ class DraftLoss(nn.Module):
         targets: Tensor,
         valid: Tensor,
         *,
+        rows: Tensor | None = None,
         counts: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
         teacher_rows: Tensor | None = None,
@@ -101,10 +102,12 @@ class DraftLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """
         Args:
-            hidden: [R, D] the base's states of the rows of `alignment.DraftRows`, whose next three these are.
+            hidden: [R, D] the base's states of the rows of `alignment.DraftRows`, whose next three these are; with
+                `rows`, what `StateTap` took instead.
             tokens: [R, K]
             targets: [K, R]
             valid: [K, R]
+            rows: [R] where in the flattened batch they are, None if `hidden` is already theirs.
             counts: [K] valid pairs of the whole batch, of which this may be a part.
             teacher_hidden: [T, D] states of the base, for objectives that compare with it.
             teacher_rows: [K, R] which of them predicts each target.
@@ -115,6 +118,9 @@ class DraftLoss(nn.Module):
             for tensors there, and not in a class. With no row at all the loss is 0 and its gradient zeros, so that
             every rank takes part in every reduction.
         """
+        if rows is not None:
+            hidden = self.speculator.contextualise(hidden)
+            hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
         total, sums = speculator_loss(
             self.speculator,
             hidden,

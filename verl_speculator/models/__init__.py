@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -24,6 +25,7 @@ def build_speculator(
     *,
     hidden_size: int,
     vocab_size: int,
+    block_shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -34,6 +36,7 @@ def build_speculator(
         config: family and shape.
         hidden_size: width D of the base's hidden states.
         vocab_size: V, the rows of the base's output head.
+        block_shapes: of the parameters of the base's block that an early exit trains, by name.
         seed: of the initialisation; None draws from torch's global generator.
         device: where the parameters live; `"meta"` skips the initialisation.
         dtype: of the parameters, float32 by default.
@@ -42,8 +45,9 @@ def build_speculator(
         A module with `unroll(hidden [T, D], tokens [T, K]) -> states [K, T, E]`, `head(k) -> weight [V, E]`, and
         `start` and `step` for decoding.
     """
+    more = {"block_shapes": block_shapes} if block_shapes else {}
     with torch.device("meta"):
-        speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size)
+        speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size, **more)
     device, dtype = torch.device(device or "cpu"), dtype or torch.float32
     frozen = speculator.frozen()
     # By hand: `nn.Module.to` cannot convert where tensors are only reckoned with (FakeTensorMode).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,32 @@ class Speculator(nn.Module, abc.ABC):
 
     @property
     def reads(self) -> str:
-        """Which of the base's states it starts from: `post_norm` or `pre_norm`."""
+        """Which of the base's states it starts from (`models.hidden_state`)."""
         return POST_NORM
+
+    @property
+    def depths(self) -> int:
+        """Depths that training knows, and `unroll` gives."""
+        return self.config.depths
+
+    @property
+    def shared_blocks(self) -> int | None:
+        """How many of the base's first blocks it drafts with, reading every token; None if it lives on one state."""
+        return None
+
+    def attach(self, base: nn.Module) -> None:
+        """Take what it needs of a base beyond its states, before anything runs."""
+
+    def copy_block(self, base: nn.Module) -> None:
+        """Start from a block of the base, where it has one of its own."""
+
+    def contextualise(self, taken: Any) -> Tensor:
+        """[B, T, D] the states that `unroll` reads, from what `StateTap` took: those, unless it needs the sequence."""
+        return taken
+
+    def unroll_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that `unroll` and `head` use, by name."""
+        return dict(self.named_parameters())
 
     def start(self, hidden: Tensor) -> DraftState:
         """The state before the first step, from the base's hidden state [T, D], the one that `reads` names."""
@@ -130,14 +154,11 @@ class Speculator(nn.Module, abc.ABC):
     def is_untrained(self) -> bool:
         """Whether it holds what `reset_parameters` gave it: every constant is still exactly the constant.
 
-        The first optimizer step moves every norm, whatever the seed of the matrices was.
+        The first optimizer step moves every norm, whatever the seed of the matrices was. False where nothing that
+        learns starts as a constant: it cannot be told then.
         """
-        frozen = self.frozen()
-        return all(
-            bool((self.get_parameter(name) == value).all())
-            for name, value in self.constants().items()
-            if name not in frozen
-        )
+        told = {name: value for name, value in self.constants().items() if name not in self.frozen()}
+        return bool(told) and all(bool((self.get_parameter(name) == value).all()) for name, value in told.items())
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -147,6 +168,8 @@ class Speculator(nn.Module, abc.ABC):
             tensor = slot.of(state)
             if slot.parameter in constants:
                 tensor.fill_(constants[slot.parameter])
+            elif tensor.dim() < 2:
+                tensor.zero_()
             else:
                 std = 1 / math.sqrt(min(tensor.shape))
                 tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)

@@ -1,19 +1,63 @@
-"""Which of the base's states a speculator reads: the one after its final norm, or the one before it."""
+"""Which of the base's states a speculator reads, and where in the base they are.
+
+post_norm         after the final norm: what the base's own head reads
+pre_norm          before it
+block_output.3    behind block 3
+block_input.3     in front of it, with all else that the block was called with
+"""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from verl_speculator.errors import UserError
 
-POST_NORM, PRE_NORM = "post_norm", "pre_norm"
+POST_NORM, PRE_NORM, BLOCK_OUTPUT, BLOCK_INPUT = "post_norm", "pre_norm", "block_output", "block_input"
 # What the architectures of transformers call their final norm.
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f")
+BLOCK_NAMES = ("layers", "h", "blocks")
 TOLERANCE = 1e-2
+
+
+class BlockCall(NamedTuple):
+    """What a block of the base was called with: the state [B, T, D], and positions, mask and the like."""
+
+    state: Tensor
+    arguments: dict[str, Any]
+
+
+def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The blocks of a base's inner model, and the name under which it keeps them.
+
+    Raises:
+        UserError: where none are found.
+    """
+    for name in BLOCK_NAMES:
+        if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
+            return name, blocks
+    raise UserError(
+        f"model.speculator.method=early_exit: {type(decoder).__name__} has no list of blocks that is known here "
+        f"(looked for {', '.join(BLOCK_NAMES)})"
+    )
+
+
+def block_of(base: nn.Module, layer: int) -> nn.Module:
+    """One block of a base.
+
+    Raises:
+        UserError: where there is none.
+    """
+    _, blocks = block_list(base.base_model)
+    if layer >= len(blocks):
+        raise UserError(
+            f"model.speculator.exit_layer={layer}: {type(base).__name__} has {len(blocks)} blocks; "
+            f"expected 0 to {len(blocks) - 1}"
+        )
+    return blocks[layer]
 
 
 def final_norm(base: nn.Module) -> nn.Module:
@@ -25,15 +69,13 @@ def final_norm(base: nn.Module) -> nn.Module:
     Raises:
         UserError: where none is found, or it is no RMS norm.
     """
-    setting = f"model.speculator.hidden_state=pre_norm: {type(base).__name__}"
+    setting = f"a copy of the final norm: {type(base).__name__}"
     decoder = base.base_model
     norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
     if norm is None:
-        raise UserError(
-            f"{setting} has no final norm that is known here (looked for {', '.join(NORM_NAMES)}); expected post_norm"
-        )
+        raise UserError(f"{setting} has no final norm that is known here (looked for {', '.join(NORM_NAMES)})")
     if isinstance(norm, nn.LayerNorm) or not hasattr(norm, "weight"):
-        raise UserError(f"{setting} ends with {type(norm).__name__}, which is no RMS norm; expected post_norm")
+        raise UserError(f"{setting} ends with {type(norm).__name__}; expected an RMS norm")
     return norm
 
 
@@ -74,43 +116,46 @@ class FrozenNorm(nn.Module):
         probe = torch.linspace(-3, 3, len(self.weight), **own)[None]
         theirs, mine = norm(probe).float(), self(probe.to(self.weight)).float().to(probe.device)
         if (theirs - mine).abs().max() > TOLERANCE * theirs.abs().max():
-            raise UserError(
-                f"model.speculator.hidden_state=pre_norm: {type(norm).__name__} is no RMS norm; expected post_norm"
-            )
+            raise UserError(f"a copy of the final norm: {type(norm).__name__} is no RMS norm")
 
 
 class StateTap:
-    """Hands over the states [B, T, D] of a base's forward pass, with their graph, while it is entered.
+    """Hands over the states of a base's forward pass, with their graph, while it is entered.
 
     Args:
         base: a Hugging Face causal language model.
-        kind: `post_norm` or `pre_norm`.
+        reads: which ones, `Speculator.reads`.
 
     Raises:
-        UserError: for `pre_norm`, where the final norm cannot be found.
+        UserError: where the place cannot be found in the base.
     """
 
-    def __init__(self, base: nn.Module, kind: str) -> None:
-        self.module, self.kind = (base.base_model if kind == POST_NORM else final_norm(base)), kind
-        self._states: Tensor | None = None
+    def __init__(self, base: nn.Module, reads: str) -> None:
+        kind, _, layer = reads.partition(".")
+        places = {POST_NORM: lambda: base.base_model, PRE_NORM: lambda: final_norm(base)}
+        self.module = places[kind]() if kind in places else block_of(base, int(layer))
+        self.kind = kind
+        self._taken: Tensor | BlockCall | None = None
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._states = output[0]
+        self._taken = output if isinstance(output, Tensor) else output[0]
 
-    def _before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._states = inputs[0]
+    def _before(self, module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        state = inputs[0] if inputs else arguments["hidden_states"]
+        others = {name: value for name, value in arguments.items() if name != "hidden_states"}
+        self._taken = BlockCall(state, others) if self.kind == BLOCK_INPUT else state
 
     def __enter__(self) -> StateTap:
-        if self.kind == POST_NORM:
+        if self.kind in (POST_NORM, BLOCK_OUTPUT):
             self._hook = self.module.register_forward_hook(self._after)
         else:
-            self._hook = self.module.register_forward_pre_hook(self._before)
+            self._hook = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._hook.remove()
 
-    def take(self) -> Tensor:
-        """The states of the last forward pass, once."""
-        states, self._states = self._states, None
-        return states
+    def take(self) -> Tensor | BlockCall:
+        """The states [B, T, D] of the last forward pass, once; for `block_input` all of the block's call."""
+        taken, self._taken = self._taken, None
+        return taken

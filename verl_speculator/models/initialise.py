@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from verl_speculator.config import SpeculatorConfig
 from verl_speculator.errors import UserError
 from verl_speculator.models.base import Slot, Speculator
-from verl_speculator.models.hidden_state import FrozenNorm, final_norm
+from verl_speculator.models.hidden_state import FrozenNorm, block_of, final_norm
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 
 
@@ -56,6 +57,17 @@ def start_from_base(speculator: Speculator, embedding: Tensor, head: Tensor) -> 
         own, source = slot.of(state), (embedding if is_table else head).float()
         scale = 1.0 if speculator.copies_scale else 1 / math.sqrt(min(own.shape)) / source.std()
         own.copy_(source * scale)
+
+
+def block_shapes(base: nn.Module, config: SpeculatorConfig) -> dict[str, list[int]]:
+    """Shapes of the parameters of the base's block that a speculator trains a copy of, empty if it trains none.
+
+    Raises:
+        UserError: where the base has no such block.
+    """
+    if config.trainable != "head_and_block":
+        return {}
+    return {name: list(p.shape) for name, p in block_of(base, config.exit_layer).named_parameters()}
 
 
 def copy_norm(speculator: Speculator, base: nn.Module) -> None:

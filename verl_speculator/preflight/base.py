@@ -74,6 +74,8 @@ def check_base(config: DictConfig) -> Base:
         tokenizer.chat_template = config.model.custom_chat_template
     ensure_chat_template(tokenizer)
     text_config = hf_config.get_text_config()
+    if blocks := getattr(text_config, "num_hidden_layers", None):
+        split_settings(dict(config.model.speculator))[0].check_blocks(blocks)
     return Base(
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,

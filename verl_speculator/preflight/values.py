@@ -125,6 +125,11 @@ def check_settings(config: DictConfig) -> None:
         raise UserError(f"data.cache_hidden_states={named}: expected a directory, or null")
     if named is not None and not config.model.freeze_base_model:
         raise UserError(f"data.cache_hidden_states={named}: the states of a base that is trained change; expected null")
+    if named is not None and config.model.speculator.method == "early_exit":
+        raise UserError(
+            f"data.cache_hidden_states={named}: model.speculator.method=early_exit reads states inside the base, "
+            "which are not kept; expected null"
+        )
     for key, only in UNSUPPORTED.items():
         if OmegaConf.select(config, key) != only:
             raise UserError(
