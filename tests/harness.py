@@ -1,10 +1,12 @@
 """verl's engine with a speculator in one process or several: builds it, feeds it, reads its gradients.
 
-Run by torchrun it dumps gradients: `torchrun tests/harness.py <base> <parquet> <out> <loss>`.
+Run by torchrun it dumps gradients: `torchrun tests/harness.py <base> <parquet> <out> <settings>`, the last one a
+JSON of model.speculator keys.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -148,7 +150,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = {}
     for joint in (False, True):
-        built = build_engine(sys.argv[1], freeze_base_model=not joint, speculator={"loss": sys.argv[4]})
+        built = build_engine(sys.argv[1], freeze_base_model=not joint, speculator=json.loads(sys.argv[4]))
         rows = load_rows(sys.argv[2], built.model_config.tokenizer)[:16]
         for micro in (1, 4):
             for packed in (True, False):

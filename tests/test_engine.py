@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -64,13 +65,26 @@ def test_gradients_do_not_depend_on_the_cut(base, rows, expected, joint):
     assert_same_gradients(gradients(engine), expected[joint])
 
 
-@pytest.mark.parametrize(("name", "loss"), [("qwen2_tied", "ce"), ("qwen2_untied", "kl")])
-def test_gradients_do_not_depend_on_the_ranks(bases, rows, chat, name, loss, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen2_tied", {"loss": "ce"}),
+        ("qwen2_untied", {"loss": "kl"}),
+        ("qwen2_untied", {"loss": "kl", "method": "medusa", "hidden_state": "pre_norm", "inner_dim": None}),
+        ("qwen2_untied", {"loss": "kl", "method": "early_exit", "exit_layer": 0, "trainable": "head_and_block"}),
+    ],
+    ids=["sum_rnn", "untied", "medusa", "early_exit"],
+)
+def test_gradients_do_not_depend_on_the_ranks(bases, rows, chat, name, settings, tmp_path):
     """An untied head is a sharding unit of its own, and the teacher needs it whole on every rank."""
-    expected = one_micro_batch(bases[name], rows, loss=loss)
+    expected = one_micro_batch(bases[name], rows, **settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     harness = Path(__file__).with_name("harness.py")
-    subprocess.run([*command, harness, bases[name], chat, tmp_path / "found.pt", loss], check=True, capture_output=True)
+    subprocess.run(
+        [*command, harness, bases[name], chat, tmp_path / "found.pt", json.dumps(settings)],
+        check=True,
+        capture_output=True,
+    )
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert len(found) == 8
     for (joint, _, _), gradient in found.items():
@@ -196,14 +210,16 @@ def test_the_state_is_the_one_that_the_output_head_reads(bases, rows, name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", FAMILIES)
 def test_frozen_base_does_not_move_by_a_bit(bases, rows, name, method):
-    engine = build_engine(bases[name], speculator={"method": method}, lr=1e-2)
+    more = {"early_exit": {"exit_layer": 0, "trainable": "head_and_block"}, "medusa": {"hidden_state": "pre_norm"}}
+    engine = build_engine(bases[name], speculator={"method": method} | more.get(method, {}), lr=1e-2)
     before = weights(engine)
-    for _ in range(2):
+    for _ in range(3):  # the first step of a bottleneck reaches only what comes behind it
         run_batch(engine, make_batch(rows))
         with_gradient = set(gradients(engine))
         norm = engine.optimizer_step()
     after = weights(engine)
-    drafts = {name for name in before if name.startswith("draft.")}
+    resting = {f"draft.speculator.{name}" for name in engine.speculator.frozen()}
+    drafts = {name for name in before if name.startswith("draft.")} - resting
     assert with_gradient == drafts
     total = torch.cat([g.flatten() for g in gradients(engine).values()]).norm()
     assert norm >= total.item() * 0.999  # the norm before clipping to 1 is that of the speculator alone

@@ -35,14 +35,19 @@ def step(engine, rows):
     engine.lr_scheduler_step()
 
 
+EARLY_EXIT = {"method": "early_exit", "exit_layer": 1, "trainable": "head_and_block"}
 MEDUSA = {"method": "medusa", "hidden_state": "pre_norm", "head": "frozen_shared"}
 
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize(
     ("name", "speculator"),
-    [*((name, {"method": "sum_lstm"}) for name in ARCHITECTURES), ("gemma2", MEDUSA), ("qwen2_untied", MEDUSA)],
-    ids=[*ARCHITECTURES, "gemma2-medusa", "qwen2_untied-medusa"],
+    [
+        *((name, {"method": "sum_lstm"}) for name in ARCHITECTURES),
+        *((name, MEDUSA) for name in ("gemma2", "qwen2_untied")),
+        *((name, EARLY_EXIT) for name in ("gemma2", "qwen2_untied")),
+    ],
+    ids=[*ARCHITECTURES, "gemma2-medusa", "untied-medusa", "gemma2-early_exit", "untied-early_exit"],
 )
 def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint, speculator):
     options = {"freeze_base_model": not joint, "speculator": speculator}
