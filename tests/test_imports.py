@@ -47,6 +47,10 @@ MAY_IMPORT = {
     "preflight": {
         *("checkpoint", "config", "errors", "models", "provenance", "selection", "settings", "state_cache", "tokens"),
     },
+    "sweep": {
+        *("bases", "checkpoint", "config", "decoding", "errors", "evaluation", "files", "preflight", "provenance"),
+        "settings",
+    },
     "allocator": set(),
     "launch": {"allocator", "errors", "files", "preflight", "settings"},
     "engine": {
@@ -59,7 +63,7 @@ MAY_IMPORT = {
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
         *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
-        *("models", "server", "tokens"),
+        *("models", "server", "sweep", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},
