@@ -6,12 +6,11 @@ import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.config import DIM_KEYS
-from verl_speculator.evaluation.plotting import draw
+from verl_speculator.evaluation.plotting import PLOTS, draw
 from verl_speculator.evaluation.plotting.figures import AXIS, every_figure
 from verl_speculator.evaluation.plotting.sheets import add_legend, draw_intervals, interval, line_handles, marker_style
 from verl_speculator.evaluation.plotting.sheets import sheet as make_sheet
@@ -24,10 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUALITY, ACCEPTANCE = ("kl", "ce", "top1"), ("accepted", "accept_rate", "tv")
-NAMES = AXIS | {"accepted": "draft tokens accepted per round", "tv": "total variation, 1 − overlap"}
+NAMES = AXIS | {
+    "accepted": "drafts accepted per round",
+    "accept_rate": "acceptance rate",
+    "tv": "total variation, 1 − overlap",
+}
 # Values that reach further than this want a logarithmic axis.
 FAR = 20.0
 LINES = 10
+# With more points than this, the pictures that have a bar or a line for each point and depth can't be read.
+CROWD = 20
+OF_A_CROWD = ("speedup_against_quality",)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,14 @@ def plot_sweep(directory: Path) -> list[Path]:
     if not table.rows:
         return []
     results, _ = read_tables(directory)
-    return draw(directory / "plots", lambda: chain(every_figure(results, []), axis_figures(table)))
+
+    def figures() -> Iterator[tuple[str, Figure]]:
+        drawn = every_figure(results, [])
+        crowd = len(table.rows) > CROWD
+        yield from (each for each in drawn if not crowd or each[0] in OF_A_CROWD)
+        yield from axis_figures(table)
+
+    return draw(directory / PLOTS, figures)
 
 
 def axis_figures(table: Table) -> Iterator[tuple[str, Figure]]:

@@ -101,7 +101,7 @@ def read_settings(file: Path | None, given: Mapping[str, Any]) -> SweepSettings:
         if not isinstance(raw[name], (str, Path)):
             raise UserError(f"{where}{name}={raw[name]}: expected {_EXPECTED[name]}")
     points = make_points(axes, points, refine)
-    train_files = _paths(raw.get("train_files") or [], f"{where}train_files")
+    train_files = [Path(path).expanduser() for path in _paths(raw.get("train_files") or [], f"{where}train_files")]
     if not train_files and not all("data.train_files" in settings | point for point in points):
         raise UserError(f"{where}train_files is not set: expected one parquet file or a list of them")
     executor = str(raw.get("executor", EXECUTORS[0]))
@@ -109,11 +109,11 @@ def read_settings(file: Path | None, given: Mapping[str, Any]) -> SweepSettings:
         accepted = ", ".join(EXECUTORS)
         raise UserError(f"{where}executor={executor}: expected one of {accepted}{nearest(executor, EXECUTORS)}")
     found = SweepSettings(
-        base=str(Path(raw["base"]).expanduser()) if str(raw["base"]).startswith("~") else str(raw["base"]),
-        train_files=train_files,
+        base=_base(str(raw["base"])),
+        train_files=tuple(str(path.absolute()) for path in train_files),
         prompts=_named(raw["prompts"], f"{where}prompts"),
         texts=_named(raw.get("text") or [], f"{where}text"),
-        out=Path(raw["out"]).expanduser(),
+        out=Path(raw["out"]).expanduser().absolute(),
         settings=settings,
         points=tuple(points),
         evaluation=evaluation,
@@ -157,7 +157,13 @@ def _paths(raw: Any, where: str) -> tuple[str, ...]:
     values = [raw] if isinstance(raw, (str, Path)) else raw
     if not isinstance(values, list) or not all(isinstance(value, (str, Path)) and str(value) for value in values):
         raise UserError(f"{where}: expected one file or a list of them, got {raw!r}")
-    return tuple(str(Path(value).expanduser()) for value in values)
+    return tuple(str(value) for value in values)
+
+
+def _base(name: str) -> str:
+    """A directory wherever a process of the sweep is started, or a hub's name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() or name.startswith("~") else name
 
 
 def _named(raw: Any, where: str) -> Files:
@@ -173,7 +179,7 @@ def _named(raw: Any, where: str) -> Files:
             raise UserError(f"{where}: two files are called {name}; expected names of their own, such as other={name}")
         if not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{where}: {name!r} is no name for a column; expected letters, digits, '.', '_' and '-'")
-    return {name: Path(path).expanduser() for name, path in pairs}
+    return {name: Path(path).expanduser().absolute() for name, path in pairs}
 
 
 def _whole(raw: Any, where: str) -> int:
