@@ -78,9 +78,9 @@ def sweep(
     signal.signal(signal.SIGTERM, _terminated)
     try:
         rows = run(settings, lambda line: typer.echo(line, err=True))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ending:  # Ray replaces the code of an exit
         typer.echo(f"interrupted: what is done is kept in {settings.out}; the same command goes on", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED if isinstance(ending, KeyboardInterrupt) else TERMINATED) from None
     if plots:
         from verl_speculator.sweep.plotting import plot_sweep
 

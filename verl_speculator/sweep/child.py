@@ -27,7 +27,7 @@ def run_child(
         environment: of the command.
         give_up: asked now and then whether to end it before it ends by itself.
     """
-    leash = (sys.executable, "-m", "verl_speculator.sweep.leash", str(os.getpid()))
+    leash = (sys.executable, "-m", "verl_speculator.leash", str(os.getpid()))
     log.parent.mkdir(parents=True, exist_ok=True)
     seen: set[psutil.Process] = set()
     with log.open("ab") as output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -105,7 +106,9 @@ def executor_of(settings: SweepSettings) -> Iterator[Executor]:
 
     ours = not ray.is_initialized()
     if ours:
+        ending = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=False)
+        signal.signal(signal.SIGTERM, ending)  # Ray's own would abort
     try:
         yield OverRay(ray, settings)
     finally:
