@@ -2,8 +2,8 @@
 
     python -m verl_speculator.leash <pid of the parent> <command …>
 
-becomes a command with that wish, which the kernel keeps over `exec`. torchrun passes a request to end on to its workers,
-whose sessions are their own; where it cannot, because it was killed itself, they have the same wish.
+becomes a command with that wish, which the kernel keeps over `exec`. torchrun passes a request to end on to its
+workers, whose sessions are their own; where it cannot, because it was killed itself, they have the same wish.
 """
 
 from __future__ import annotations

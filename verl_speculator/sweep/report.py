@@ -121,10 +121,18 @@ def _cell(name: str, form: str, interval: bool = False) -> Any:
     return text
 
 
+def _same_text(row: Row) -> str:
+    """How many greedy texts are the base's own; sampled ones differ from run to run."""
+    if number(row, "temperature") != 0 or not number(row, "runs") > 0:
+        return "–"
+    return f"{number(row, 'identical'):.0f} of {number(row, 'runs'):.0f}"
+
+
 _FIGURES = {
     "τ": _cell("tau", "{:.2f}", interval=True),
     "accepted": _cell("accept_rate", "{:.1%}"),
     "speedup": _cell("speedup", "{:.2f}", interval=True),
+    "same text": _same_text,
     "KL": _cell("kl", "{:.3f}"),
     "CE": _cell("ce", "{:.2f}"),
     "top-1": _cell("top1", "{:.1%}"),
