@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 from runs import ROOT
 
 from verl_speculator.config import split_settings
 from verl_speculator.settings import load_settings
+from verl_speculator.sweep.settings import read_settings
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.txt"))
 
@@ -19,3 +22,16 @@ def test_recipes_are_overrides_without_blanks():
         config = load_settings([*lines, "trainer.default_local_dir=x", "trainer.device=cpu"])
         shape, training = split_settings(config.model.speculator)
         assert training.objective.needs_teacher and training.objective.depths(shape.n_predict)
+
+
+def test_sweeps_are_read_and_their_settings_exist():
+    for file in sorted((ROOT / "examples" / "sweeps").glob("*.yaml")):
+        asked = read_settings(file, {})
+        for point in asked.points:
+            overrides = [f"{name}={value}" for name, value in (asked.settings | point).items()]
+            load_settings([*overrides, "trainer.default_local_dir=x", "trainer.device=cpu"])
+
+
+def test_scripts_are_bash():
+    for file in sorted((ROOT / "examples").rglob("*.sh")):
+        subprocess.run(["bash", "-n", file], check=True)

@@ -47,19 +47,24 @@ MAY_IMPORT = {
     "preflight": {
         *("checkpoint", "config", "errors", "models", "provenance", "selection", "settings", "state_cache", "tokens"),
     },
+    "sweep": {
+        *("bases", "checkpoint", "config", "decoding", "errors", "evaluation", "files", "preflight", "provenance"),
+        "settings",
+    },
     "allocator": set(),
     "launch": {"allocator", "config", "errors", "files", "preflight", "settings"},
+    "leash": set(),
     "engine": {
         *("alignment", "checkpoint", "config", "errors", "files", "losses", "models", "provenance", "state_cache"),
         "tokens",
     },
-    "train": {"engine", "errors", "settings"},
+    "train": {"engine", "errors", "leash", "settings"},
     "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"config"},
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
         *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
-        *("models", "server", "tokens"),
+        *("models", "server", "sweep", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from verl_speculator.errors import UserError
+from verl_speculator.leash import end_with_parent
 from verl_speculator.settings import load_settings
 
 
@@ -48,6 +49,7 @@ def train(overrides: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `train`; a user's error is one line and exit code 2."""
+    end_with_parent()  # a worker whose torchrun was killed would train on, in a session of its own
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("verl_speculator").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -83,11 +83,12 @@ def evaluate(
 
 
 def plot(
-    directory: Annotated[Path, typer.Argument(help="output of an evaluation; only its CSV files are read")],
+    directory: Annotated[Path, typer.Argument(help="output of an evaluation or a sweep; only its CSV files are read")],
 ) -> None:
-    """Draw the pictures of an evaluation, as PNG and PDF."""
+    """Draw the pictures of an evaluation or a sweep, as PNG and PDF."""
     from verl_speculator.evaluation.plotting import plot as draw
+    from verl_speculator.sweep.plotting import is_sweep, plot_sweep
 
-    for path in draw(directory):
+    for path in plot_sweep(directory) if is_sweep(directory) else draw(directory):
         if path.suffix == ".png":
             typer.echo(path)

@@ -15,7 +15,9 @@ from verl_speculator.preflight.values import check_batch, check_device, check_se
 __all__ = ["check_run"]
 
 
-def check_run(config: DictConfig, *, processes: int, processes_per_node: int, first_node: bool = True) -> None:
+def check_run(
+    config: DictConfig, *, processes: int, processes_per_node: int, first_node: bool = True, read_rows: bool = True
+) -> None:
     """All checks of a resolved configuration.
 
     Args:
@@ -23,6 +25,7 @@ def check_run(config: DictConfig, *, processes: int, processes_per_node: int, fi
         processes: over all nodes.
         processes_per_node: on this one.
         first_node: whether this machine is the one that reads and writes checkpoints.
+        read_rows: whether to read every row of the data; a sweep reads those of many runs once.
 
     Raises:
         UserError: for the first thing that is wrong.
@@ -34,7 +37,7 @@ def check_run(config: DictConfig, *, processes: int, processes_per_node: int, fi
     base = check_base(config)
     if first_node:
         check_checkpoints(config, base, train.count)
-    if not config.data.custom_cls.get("path"):
+    if read_rows and not config.data.custom_cls.get("path"):
         check_rows(config, base, train, "data.train_files")
         if val is not None:
             check_rows(config, base, val, "data.val_files")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from verl_speculator.errors import UserError
 from verl_speculator.evaluation.plotting.figures import every_figure
@@ -10,7 +12,10 @@ from verl_speculator.evaluation.plotting.sheets import STYLE
 from verl_speculator.evaluation.plotting.tables import read_tables
 from verl_speculator.files import atomic_file
 
-__all__ = ["plot"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "plot"]
 
 PLOTS = "plots"
 
@@ -27,14 +32,22 @@ def plot(directory: Path) -> list[Path]:
     Raises:
         UserError: if a table is missing, empty or has other columns, or if the directory cannot be written.
     """
-    import matplotlib
-
     directory = Path(directory)
     results, categories = read_tables(directory)
-    folder = directory / PLOTS
+    return draw(directory / PLOTS, lambda: every_figure(results, categories))
+
+
+def draw(folder: Path, figures: Callable[[], Iterable[tuple[str, Figure]]]) -> list[Path]:
+    """Write figures by name, as PNG and PDF; they are made in the house's style.
+
+    Raises:
+        UserError: if the folder cannot be written to.
+    """
+    import matplotlib
+
     written = []
     with matplotlib.rc_context(STYLE):
-        for name, figure in every_figure(results, categories):
+        for name, figure in figures():
             for suffix in ("png", "pdf"):
                 path = folder / f"{name}.{suffix}"
                 try:

@@ -1,0 +1,172 @@
+"""From points to jobs: each point's settings resolved and checked as the launcher would, before the first is trained.
+
+Runs in a process of its own, on a machine like those that will train, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_speculator.bases import check_base_name
+from verl_speculator.checkpoint import WEIGHTS_FILE, resolve_checkpoint
+from verl_speculator.errors import UserError
+from verl_speculator.evaluation.prompts import read_prompts, read_texts
+from verl_speculator.preflight import check_run
+from verl_speculator.provenance import file_fingerprint, weights_fingerprint
+from verl_speculator.settings import load_settings
+from verl_speculator.sweep.jobs import DONE, Job, Measurement, digest, point_directory
+from verl_speculator.sweep.points import labels_of
+from verl_speculator.sweep.settings import SweepSettings
+from verl_speculator.sweep.values import Values, hydra_value
+
+# Settings that decide where and how a run writes, and nothing of what it learns.
+INDIFFERENT = (
+    *("trainer.default_local_dir", "trainer.logger", "trainer.project_name", "trainer.experiment_name"),
+    *("trainer.save_freq", "trainer.test_freq", "trainer.max_ckpt_to_keep", "trainer.resume_mode", "data.num_workers"),
+)
+# Known by what they hold, wherever that lies.
+FILES = ("data.train_files", "data.val_files", "model.path", "model.partial_pretrain", "model.speculator.path")
+
+
+def check_sweep(settings: SweepSettings) -> list[Job]:
+    """Every point as a job, each once, in the order in which they are to be trained.
+
+    Raises:
+        UserError: naming the point where it is a point's, for the first thing that the launcher or the evaluation
+            would refuse.
+    """
+    check_base_name(settings.base)
+    prompts = {name: read_prompts(path) for name, path in settings.prompts.items()}
+    jobs: dict[str, Job] = {}
+    read: set[str] = set()
+    for label, values in zip(labels_of(settings.points), settings.points, strict=True):
+        try:
+            job, config = _make_job(settings, label, values)
+            if digest(job.identity) in jobs:
+                continue
+            if job.training().get("status") != DONE:
+                _check_training(settings, config, read)
+            _check_drafts(settings, config)
+        except UserError as error:
+            raise UserError(f"point {label}: {error}") from None
+        jobs[digest(job.identity)] = job
+    if settings.texts and prompts:
+        from verl_speculator.decoding.load import load_tokenizer
+
+        tokenizer = load_tokenizer(settings.base)
+        for path in settings.texts.values():
+            read_texts(path, tokenizer)
+    return list(jobs.values())
+
+
+def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Job, DictConfig]:
+    overrides = {"model.partial_pretrain": hydra_value(settings.base), "trainer.max_ckpt_to_keep": "1"}
+    if settings.train_files:
+        overrides["data.train_files"] = hydra_value(list(settings.train_files))
+    overrides |= settings.settings | values
+    lines = [f"{name}={value}" for name, value in overrides.items()]
+    config = load_settings([*lines, "trainer.default_local_dir=."])
+    # The sweep reads what the run logs to a file, whatever else it logs to.
+    loggers = config.trainer.logger
+    loggers = [loggers] if isinstance(loggers, str) else list(loggers or [])
+    lines.append(f"trainer.logger={hydra_value([*loggers, *({'file'} - set(loggers))])}")
+    identity = identify(config)
+    directory = point_directory(settings.out, label, identity)
+    config.trainer.default_local_dir = str(directory / "run")
+    measured = {
+        "options": settings.evaluation,
+        **{
+            kind: {name: [str(path), file_fingerprint(path)] for name, path in files.items() if path.is_file()}
+            for kind, files in (("prompts", settings.prompts), ("texts", settings.texts))
+        },
+    }
+    job = Job(
+        label=label,
+        values=values,
+        overrides=tuple(lines),
+        identity=identity,
+        directory=directory,
+        processes=settings.nproc,
+        measurements=_measurements(settings, directory, measured),
+        measured=measured,
+    )
+    return job, config
+
+
+def identify(config: DictConfig) -> dict[str, Any]:
+    """What makes a training this one: its resolved settings, the data and the base by what they hold."""
+    resolved = {name: value for name, value in _flat(OmegaConf.to_container(config)) if name not in INDIFFERENT}
+    base = resolved["model.path"]
+    files = {name: resolved.pop(name, None) for name in FILES}
+    start = files["model.speculator.path"]
+    return {
+        "settings": resolved,
+        "base": weights_fingerprint(base) or base,
+        **{name: [_fingerprint(Path(file)) for file in files[name]] for name in ("data.train_files", "data.val_files")},
+        "start": None if start is None else _fingerprint(resolve_checkpoint(start) / WEIGHTS_FILE),
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and value
+        found += _flat(value, f"{prefix}{name}.") if nested else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    """Of what lies there; the name of what does not, for the checks to refuse."""
+    return file_fingerprint(path) if path.is_file() else str(path)
+
+
+def _check_training(settings: SweepSettings, config: DictConfig, read: set[str]) -> None:
+    """The launcher's checks; the rows of the same files, read the same way, once for all points."""
+    rows = digest({"data": OmegaConf.to_container(config.data), "template": config.model.custom_chat_template})
+    check_run(config, processes=settings.nproc, processes_per_node=settings.nproc, read_rows=rows not in read)
+    read.add(rows)
+
+
+def _check_drafts(settings: SweepSettings, config: DictConfig) -> None:
+    length, longest = settings.evaluation.get("draft_length"), config.model.speculator.n_predict
+    if length is not None and length > longest:
+        raise UserError(f"evaluation.draft_length={length}: the point drafts {longest} (model.speculator.n_predict)")
+
+
+def _measurements(settings: SweepSettings, directory: Path, measured: Mapping[str, Any]) -> tuple[Measurement, ...]:
+    """One call for all prompt sets and the first text, and one for each further text, with as little to decode as can
+    be: an evaluation reads one text."""
+    files = {str(path): name for name, path in settings.prompts.items()}
+    texts = list(settings.texts.items())
+    options = [text for name, value in settings.evaluation.items() for text in _option(name, value)]
+    # A larger sample goes on from what a smaller one has measured; anything else begins anew.
+    same = {name: value for name, value in settings.evaluation.items() if name not in ("num_prompts", "num_texts")}
+    place = directory / "evaluation" / digest(dict(measured) | {"options": same})
+    common = ("--base", settings.base, "--baselines", "", "--no-plots", *options)
+    prompts = [text for path in files for text in ("--prompts", path)]
+    first = texts[0] if texts else None
+    calls = [
+        Measurement(
+            place / "main",
+            (*common, *prompts, *(("--text", str(first[1])) if first else ())),
+            files,
+            first[0] if first else None,
+        )
+    ]
+    few = ("--num-prompts", "1", "--max-new-tokens", "2", "--warmup-steps", "0", "--num-trials", "1")
+    for name, path in texts[1:]:
+        arguments = (*common, *prompts[:2], *few, "--text", str(path))
+        calls.append(Measurement(place / f"text_{name}", arguments, {}, name))
+    return tuple(calls)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """An option of the evaluation's command line; None and false are its defaults."""
+    flag = "--" + name.replace("_", "-")
+    if value is None or value is False:
+        return []
+    return [flag] if value is True else [flag, str(value)]
