@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from verl_speculator.commands.convert import convert
 from verl_speculator.commands.evaluate import evaluate, plot
 from verl_speculator.commands.generate import generate
 from verl_speculator.commands.inspect import inspect
@@ -16,7 +17,7 @@ from verl_speculator.commands.serve import serve
 from verl_speculator.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
-for command in (prepare, regenerate, inspect, generate, serve, evaluate, plot):
+for command in (prepare, regenerate, inspect, convert, generate, serve, evaluate, plot):
     app.command()(command)
 
 
