@@ -192,9 +192,12 @@ def test_equal_output_matrices_stay_apart_unless_they_are_said_to_be_one(tmp_pat
     refused(folder, "original_lm_head=true: lm_heads.1.weight differs from lm_heads.0.weight")
 
 
-@pytest.mark.parametrize("settings", [{}, {"head": "shared", "num_layers": 2}, {"hidden_state": "pre_norm"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"head": "shared", "num_layers": 2}, {"head": "frozen_shared", "n_predict": 1}, {"hidden_state": "pre_norm"}],
+)
 def test_our_own_checkpoint_is_in_vllms_format(tmp_path, settings):
-    config = SpeculatorConfig(method="medusa", n_predict=3, **settings)
+    config = SpeculatorConfig(**({"method": "medusa", "n_predict": 3} | settings))
     speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0)
     with torch.no_grad():
         for parameter in speculator.parameters():
