@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from drafts import load_base
 from harness import build_engine, gradients, make_batch, run_batch, weights
+from runs import overrides, script
 from tiny import ARCHITECTURES
 from torch.nn import functional as F
 
@@ -213,6 +216,29 @@ def test_training_saves_and_decodes(bases, rows, tmp_path, trainable):
     loaded = load_speculator(tmp_path, base=model).requires_grad_(False)
     text = speculative_generate(model, None, PROMPT, max_new_tokens=COUNT, eos_token_id=()).tokens
     assert speculative_generate(model, loaded, PROMPT, max_new_tokens=COUNT, eos_token_id=()).tokens == text
+
+
+def test_the_launcher_refuses_before_anything_loads(bases, chat, tmp_path):
+    from transformers import GPT2Config
+
+    def refused(base, **settings):
+        settings = {"model__speculator__method": "early_exit"} | settings
+        result = script(1, tmp_path / "run", *overrides(base, chat, **settings))
+        assert result.returncode == 2 and not (tmp_path / "run").exists()
+        return result.stderr
+
+    base = bases["qwen2_tied"]
+    assert "exit_layer=None: expected a block of the base" in refused(base)
+    found = refused(base, model__speculator__exit_layer=2, model__speculator__trainable="head_and_block")
+    assert "model.speculator.exit_layer=2: the base has 2 blocks; expected 0 to 1" in found
+    cached = {"data__cache_hidden_states": tmp_path / "cache"}
+    assert "which are not kept" in refused(base, model__speculator__exit_layer=1, **cached)
+    other = tmp_path / "gpt2"
+    shutil.copytree(base, other)
+    GPT2Config(vocab_size=330, n_embd=32, n_layer=2, n_head=2).save_pretrained(other)
+    assert "GPT2LMHeadModel ends with LayerNorm; expected an RMS norm" in refused(
+        other, model__speculator__exit_layer=1
+    )
 
 
 def test_bad_input(bases, tmp_path):

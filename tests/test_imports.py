@@ -61,10 +61,13 @@ MAY_IMPORT = {
     "train": {"engine", "errors", "leash", "settings"},
     "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"config"},
+    "convert": {
+        *("bases", "checkpoint", "config", "decoding", "errors", "families", "files", "models", "provenance"),
+    },
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
-        *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
-        *("models", "server", "sweep", "tokens"),
+        *("allocator", "bases", "checkpoint", "convert", "data", "decoding", "errors", "evaluation", "families"),
+        *("models", "rollout", "server", "sweep", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},

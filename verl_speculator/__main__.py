@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from verl_speculator.commands.convert import convert
 from verl_speculator.commands.evaluate import evaluate, plot
 from verl_speculator.commands.generate import generate
 from verl_speculator.commands.inspect import inspect
@@ -17,7 +18,7 @@ from verl_speculator.commands.sweep import sweep
 from verl_speculator.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
-for command in (prepare, regenerate, inspect, generate, serve, evaluate, plot, sweep):
+for command in (prepare, regenerate, inspect, convert, generate, serve, evaluate, plot, sweep):
     app.command()(command)
 
 

@@ -297,25 +297,40 @@ def save_speculator(
     )
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that `torch.save` wrote, by name, memory-mapped and without running code.
+
+    Raises:
+        UserError: if the file is missing or truncated, or holds something else than tensors.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+        tensors = None
+    named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: truncated, or not a file of tensors")
+    return dict(tensors)
+
+
 def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     """The parameters of a checkpoint under the module's own names, memory-mapped and strictly checked.
 
     Raises:
         UserError: if the file is missing or truncated, or holds other tensors than the configuration calls for.
     """
-    import pickle
-
     import torch
 
     from verl_speculator.models import build_speculator
 
     path = info.directory / WEIGHTS_FILE
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        raise UserError(f"{path}: truncated, or not a file of tensors") from None
+    tensors = read_tensors(path)
     module = build_speculator(info.config, **info.shape, device="meta")
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
     faults = [f"missing {key}" for key in slots if key not in tensors]

@@ -135,6 +135,11 @@ class SpeculatorConfig:
         return self.head == "frozen_shared" or self.hidden_state == "pre_norm" or self.exit_layer is not None
 
     @property
+    def reads_inside(self) -> bool:
+        """Whether it copies a norm or a block of the base, and so needs a base that has one where it is looked for."""
+        return self.hidden_state == "pre_norm" or self.exit_layer is not None
+
+    @property
     def depths(self) -> int:
         """Depths that training knows: K, or 1 for a family that is trained one token at a time."""
         return 1 if FAMILIES[self.method].single_depth else self.n_predict

@@ -30,12 +30,14 @@ HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
 @dataclass(frozen=True)
 class Base:
-    """What the checks need of the base: its shape, tokenizer and end tokens."""
+    """What the checks need of the base: its shape, tokenizer and end tokens, and the shapes of the parameters of the
+    block that an early exit trains, none without one."""
 
     hidden_size: int
     vocab_size: int
     tokenizer: Any
     end_token_ids: tuple[int, ...]
+    block_shapes: dict[str, list[int]]
 
 
 def _load(setting: str, loader: Any, name: str, **options: Any) -> Any:
@@ -74,14 +76,32 @@ def check_base(config: DictConfig) -> Base:
         tokenizer.chat_template = config.model.custom_chat_template
     ensure_chat_template(tokenizer)
     text_config = hf_config.get_text_config()
-    if blocks := getattr(text_config, "num_hidden_layers", None):
-        split_settings(dict(config.model.speculator))[0].check_blocks(blocks)
     return Base(
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         tokenizer=tokenizer,
         end_token_ids=end_token_ids(tokenizer, generation),
+        block_shapes=_check_parts(config, hf_config),
     )
+
+
+def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
+    """Whether the base has the parts that a speculator copies; the shapes of its block, if it copies one."""
+    wanted = split_settings(dict(config.model.speculator))[0]
+    if not wanted.reads_inside:
+        return {}
+    if blocks := getattr(hf_config.get_text_config(), "num_hidden_layers", None):
+        wanted.check_blocks(blocks)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from verl_speculator.models.hidden_state import final_norm
+    from verl_speculator.models.initialise import block_shapes
+
+    with torch.device("meta"):  # the modules, without a weight
+        shape = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.trust_remote_code)
+    final_norm(shape)
+    return block_shapes(shape, wanted)
 
 
 def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
@@ -114,7 +134,13 @@ def _check_start(wanted: SpeculatorConfig, base: Base) -> None:
     from verl_speculator.models import build_speculator
     from verl_speculator.models.initialise import vocabulary_slots
 
-    shape = build_speculator(wanted, hidden_size=base.hidden_size, vocab_size=base.vocab_size, device="meta")
+    shape = build_speculator(
+        wanted,
+        hidden_size=base.hidden_size,
+        vocab_size=base.vocab_size,
+        block_shapes=base.block_shapes,
+        device="meta",
+    )
     for _ in vocabulary_slots(shape):
         pass
 

@@ -1,0 +1,1 @@
+"""Medusa heads from elsewhere as checkpoints of ours."""
