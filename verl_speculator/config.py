@@ -182,9 +182,7 @@ class SpeculatorTraining:
 
     path: str | None = _setting(None, "trained speculator to start from: a checkpoint, or a run (its latest step)")
     detach_hidden: bool = _setting(False, "joint training: keep the speculator's gradient away from the base")
-    init: str | None = _setting(
-        None, "random, or base: tables and heads from the base's own; null: base for medusa alone"
-    )
+    init: str | None = _setting(None, "random, or base: tables and heads from the base's own; null: the family's own")
     loss: Any = field(
         default="ce",
         metadata={"help": f"what is minimised: {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1.0}}"},
