@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "objective": {"errors"},
     "losses": {"models", "objective"},
     "checkpoint": {"bases", "config", "errors", "families", "files", "models", "provenance"},
-    "decoding": {"bases", "errors", "models", "tokens"},
+    "decoding": {"bases", "errors", "files", "models", "tokens"},
     "evaluation": {
         *(
             "alignment",

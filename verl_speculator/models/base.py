@@ -62,6 +62,8 @@ class Speculator(nn.Module, abc.ABC):
     """
 
     method: ClassVar[str]
+    reads_tokens: ClassVar[bool] = True
+    """Whether `step` looks at its token; a family that does not says the same after any of them."""
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
