@@ -58,8 +58,8 @@ MAY_IMPORT = {
     "rollout": {"config"},
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
-        *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
-        *("models", "server", "tokens"),
+        *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "files"),
+        *("models", "provenance", "rollout", "server", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},

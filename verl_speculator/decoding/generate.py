@@ -16,7 +16,7 @@ from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.decoding.rounds import ChainRounds, Outcome, Rounds, TreeRounds
 from verl_speculator.decoding.stop import StopRule
 from verl_speculator.decoding.target import Target, position_limit
-from verl_speculator.decoding.tree import DraftTree, check_greedy
+from verl_speculator.decoding.tree import DraftTree, check_beside
 from verl_speculator.errors import UserError
 from verl_speculator.models import Speculator
 
@@ -193,11 +193,7 @@ def _check_drafts(
 ) -> None:
     """Whether there is something to draft with, and what is asked for goes together."""
     if draft_tree is not None:
-        if draft_length is not None:
-            raise UserError(
-                f"draft_length={draft_length}: a draft_tree has lengths of its own; expected one of the two"
-            )
-        check_greedy(policy.temperature)
+        check_beside(draft_length, policy.temperature)
     if speculator is None:
         asked = f"draft_length={draft_length}" if draft_length else "draft_tree"
         if draft_length or draft_tree is not None:

@@ -87,12 +87,14 @@ class DraftTree:
             raise UserError(f"draft_tree: rank {self.widest - 1}, the vocabulary has {vocab_size} tokens")
 
 
-def check_greedy(temperature: float) -> None:
-    """Trees are verified by the most likely token alone.
+def check_beside(draft_length: object, temperature: float) -> None:
+    """What else may be asked for where a tree is: no draft length, and the most likely token alone.
 
     Raises:
-        UserError: above temperature 0.
+        UserError: for a draft length, or above temperature 0.
     """
+    if draft_length is not None:
+        raise UserError(f"draft_length={draft_length}: a draft_tree has lengths of its own; expected one of the two")
     if temperature > 0:
         raise UserError(f"draft_tree: temperature={temperature:g}, expected 0: a tree is verified greedily")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verl_speculator.alignment import align
+from verl_speculator.alignment import DraftRows, align
 from verl_speculator.decoding.target import Target
 from verl_speculator.models import Speculator
 
@@ -48,10 +48,7 @@ class Document:
             temperature 1 and at the given one (nats, without the factor T² of a loss), and whether the text's token is
             the most likely one, or among the five.
         """
-        borders = torch.tensor([0, len(self.tokens)])
-        rows = align(self.tokens, self.mask, borders, speculator.n_predict, end_token_ids)
-        dtype = next(speculator.parameters()).dtype
-        states = speculator.unroll(self.hidden[rows.positions].to(dtype), rows.tokens)
+        rows, states = self._unroll(speculator, end_token_ids)
         sums: dict[str, list[float]] = {name: [] for name in ("pairs", *MEASURES)}
         for k, state in enumerate(states):
             valid = rows.valid[k]
@@ -70,6 +67,31 @@ class Document:
             for name, value in values.items():
                 sums[name].append(float(value.sum()))
         return sums
+
+    @torch.inference_mode()
+    def ranks(self, speculator: Speculator, end_token_ids: Collection[int]) -> Tensor:
+        """[R, K] how many tokens each depth's draft holds for more likely than the document's own, given the document
+        before it. Of the rows that have all depths.
+
+        Args:
+            speculator: of this base.
+            end_token_ids: tokens that end a turn.
+        """
+        rows, states = self._unroll(speculator, end_token_ids)
+        whole = rows.valid.all(0)
+        found = []
+        for k, state in enumerate(states):
+            draft = state[whole] @ speculator.head(k).T
+            own = draft.gather(-1, rows.targets[k][whole][:, None])
+            found.append((draft > own).sum(-1))
+        return torch.stack(found, dim=1)
+
+    def _unroll(self, speculator: Speculator, end_token_ids: Collection[int]) -> tuple[DraftRows, Tensor]:
+        """The document's rows, and the states [K, R, E] of all depths."""
+        borders = torch.tensor([0, len(self.tokens)])
+        rows = align(self.tokens, self.mask, borders, speculator.n_predict, end_token_ids)
+        dtype = next(speculator.parameters()).dtype
+        return rows, speculator.unroll(self.hidden[rows.positions].to(dtype), rows.tokens)
 
 
 def divergence(teacher: Tensor, draft: Tensor) -> Tensor:
