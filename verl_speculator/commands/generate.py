@@ -73,19 +73,19 @@ def generate(
         "input_ids": _tokens(tokenizer, prompt, system, chat),
         "eos_token_id": loaded.ends,
     }
+    drafts = {"draft_length": length, "draft_tree": tree}
     if compare:
         # The first call of anything is slow: neither of the two should pay for it.
-        for one in (None, draft):
-            _warm_up(model, one, settings)
+        _warm_up(model, None, settings)
+        _warm_up(model, draft, settings | drafts)
     runs: list[_Shown] = []
     if compare or speculator is None:
         runs.append(_Shown("base alone", _stream(model, None, settings, tokenizer)))
     if draft is not None:
-        settings |= {"draft_length": length, "draft_tree": tree}
         if compare:
             typer.echo("\n— with the speculator —\n")
         name = "with speculator" if tree is None else f"with a tree of {len(tree.paths)}"
-        runs.append(_Shown(name, _stream(model, draft, settings, tokenizer)))
+        runs.append(_Shown(name, _stream(model, draft, settings | drafts, tokenizer)))
     _report(runs, greedy=temperature == 0)
 
 
