@@ -10,8 +10,8 @@ AUTO = "auto"
 DraftLength = int | Literal["auto"] | None
 
 # What one more draft costs, its step and its place in the target's pass, as a share of a pass without it. A step reads
-# little more than the speculator's head: for 128k tokens and a base of 8 billion parameters a fifteenth of what the base
-# reads. A constant, since a clock would make sampled texts depend on the machine.
+# little more than the speculator's head: for 128k tokens and a width of 4,096 a fifteenth of what a base of 8 billion
+# parameters reads. A constant, since a clock would make sampled texts depend on the machine.
 STEP_COST = 0.1
 # What a round leaves of the weight of those before it: the last ten count for two thirds.
 DECAY = 0.9
