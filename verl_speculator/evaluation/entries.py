@@ -14,6 +14,7 @@ from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.decoding import DraftTree
 from verl_speculator.decoding.length import AUTO, DraftLength
+from verl_speculator.decoding.tree_attention import windows
 from verl_speculator.evaluation.contenders import Contender, HuggingFace, Speculating
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
@@ -59,9 +60,15 @@ class Entries:
         self.settings, self.base, self.ends, self.policy = settings, base, ends, settings.policy
 
     def of(self, infos: dict[str, CheckpointInfo], speculators: dict[str, Speculator]) -> list[Entry]:
-        """The rows: baselines first, then the checkpoints as they were given."""
+        """The rows: baselines first, then the checkpoints as they were given.
+
+        Raises:
+            UserError: for trees on a base that cannot read them.
+        """
         first = next(iter(infos.values()), None)
         entries, trees = [], self.settings.trees()
+        if trees:
+            windows(self.base)
         if "none" in self.settings.baselines:
             entries.append(Entry("none", {"method": "none"}, {}, None))
         length = _lookup_length(self.settings.draft_length, first)
