@@ -91,3 +91,42 @@ class Oracle(Speculator):
 
     def head(self, depth: int) -> torch.Tensor:
         return self.eye
+
+
+class Ranked(Speculator):
+    """Knows the text and drafts what comes as its token of some rank, behind tokens that are all wrong.
+
+    Unlike `Oracle` it takes several rows, as trees do. What follows a wrong token is drafted as if it had been right.
+
+    Args:
+        base: whose text it is.
+        text: prompt and answer.
+        ranks: for each depth, the ranks of the text's own token, by its place in the text in turn.
+    """
+
+    method = "ranked"
+
+    def __init__(self, base: nn.Module, text: list[int], ranks: list[list[int]]) -> None:
+        vocab, width = base.get_output_embeddings().weight.shape
+        super().__init__(SpeculatorConfig(n_predict=len(ranks)), hidden_size=width, vocab_size=vocab)
+        self.states, self.text, self.ranks = states_of(base, text), text, ranks
+        self.eye = nn.Parameter(torch.eye(vocab, dtype=self.states.dtype), requires_grad=False)
+
+    def start(self, hidden: torch.Tensor) -> DraftState:
+        distance = (self.states - hidden).abs().amax(-1)
+        # Eager attention takes its softmax in float32.
+        assert distance.min() < 1e-4, "the hidden state is none of the text's"
+        return DraftState(hidden, distance.argmin().view(1, 1), 0)
+
+    def step(self, state: DraftState, token: torch.Tensor) -> DraftState:
+        scores = torch.zeros(len(token), self.vocab_size, dtype=self.eye.dtype)
+        for row, (place,) in enumerate((state.cell + 2 + state.depth).tolist()):
+            following = self.text[place] if place < len(self.text) else 0
+            ranks = self.ranks[state.depth]
+            order = [(following + 1 + i) % self.vocab_size for i in range(10)]
+            order.insert(ranks[place % len(ranks)], following)
+            scores[row, order] = torch.arange(len(order), 0, -1, dtype=scores.dtype)
+        return DraftState(scores, state.cell, state.depth + 1)
+
+    def head(self, depth: int) -> torch.Tensor:
+        return self.eye

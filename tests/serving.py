@@ -12,7 +12,7 @@ import torch
 import uvicorn
 from drafts import load_base, train_quickly
 
-from verl_speculator.decoding import generate as loop
+from verl_speculator.decoding import rounds as loop
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.decoding.load import load_tokenizer
 from verl_speculator.server.app import create_app
@@ -66,10 +66,10 @@ def until(holds, seconds: float = 10) -> None:
 
 def slow_rounds(monkeypatch, seconds: float = 0.05) -> None:
     """Make rounds take a while, so that a test can act between them."""
-    advance = loop._Decoding.advance
+    advance = loop.ChainRounds.advance
 
     def waiting(self, count):
         time.sleep(seconds)
         return advance(self, count)
 
-    monkeypatch.setattr(loop._Decoding, "advance", waiting)
+    monkeypatch.setattr(loop.ChainRounds, "advance", waiting)

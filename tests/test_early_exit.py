@@ -18,6 +18,7 @@ from verl_speculator.checkpoint import save_speculator, write_checkpoint
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.decoding.shared import SharedTarget
 from verl_speculator.decoding.target import Target
+from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.errors import UserError
 from verl_speculator.evaluation.quality import Document
 from verl_speculator.losses import DraftSums
@@ -259,3 +260,19 @@ def test_bad_input(bases, tmp_path):
     loaded = load_speculator(tmp_path)
     with pytest.raises(UserError, match=r"of the trained block is \[64, 32\], the base's None"):
         speculative_generate(load_base(bases["qwen2_moe"]), loaded, PROMPT, max_new_tokens=2)
+
+
+def test_it_drafts_no_trees(bases, tmp_path):
+    model = load_base(bases["qwen2_tied"])
+    speculator = exit_of(model, 1)
+    with pytest.raises(UserError, match="draft_tree: a speculator of method=early_exit drafts chains alone"):
+        speculative_generate(model, speculator, PROMPT, max_new_tokens=2, draft_tree=DraftTree.chain(2))
+
+
+def test_the_last_block_of_a_real_base(shared):
+    """KL 0 and acceptance 1, untrained."""
+    model = load_base(shared / "models" / "gsm8k-4m", torch.float32)
+    speculator = exit_of(model, 5)
+    found = Document(model, list(range(300, 400)), [1] * 100).measure(speculator, (), 1.0)
+    assert abs(found["kl"][0]) / found["pairs"][0] < 1e-6
+    assert speculative_generate(model, speculator, PROMPT, max_new_tokens=40, eos_token_id=()).accepted == 3

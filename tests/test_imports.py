@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "objective": {"errors"},
     "losses": {"models", "objective"},
     "checkpoint": {"bases", "config", "errors", "families", "files", "models", "provenance"},
-    "decoding": {"bases", "errors", "models", "tokens"},
+    "decoding": {"bases", "config", "errors", "files", "models", "tokens"},
     "evaluation": {
         *(
             "alignment",
@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
         *("allocator", "bases", "checkpoint", "convert", "data", "decoding", "errors", "evaluation", "families"),
-        *("models", "rollout", "server", "sweep", "tokens"),
+        *("files", "models", "provenance", "rollout", "server", "sweep", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},

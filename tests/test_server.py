@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from serving import QUESTION, answer_tokens, quick_speculator, serving, slow_rounds, until
 
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
-from verl_speculator.decoding import generate as loop
+from verl_speculator.decoding import rounds as loop
 from verl_speculator.errors import UserError
 from verl_speculator.server.protocol import ApiError, ChatRequest, CompletionRequest, Message, parse
 from verl_speculator.server.settings import ServeSettings
@@ -349,14 +349,14 @@ def test_an_answer_that_the_server_stops_says_so(servers, client, slow):
 
 def test_a_failure_is_said_and_the_next_is_answered(client, monkeypatch, caplog):
     expected = chat(client).choices[0].message.content
-    advance = loop._Decoding.advance
-    monkeypatch.setattr(loop._Decoding, "advance", lambda *_: 1 / 0)
+    advance = loop.ChainRounds.advance
+    monkeypatch.setattr(loop.ChainRounds, "advance", lambda *_: 1 / 0)
     with pytest.raises(openai.InternalServerError, match="log says why"):
         chat(client)
     with pytest.raises(openai.APIError, match="log says why"):
         list(chat(client, stream=True))
     assert "ZeroDivisionError" in caplog.text
-    monkeypatch.setattr(loop._Decoding, "advance", advance)
+    monkeypatch.setattr(loop.ChainRounds, "advance", advance)
     assert chat(client).choices[0].message.content == expected
 
 

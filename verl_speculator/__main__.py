@@ -15,10 +15,11 @@ from verl_speculator.commands.prepare import prepare
 from verl_speculator.commands.regenerate import regenerate
 from verl_speculator.commands.serve import serve
 from verl_speculator.commands.sweep import sweep
+from verl_speculator.commands.tree import tree
 from verl_speculator.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
-for command in (prepare, regenerate, inspect, convert, generate, serve, evaluate, plot, sweep):
+for command in (prepare, regenerate, inspect, convert, generate, serve, evaluate, tree, plot, sweep):
     app.command()(command)
 
 

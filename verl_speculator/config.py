@@ -145,6 +145,11 @@ class SpeculatorConfig:
         return 1 if FAMILIES[self.method].single_depth else self.n_predict
 
     @property
+    def drafts_trees(self) -> bool:
+        """Whether several drafts may follow the same one: of families that live on one state."""
+        return not FAMILIES[self.method].single_depth
+
+    @property
     def ahead(self) -> int:
         """How many tokens ahead the first prediction lies, `Family.ahead`."""
         return FAMILIES[self.method].ahead

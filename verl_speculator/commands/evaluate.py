@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
+from verl_speculator.decoding.length import read_length
 from verl_speculator.evaluation.settings import BASELINES, OPTIONAL_BASELINES, EvaluationSettings
 
 WIDTH = 180
@@ -29,7 +30,10 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(help="share of the probability that is kept")] = 1.0,
     top_k: Annotated[int, typer.Option(help="number of tokens kept, 0 for all")] = 0,
-    draft_length: Annotated[int | None, typer.Option(help="drafts per round [each one's n_predict]")] = None,
+    draft_length: Annotated[str | None, typer.Option(help="drafts per round, or auto [each one's n_predict]")] = None,
+    draft_tree: Annotated[
+        list[Path] | None, typer.Option(help="file of a tree: another row of each speculator; may be given again")
+    ] = None,
     kl_temperature: Annotated[float | None, typer.Option(help="for kl_training_temperature [as trained, or 1]")] = None,
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
@@ -57,7 +61,8 @@ def evaluate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        draft_length=draft_length,
+        draft_length=read_length(draft_length),
+        draft_trees=tuple(draft_tree or ()),
         kl_temperature=kl_temperature,
         dtype=dtype,
         device=device,

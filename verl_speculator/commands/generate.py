@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.commands.loading import check_speculator, load
+from verl_speculator.commands.loading import check_speculator, load, read_drafts
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.errors import UserError
 
@@ -28,7 +29,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="share of the probability that is kept")] = 1.0,
     top_k: Annotated[int, typer.Option(help="number of tokens kept, 0 for all")] = 0,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
-    draft_length: Annotated[int | None, typer.Option(help="drafts per round, at most n_predict [n_predict]")] = None,
+    draft_length: Annotated[
+        str | None, typer.Option(help="drafts per round, at most n_predict, or auto [n_predict]")
+    ] = None,
+    draft_tree: Annotated[Path | None, typer.Option(help="file of a tree to draft instead; greedy only")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be given again")] = None,
     compare: Annotated[bool, typer.Option(help="run the base alone too, and show both")] = False,
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
@@ -39,14 +43,16 @@ def generate(
     restart_with_allocator()
     # All that can be wrong without a model is said before one loads.
     SamplingPolicy(temperature, top_p, top_k)
+    length, tree = read_drafts(draft_length, draft_tree, temperature)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: expected a number ≥ 1")
     if compare and speculator is None:
         raise UserError("compare: there is no speculator to compare with; expected --speculator")
-    if draft_length is not None and speculator is None:
-        raise UserError(f"draft_length={draft_length}: there is no speculator to draft with; expected --speculator")
+    for name, value in (("draft_length", draft_length), ("draft_tree", draft_tree)):
+        if value is not None and speculator is None:
+            raise UserError(f"{name}={value}: there is no speculator to draft with; expected --speculator")
     if speculator is not None:
-        check_speculator(speculator, base, draft_length, allow_other_base)
+        check_speculator(speculator, base, length, allow_other_base, tree)
     if prompt is None:
         prompt = sys.stdin.read()
     if not prompt:
@@ -67,18 +73,19 @@ def generate(
         "input_ids": _tokens(tokenizer, prompt, system, chat),
         "eos_token_id": loaded.ends,
     }
+    drafts = {"draft_length": length, "draft_tree": tree}
     if compare:
         # The first call of anything is slow: neither of the two should pay for it.
-        for one in (None, draft):
-            _warm_up(model, one, settings)
+        _warm_up(model, None, settings)
+        _warm_up(model, draft, settings | drafts)
     runs: list[_Shown] = []
     if compare or speculator is None:
         runs.append(_Shown("base alone", _stream(model, None, settings, tokenizer)))
     if draft is not None:
-        settings["draft_length"] = draft_length
         if compare:
             typer.echo("\n— with the speculator —\n")
-        runs.append(_Shown("with speculator", _stream(model, draft, settings, tokenizer)))
+        name = "with speculator" if tree is None else f"with a tree of {len(tree.paths)}"
+        runs.append(_Shown(name, _stream(model, draft, settings | drafts, tokenizer)))
     _report(runs, greedy=temperature == 0)
 
 
@@ -140,15 +147,14 @@ def _report(runs: list[_Shown], *, greedy: bool) -> None:
         done = run.generation
         rates.append(len(done.tokens) / (done.seconds.prefill + done.seconds.decode))
         decode = done.decode_tokens_per_second
-        drafts = done.draft_length
         table.add_row(
             run.name,
             str(len(done.tokens)),
             f"{rates[-1]:.1f}",
             f"{done.seconds.prefill * 1000:.0f} ms",
             "–" if decode is None else f"{decode:.1f}",
-            "–" if done.accepted is None or not drafts else f"{done.accepted + 1:.2f}",
-            "–" if done.accepted is None or not drafts else f"{done.accepted / drafts:.1%} of {drafts}",
+            f"{done.accepted + 1:.2f}" if done.drafted else "–",
+            f"{done.accepted / done.drafted:.1%} of {done.drafted:.3g}" if done.drafted else "–",
         )
     console = Console(stderr=True)
     console.print()

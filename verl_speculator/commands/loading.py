@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from verl_speculator.errors import UserError
+from verl_speculator.decoding.length import DraftLength, check_length, read_length
+from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,20 +27,39 @@ class Loaded:
     ends: tuple[int, ...]
 
 
-def check_speculator(speculator: str, base: str, draft_length: int | None, allow_other_base: bool) -> None:
+def read_drafts(
+    draft_length: str | None, draft_tree: Path | None, temperature: float = 0.0
+) -> tuple[DraftLength, DraftTree | None]:
+    """`--draft-length` and `--draft-tree`.
+
+    Raises:
+        UserError: for what is neither a number nor `auto`, a file without a tree, both at once, or a tree above
+            temperature 0.
+    """
+    if draft_tree is not None:
+        check_beside(draft_length, temperature)
+    return read_length(draft_length), read_tree(draft_tree) if draft_tree is not None else None
+
+
+def check_speculator(
+    speculator: str,
+    base: str,
+    draft_length: DraftLength,
+    allow_other_base: bool,
+    draft_tree: DraftTree | None = None,
+) -> None:
     """What the checkpoint's configuration and the base's tell without loading either.
 
     Raises:
-        UserError: for a speculator that is not there, or not for this base, or drafts fewer tokens.
+        UserError: for a speculator that is not there, or not for this base, or drafts fewer tokens than asked for.
     """
     from verl_speculator.bases import base_shape
     from verl_speculator.checkpoint import read_checkpoint_info
 
     info = read_checkpoint_info(speculator)
-    if draft_length is not None and not 1 <= draft_length <= info.config.n_predict:
-        raise UserError(
-            f"draft_length={draft_length}: expected 1 to {info.config.n_predict}, the speculator's n_predict"
-        )
+    check_length(draft_length, info.config.n_predict)
+    if draft_tree is not None:
+        draft_tree.check(info.config, info.vocab_size)
     info.check_base(*base_shape(base))
     if not allow_other_base:
         info.check_base_weights(base)

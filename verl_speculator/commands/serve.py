@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.commands.loading import check_speculator, load
+from verl_speculator.commands.loading import check_speculator, load, read_drafts
 from verl_speculator.errors import UserError
 from verl_speculator.server.listen import bind, listen
 from verl_speculator.server.settings import ServeSettings
@@ -24,7 +25,12 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
     served_name: Annotated[str, typer.Option(help="the model's name in requests [the base's]")] = "",
-    draft_length: Annotated[int | None, typer.Option(help="drafts per round, at most n_predict [n_predict]")] = None,
+    draft_length: Annotated[
+        str | None, typer.Option(help="drafts per round, at most n_predict, or auto [n_predict]")
+    ] = None,
+    draft_tree: Annotated[
+        Path | None, typer.Option(help="file of a tree to draft in greedy answers; others draft n_predict in a row")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="the most tokens of an answer")] = 1024,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="of a request [the base's positions]")] = None,
     max_request_bytes: Annotated[int, typer.Option(help="of a request's body")] = 1 << 20,
@@ -48,11 +54,13 @@ def serve(
         max_new_tokens=max_new_tokens,
         max_waiting=max_waiting,
     )
+    length, tree = read_drafts(draft_length, draft_tree)
     found = _find_speculator(speculator)
+    for name, value in (("draft_length", draft_length), ("draft_tree", draft_tree)):
+        if value is not None and found is None:
+            raise UserError(f"{name}={value}: there is no speculator to draft with; expected --speculator")
     if found is not None:
-        check_speculator(found, base, draft_length, allow_other_base)
-    elif draft_length is not None:
-        raise UserError(f"draft_length={draft_length}: there is no speculator to draft with; expected --speculator")
+        check_speculator(found, base, length, allow_other_base, tree)
     with bind(host, port) as taken:
         address, number = taken.getsockname()[:2]
         loaded = load(base, found, device=device, dtype=dtype)
@@ -65,7 +73,8 @@ def serve(
             loaded.tokenizer,
             loaded.speculator,
             ends=loaded.ends,
-            draft_length=draft_length,
+            draft_length=length,
+            draft_tree=tree,
             max_waiting=max_waiting,
         )
         engine.warm_up()

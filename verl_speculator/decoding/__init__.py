@@ -6,21 +6,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verl_speculator.decoding.generate import (
-        Generation,
-        GenerationStream,
-        Round,
-        speculative_generate,
-        speculative_stream,
-    )
+    from verl_speculator.decoding.generate import GenerationStream, speculative_generate, speculative_stream
+    from verl_speculator.decoding.generation import Generation, Round
     from verl_speculator.decoding.policy import SamplingPolicy
+    from verl_speculator.decoding.tree import DraftTree, read_tree
     from verl_speculator.decoding.verification import verify, verify_greedy
 
 __all__ = [
+    "DraftTree",
     "Generation",
     "GenerationStream",
     "Round",
     "SamplingPolicy",
+    "read_tree",
     "speculative_generate",
     "speculative_stream",
     "verify",
@@ -28,7 +26,11 @@ __all__ = [
 ]
 
 _HOMES = {name: "verl_speculator.decoding.generate" for name in __all__} | {
+    "DraftTree": "verl_speculator.decoding.tree",
+    "Generation": "verl_speculator.decoding.generation",
+    "Round": "verl_speculator.decoding.generation",
     "SamplingPolicy": "verl_speculator.decoding.policy",
+    "read_tree": "verl_speculator.decoding.tree",
     "verify": "verl_speculator.decoding.verification",
     "verify_greedy": "verl_speculator.decoding.verification",
 }

@@ -55,6 +55,18 @@ class RollbackLayer(DynamicLayer):
         if max_length < self.get_seq_length():
             self._end_at(max_length)
 
+    def keep(self, length: int, rows: Tensor) -> None:
+        """Forget all tokens from `length` on but those at `length + rows`, which move together behind it.
+
+        Args:
+            length: tokens that stay where they are.
+            rows: [N] ascending.
+        """
+        for store in self.stores:
+            # What is picked is a copy before anything is written.
+            store[..., length : length + len(rows), :] = store[..., length + rows.to(store.device), :]
+        self._end_at(length + len(rows))
+
 
 def rollback_cache() -> Cache:
     """An empty cache of `RollbackLayer`s for any base whose layers attend to keys and values."""
@@ -65,3 +77,9 @@ def roll_back(cache: Cache, length: int) -> None:
     """Keep the first `length` tokens of a cache."""
     for layer in cache.layers:
         layer.crop(length)
+
+
+def keep_rows(cache: Cache, length: int, rows: Tensor) -> None:
+    """Keep the first `length` tokens of a cache and, next to them, those that lie `rows` [N] behind."""
+    for layer in cache.layers:
+        layer.keep(length, rows)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from verl_speculator.decoding.cache import roll_back, rollback_cache
+from verl_speculator.decoding.cache import keep_rows, roll_back, rollback_cache
 from verl_speculator.errors import UserError
 from verl_speculator.models.hidden_state import POST_NORM, StateTap
 
@@ -55,21 +58,32 @@ class Target:
         """Tokens in the cache."""
         return self.cache.get_seq_length()
 
-    def read(self, tokens: Tensor, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
+    def read(
+        self, tokens: Tensor, *, last_only: bool = False, arrangement: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Read [N] tokens behind those in the cache.
 
         Args:
             tokens: [N] token ids.
             last_only: give the last token's state and logits alone; N is then 1 in the result.
+            arrangement: mask and positions of tokens that do not stand in a row (`TreeAttention.arguments`).
 
         Returns:
             The hidden states [N, D] and the logits [N, V] for the tokens that follow each.
         """
         keep = {"logits_to_keep": 1} if last_only and self._last_only else {}
-        logits = self.base(input_ids=tokens.unsqueeze(0), past_key_values=self.cache, use_cache=True, **keep).logits[0]
+        settings = {"past_key_values": self.cache, "use_cache": True, **keep, **(arrangement or {})}
+        logits = self.base(input_ids=tokens.unsqueeze(0), **settings).logits[0]
         hidden = self._tap.take()[0]
         return (hidden[-1:], logits[-1:]) if last_only else (hidden, logits)
 
     def roll_back(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
         roll_back(self.cache, length)
+
+    def keep(self, length: int, rows: Sequence[int]) -> None:
+        """Forget all tokens from position `length` on but those read at `length + rows`, which close up behind it."""
+        if list(rows) == list(range(len(rows))):
+            self.roll_back(length + len(rows))
+        else:
+            keep_rows(self.cache, length, torch.tensor(rows))

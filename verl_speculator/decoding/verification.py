@@ -68,3 +68,23 @@ def verify_greedy(target: Sequence[int], tokens: Sequence[int]) -> tuple[int, in
     while accepted < len(tokens) and tokens[accepted] == target[accepted]:
         accepted += 1
     return accepted, target[accepted]
+
+
+def verify_tree(parents: Sequence[int], target: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], int]:
+    """`verify_greedy` where drafts branch: from the root on to the node that is the target's own token, while there is
+    one. Nodes of one parent differ in their tokens, so there is never a choice.
+
+    Args:
+        parents: of the nodes 1 … N, each smaller than its node; 0 is the root.
+        target: N+1 tokens, the most likely ones after the root and after every node.
+        tokens: of the nodes 1 … N.
+
+    Returns:
+        The accepted nodes from the root on, and the token after them.
+    """
+    place, accepted = 0, []
+    for node, parent in enumerate(parents, 1):
+        if parent == place and tokens[node - 1] == target[place]:
+            place = node
+            accepted.append(node)
+    return accepted, target[place]

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from verl_speculator.decoding import Generation, SamplingPolicy, speculative_generate
+from verl_speculator.decoding import DraftTree, Generation, SamplingPolicy, speculative_generate
 from verl_speculator.decoding.hugging_face import generation_settings
+from verl_speculator.decoding.length import DraftLength, lengths_of
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.models import Speculator
 
@@ -32,6 +33,9 @@ class Run:
         target: of these, the base's forward passes.
         histogram: [γ+1] number of counted rounds that accepted j drafts.
         overlap: [γ] sums of Σ_v min(p, q) over the counted rounds that reached the depth.
+        drafted: [γ+1] number of counted rounds that drafted j tokens ahead.
+        judged: [γ] number of counted rounds that reached the depth and had a draft there.
+        nodes: drafts that the base read in the counted rounds.
     """
 
     tokens: list[int]
@@ -41,6 +45,9 @@ class Run:
     target: float
     histogram: list[int]
     overlap: list[float]
+    drafted: list[int]
+    judged: list[int]
+    nodes: int
 
 
 class Contender(Protocol):
@@ -62,6 +69,7 @@ class Speculating:
         policy: of sampling.
         draft_length: None for the speculator's `n_predict`.
         eos_token_ids: tokens that end a text.
+        draft_tree: drafted instead of a chain.
     """
 
     def __init__(
@@ -69,11 +77,18 @@ class Speculating:
         base: nn.Module,
         speculator: Speculator | None,
         policy: SamplingPolicy,
-        draft_length: int | None,
+        draft_length: DraftLength,
         eos_token_ids: Sequence[int],
+        draft_tree: DraftTree | None = None,
     ) -> None:
         self.base, self.speculator, self.policy, self.ends = base, speculator, policy, tuple(eos_token_ids)
-        self.draft_length = 0 if speculator is None else draft_length or speculator.n_predict
+        if draft_tree is not None:
+            self.drafts, self.draft_length = {"draft_tree": draft_tree}, draft_tree.depth
+        elif speculator is not None:
+            self.drafts = {"draft_length": draft_length}
+            self.draft_length = lengths_of(draft_length, speculator.n_predict).most
+        else:
+            self.drafts, self.draft_length = {}, 0
 
     def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> Run:
         """`Contender.generate`"""
@@ -86,24 +101,27 @@ class Speculating:
             top_p=self.policy.top_p,
             top_k=self.policy.top_k,
             seed=seed,
-            draft_length=self.draft_length or None,
             eos_token_id=self.ends,
+            **self.drafts,
         )
-        histogram, overlap = count_rounds(done)
         seconds = done.seconds
         # On an accelerator the two are not told apart in a timed run: each mark would wait for the device.
         parts = (seconds.draft, seconds.target) if self.base.device.type == "cpu" else (float("nan"),) * 2
-        return Run(done.tokens, seconds.prefill, seconds.decode, *parts, histogram, overlap)
+        return Run(done.tokens, seconds.prefill, seconds.decode, *parts, **count_rounds(done))
 
 
-def count_rounds(done: Generation) -> tuple[list[int], list[float]]:
-    """Histogram and overlap sums of the counted rounds."""
-    histogram, overlap = [0] * (done.draft_length + 1), [0.0] * done.draft_length
+def count_rounds(done: Generation) -> dict[str, Any]:
+    """`Run`'s fields of the counted rounds."""
+    most = done.draft_length
+    histogram, drafted, judged, overlap = [0] * (most + 1), [0] * (most + 1), [0] * most, [0.0] * most
     for one in done.counted:
         histogram[one.accepted] += 1
+        drafted[one.drafted] += 1
         for depth, value in enumerate(one.overlap):
             overlap[depth] += value
-    return histogram, overlap
+            judged[depth] += 1
+    nodes = sum(one.nodes for one in done.counted)
+    return {"histogram": histogram, "overlap": overlap, "drafted": drafted, "judged": judged, "nodes": nodes}
 
 
 class CallRecorder:
@@ -173,4 +191,9 @@ class HuggingFace:
         overlap = [sum(histogram[k + 1 :]) if self.policy.greedy else nan for k in range(self.draft_length)]
         # Prompt lookup may go one token past the limit.
         tokens = text[0, len(prompt) :][:max_new_tokens].tolist()
-        return Run(tokens, recorder.ends[0] - start, end - recorder.ends[0], nan, nan, histogram, overlap)
+        # Rounds with shorter copies, or none, are taken for whole ones: what was copied shows in no call.
+        count = sum(histogram)
+        drafted = [0] * self.draft_length + [count]
+        judged = [sum(histogram[k:]) for k in range(self.draft_length)]
+        seconds = (recorder.ends[0] - start, end - recorder.ends[0], nan, nan)
+        return Run(tokens, *seconds, histogram, overlap, drafted, judged, count * self.draft_length)

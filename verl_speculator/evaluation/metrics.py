@@ -21,29 +21,36 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below > 0)
 
 
-def acceptance(histogram: np.ndarray, overlap: np.ndarray) -> Figures:
+def acceptance(
+    histogram: np.ndarray, overlap: np.ndarray, drafted: np.ndarray | None = None, judged: np.ndarray | None = None
+) -> Figures:
     """What pooled verification rounds say (math: "Lossless verification").
 
     Args:
         histogram: [..., γ+1] number of rounds in which exactly j drafts were accepted.
         overlap: [..., γ] sums of Σ_v min(p, q) over the rounds that reached the depth.
+        drafted: [..., γ+1] number of rounds that drafted j tokens ahead; None where all drafted γ.
+        judged: [..., γ] number of rounds that reached the depth with a draft there; None where all drafted γ.
 
     Returns:
         `accepted` = E[accepted drafts per round], `tau` = accepted + 1, `target_calls_per_token` = 1/τ, `accept_rate` =
-        accepted/γ, `accept_depth_k` = rounds that accepted depth k / rounds that reached it, `overlap` over all depths
-        reached, `tv` = 1 − overlap.
+        accepted/drafted, `accept_depth_k` = rounds that accepted depth k / rounds that reached it, `overlap` over all
+        depths reached, `tv` = 1 − overlap.
     """
     histogram, overlap = np.asarray(histogram, dtype=float), np.asarray(overlap, dtype=float)
     length = histogram.shape[-1] - 1
     rounds = histogram.sum(-1)
     # [..., γ+1]: rounds in which at least j drafts were accepted, so those that reached depth j.
     reached = histogram[..., ::-1].cumsum(-1)[..., ::-1]
-    accepted = _ratio((histogram * np.arange(length + 1)).sum(-1), rounds)
+    judged = reached[..., :length] if judged is None else np.asarray(judged, dtype=float)
+    accepted_sum = (histogram * np.arange(length + 1)).sum(-1)
+    drafted_sum = rounds * length if drafted is None else (drafted * np.arange(length + 1)).sum(-1)
+    accepted = _ratio(accepted_sum, rounds)
     figures = {"accepted": accepted, "tau": accepted + 1, "target_calls_per_token": 1 / (accepted + 1)}
     if length:
-        figures["accept_rate"] = accepted / length
-        figures |= {f"accept_depth_{k}": _ratio(reached[..., k + 1], reached[..., k]) for k in range(length)}
-        figures["overlap"] = _ratio(overlap.sum(-1), reached[..., :length].sum(-1))
+        figures["accept_rate"] = _ratio(accepted_sum, drafted_sum)
+        figures |= {f"accept_depth_{k}": _ratio(reached[..., k + 1], judged[..., k]) for k in range(length)}
+        figures["overlap"] = _ratio(overlap.sum(-1), judged.sum(-1))
         figures["tv"] = 1 - figures["overlap"]
     return figures
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verl_speculator.alignment import align
+from verl_speculator.alignment import DraftRows, align
 from verl_speculator.models import Speculator
 from verl_speculator.models.hidden_state import StateTap
 
@@ -56,12 +56,7 @@ class Document:
             temperature 1 and at the given one (nats, without the factor T² of a loss), and whether the text's token is
             the most likely one, or among the five.
         """
-        borders = torch.tensor([0, len(self.tokens)])
-        rows = align(self.tokens, self.mask, borders, speculator.depths, end_token_ids, ahead=speculator.config.ahead)
-        dtype = next(speculator.parameters()).dtype
-        speculator.attach(self.base)
-        hidden = speculator.contextualise(self._read(speculator.reads))[0][rows.positions]
-        states = speculator.unroll(hidden.to(dtype), rows.tokens)
+        rows, states = self._unroll(speculator, end_token_ids)
         sums: dict[str, list[float]] = {name: [] for name in ("pairs", *MEASURES)}
         for k, state in enumerate(states):
             valid = rows.valid[k]
@@ -80,6 +75,32 @@ class Document:
             for name, value in values.items():
                 sums[name].append(float(value.sum()))
         return sums
+
+    @torch.inference_mode()
+    def ranks(self, speculator: Speculator, end_token_ids: Collection[int]) -> Tensor:
+        """[R, K] how many tokens each depth's draft holds for more likely than the document's own, given the document
+        before it. Of the rows that have all depths.
+
+        Args:
+            speculator: of this base.
+            end_token_ids: tokens that end a turn.
+        """
+        rows, states = self._unroll(speculator, end_token_ids)
+        whole = rows.valid.all(0)
+        found = []
+        for k, state in enumerate(states):
+            draft = state[whole] @ speculator.head(k).T
+            own = draft.gather(-1, rows.targets[k][whole][:, None])
+            found.append((draft > own).sum(-1))
+        return torch.stack(found, dim=1)
+
+    def _unroll(self, speculator: Speculator, end_token_ids: Collection[int]) -> tuple[DraftRows, Tensor]:
+        """The document's rows, and the states [K, R, E] of all depths."""
+        borders = torch.tensor([0, len(self.tokens)])
+        rows = align(self.tokens, self.mask, borders, speculator.depths, end_token_ids, ahead=speculator.config.ahead)
+        speculator.attach(self.base)
+        hidden = speculator.contextualise(self._read(speculator.reads))[0][rows.positions]
+        return rows, speculator.unroll(hidden.to(speculator.head(0).dtype), rows.tokens)
 
 
 def divergence(teacher: Tensor, draft: Tensor) -> Tensor:

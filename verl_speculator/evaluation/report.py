@@ -16,7 +16,8 @@ from verl_speculator.files import atomic_file
 RESULTS, CATEGORIES, SKIPPED = "results.csv", "categories.csv", "skipped.csv"
 # The columns that come first; figures per depth, intervals and bookkeeping follow.
 LEADING = (
-    *("base", "speculator", "method", "n_predict", "prompts", "temperature", "top_p", "top_k", "draft_length", "seed"),
+    *("base", "speculator", "method", "n_predict", "prompts", "temperature", "top_p", "top_k", "draft_length"),
+    *("draft_shape", "drafts_per_round", "seed"),
     *("tau", "accepted", "accept_rate", "overlap", "tv", "target_calls_per_token"),
     *("kl", "ce", "perplexity", "top1", "top5"),
     *("vanilla_tokens_per_s", "speculative_tokens_per_s", "speedup"),
@@ -70,6 +71,7 @@ def _order(journal: Journal) -> tuple[Any, ...]:
         row["top_k"],
         rank,
         row["speculator"],
+        row.get("draft_shape", ""),
         row["draft_length"] if rank else 0,
     )
 
@@ -87,6 +89,7 @@ def _common(journal: Journal, records: Sequence[Record]) -> Record:
     settings = {name: value for name, value in journal.settings.items() if name not in ("kind", "file")}
     versions = journal.identity["versions"]
     return {
+        "draft_shape": "chain" if settings.get("draft_length") else "",
         **settings,
         "prompts": journal.settings["file"],
         "prompts_used": len(records),
@@ -99,11 +102,15 @@ def _common(journal: Journal, records: Sequence[Record]) -> Record:
 
 def behaviour_figures(journal: Journal, records: Sequence[Record]) -> Record:
     """Acceptance, speed and memory of some prompts, with their intervals."""
-    histogram, overlap = (np.array([r[name] for r in records], dtype=float) for name in ("histogram", "overlap"))
+    names = ("histogram", "overlap", "drafted", "judged", "nodes")
+    histogram, overlap, drafted, judged, nodes = (
+        np.array([_counts(r)[n] for r in records], dtype=float) for n in names
+    )
     alone, own = (_rates(records, name, ("prefill", "decode")) for name in ("alone", "own"))
 
     def figures(weights: np.ndarray) -> Figures:
-        return acceptance(weights @ histogram, weights @ overlap) | speed(alone, own, weights)
+        counts = (weights @ table for table in (histogram, overlap, drafted, judged))
+        return acceptance(*counts) | speed(alone, own, weights)
 
     found: Record = {name: float(value) for name, value in figures(np.ones(len(records))).items()}
     found |= bootstrap(len(records), figures, seed=journal.settings["seed"])
@@ -114,6 +121,7 @@ def behaviour_figures(journal: Journal, records: Sequence[Record]) -> Record:
     decode_alone, decode_own = (_rates(records, name, ("decode",), first=False) for name in ("alone", "own"))
     return found | {
         "rounds": int(pooled.sum()),
+        "drafts_per_round": float(nodes.sum() / pooled.sum()) if pooled.sum() else np.nan,
         "tokens": int(times["tokens"].sum()),
         "identical": int(sum(r["identical"] for r in records)),
         "runs": sum(len(r["own"]) for r in records),
@@ -125,6 +133,14 @@ def behaviour_figures(journal: Journal, records: Sequence[Record]) -> Record:
         "loop_share": float(1 - (times["draft"].sum() + times["target"].sum()) / decode) if decode else np.nan,
         "peak_memory_mb": max(r["peak_mb"] for r in records),
     }
+
+
+def _counts(record: Record) -> Record:
+    """A record's counts; older journals have rounds of one length, and counted no more than what was accepted."""
+    histogram = record["histogram"]
+    most, rounds = len(histogram) - 1, sum(histogram)
+    judged = [sum(histogram[k:]) for k in range(most)]
+    return {"drafted": [0] * most + [rounds], "judged": judged, "nodes": [rounds * most]} | record
 
 
 def _all(records: Sequence[Record], who: str, name: str) -> np.ndarray:
@@ -215,10 +231,13 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         around = "" if low is None or np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         return number(name) + around
 
+    notes = ["untrained"] * (row.get("untrained") is True)
+    # A chain needs no word, and what drafts nothing has none.
+    notes += [row["draft_shape"]] * (row["draft_shape"] not in ("chain", "", np.nan))
     count = int(row["draft_length"]) if row["draft_length"] > 0 else 0
     depths = [number(f"accept_depth_{k}", "{:.0%}") for k in range(count)]
     return {
-        "speculator": str(row["speculator"]) + (" (untrained)" if row.get("untrained") is True else ""),
+        "speculator": f"{row['speculator']} ({', '.join(notes)})" if notes else str(row["speculator"]),
         "method": str(row["method"]),
         "γ": number("draft_length", "{:.0f}"),
         "prompts": str(int(row["prompts_used"])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,27 @@ from torch import nn
 
 from verl_speculator.bases import base_shape
 from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo, load_speculator
-from verl_speculator.config import SpeculatorConfig
 from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.errors import UserError
-from verl_speculator.evaluation.contenders import Contender, HuggingFace, Run, Speculating
+from verl_speculator.evaluation.contenders import Run, Speculating
+from verl_speculator.evaluation.entries import Entries, Entry
 from verl_speculator.evaluation.journal import Journal
 from verl_speculator.evaluation.memory import PeakMemory
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
 from verl_speculator.evaluation.quality import Document
 from verl_speculator.evaluation.report import write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
-from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.models import Speculator
 from verl_speculator.progress import progress_bar
 from verl_speculator.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.selection import spread
 from verl_speculator.tokens import end_token_ids
 
 JOURNALS = "journals"
-LOOKUP_LENGTH = 3
-
-
-@dataclass
-class Entry:
-    """One row of the results to be: who, and how it generates.
-
-    Attributes:
-        speculator: the checkpoint as it was given, or the name of a baseline.
-        describes: what the row says of it.
-        identity: fingerprint of what is measured.
-        contender: None for the base alone, which is run beside all others.
-    """
-
-    speculator: str
-    describes: dict[str, Any]
-    identity: dict[str, Any]
-    contender: Contender | None
+# What is counted over the rounds of a run, and added over runs.
+COUNTS = ("histogram", "overlap", "drafted", "judged", "nodes")
 
 
 def evaluate(settings: EvaluationSettings) -> Path:
@@ -86,7 +70,7 @@ def evaluate(settings: EvaluationSettings) -> Path:
         "threads": torch.get_num_threads(),
     }
     bench = Bench(settings, base, tokenizer, ends, found)
-    entries = bench.entries(infos, speculators)
+    entries = Entries(settings, base, ends).of(infos, speculators)
     with progress_bar() as progress:
         for path, several in prompts.items():
             bench.measure_behaviour(path, several, entries, progress)
@@ -129,46 +113,6 @@ class Bench:
         self.journals = settings.out / JOURNALS
         self.base_identity = {"base": weights_fingerprint(settings.base)}
 
-    def entries(self, infos: dict[str, CheckpointInfo], speculators: dict[str, Speculator]) -> list[Entry]:
-        """The rows: baselines first, then the checkpoints as they were given."""
-        first = next(iter(infos.values()), None)
-        entries = []
-        if "none" in self.settings.baselines:
-            entries.append(Entry("none", {"method": "none"}, {}, None))
-        length = self.settings.draft_length or (first.config.n_predict if first else LOOKUP_LENGTH)
-        for name, copied in (("generate", 0), ("prompt_lookup", length)):
-            if name in self.settings.baselines:
-                lookup = HuggingFace(self.base, self.policy, copied, self.ends)
-                entries.append(Entry(name, {"method": name, "draft_length": copied}, {}, lookup))
-        if "random" in self.settings.baselines and first is not None:
-            untrained = self._random(first)
-            entries.append(self._entry("random", first.config, untrained, {"shape_of": str(first.directory)}))
-        for name, info in infos.items():
-            identity = {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
-            entries.append(self._entry(name, info.config, speculators[name], identity))
-        return entries
-
-    def _random(self, info: CheckpointInfo) -> Speculator:
-        """A freshly initialised speculator: what an unloaded checkpoint would be."""
-        untrained = build_speculator(
-            info.config,
-            **info.shape,
-            seed=self.settings.seed,
-            device=self.base.device,
-            dtype=self.base.dtype,
-        )
-        return untrained.requires_grad_(False).eval()
-
-    def _entry(self, name: str, config: SpeculatorConfig, speculator: Speculator, identity: dict[str, Any]) -> Entry:
-        contender = Speculating(self.base, speculator, self.policy, self.settings.draft_length, self.ends)
-        describes = {
-            "method": config.method,
-            "n_predict": config.n_predict,
-            "draft_length": contender.draft_length,
-            "untrained": speculator.is_untrained(),
-        }
-        return Entry(name, describes, identity, contender)
-
     def _journal(
         self, kind: str, name: str, describes: dict[str, Any], identity: dict[str, Any], file: Path, scope: list[int]
     ) -> Journal:
@@ -195,24 +139,23 @@ class Bench:
         """Every entry on the prompts of one file; those already measured are left out."""
         scope = spread(len(prompts), self.settings.num_prompts)
         journals = {
-            e.speculator: self._journal("behaviour", e.speculator, e.describes, e.identity, path, scope)
-            for e in entries
+            e.key: self._journal("behaviour", e.speculator, e.describes, e.identity, path, scope) for e in entries
         }
         waiting = sorted({index for journal in journals.values() for index in journal.missing()})
         task = progress.add_task(path.name, total=len(scope), completed=len(scope) - len(waiting))
         warm = False
         for prompt in (prompts[index] for index in waiting):
-            due = [e for e in entries if prompt.index not in journals[e.speculator].records]
+            due = [e for e in entries if prompt.index not in journals[e.key].records]
             turns, reason = self._turns(prompt)
             if turns and not warm:
                 self._warm_up(turns[0], due)
                 warm = True
             measured = self._measure_prompt(prompt.index, turns, due) if turns else {}
             for entry in due:
-                record = {"category": prompt.category, "turns": len(turns)} | measured.get(entry.speculator, {})
+                record = {"category": prompt.category, "turns": len(turns)} | measured.get(entry.key, {})
                 if reason:
                     record["skipped"] = reason
-                journals[entry.speculator].add(prompt.index, record)
+                journals[entry.key].add(prompt.index, record)
             progress.advance(task)
 
     def _turns(self, prompt: Prompt) -> tuple[list[list[int]], str | None]:
@@ -237,20 +180,20 @@ class Bench:
 
     def _measure_prompt(
         self, index: int, turns: list[list[int]], entries: Sequence[Entry]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[tuple[str, Path | None], dict[str, Any]]:
         """Each trial runs the base alone and every entry in turn, forwards or backwards, so that a machine that grows
         slower favours none."""
-        records: dict[str, dict[str, Any]] = {
-            e.speculator: {"alone": [], "own": [], "histogram": [], "overlap": [], "identical": 0, "peak_mb": 0.0}
+        records: dict[tuple[str, Path | None], dict[str, Any]] = {
+            e.key: {"alone": [], "own": [], "identical": 0, "peak_mb": 0.0} | {name: [] for name in COUNTS}
             for e in entries
         }
         for trial in range(self.settings.num_trials):
             seeds = [hash((self.settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
             running = [None, *(e for e in entries if e.contender)]
-            runs: dict[str | None, list[Run]] = {}
-            peaks: dict[str | None, float] = {}
+            runs: dict[Any, list[Run]] = {}
+            peaks: dict[Any, float] = {}
             for entry in running if (index + trial) % 2 == 0 else reversed(running):
-                name, contender = (entry.speculator, entry.contender) if entry else (None, self.alone)
+                name, contender = (entry.key, entry.contender) if entry else (None, self.alone)
                 self.memory.reset()
                 runs[name] = [
                     contender.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
@@ -258,7 +201,7 @@ class Bench:
                 ]
                 peaks[name] = self.memory.read()
             for entry in entries:
-                record, name = records[entry.speculator], entry.speculator if entry.contender else None
+                record, name = records[entry.key], entry.key if entry.contender else None
                 record["alone"].append(_times(runs[None]))
                 record["own"].append(_times(runs[name]))
                 record["peak_mb"] = max(record["peak_mb"], peaks[name])
@@ -266,10 +209,10 @@ class Bench:
                 record["identical"] += all(same)
                 # A greedy text is the same in every trial: its rounds count once.
                 if trial == 0 or not self.policy.greedy:
-                    record["histogram"].append(_add(run.histogram for run in runs[name]))
-                    record["overlap"].append(_add(run.overlap for run in runs[name]))
+                    for count in COUNTS:
+                        record[count].append(_add(_count(run, count) for run in runs[name]))
         for record in records.values():
-            record["histogram"], record["overlap"] = _add(record["histogram"]), _add(record["overlap"])
+            record |= {count: _add(record[count]) for count in COUNTS}
         return records
 
     # Quality on text.
@@ -310,6 +253,12 @@ def _times(runs: Sequence[Run]) -> dict[str, float]:
     """Tokens and seconds of one trial, all turns together."""
     sums = {name: sum(getattr(run, name) for run in runs) for name in ("prefill", "decode", "draft", "target")}
     return {"tokens": sum(len(run.tokens) for run in runs)} | {name: round(s, 6) for name, s in sums.items()}
+
+
+def _count(run: Run, name: str) -> list[float]:
+    """One of COUNTS, as a list."""
+    value = getattr(run, name)
+    return value if isinstance(value, list) else [value]
 
 
 def _add(rows: Any) -> list[float]:

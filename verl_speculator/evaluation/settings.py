@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_speculator.checkpoint import CheckpointInfo, read_checkpoint_info
+from verl_speculator.decoding.length import DraftLength
 from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.files import check_writable
 
@@ -33,7 +35,8 @@ class EvaluationSettings:
         warmup_steps: generations before anything is timed.
         max_new_tokens: the most tokens of an answer.
         temperature, top_p, top_k: the sampling policy.
-        draft_length: γ, None for each speculator's own `n_predict`.
+        draft_length: γ, "auto", or None for each speculator's own `n_predict`.
+        draft_trees: files of trees; each is another row of every speculator, beside its chain.
         kl_temperature: for `kl_training_temperature`; None for what a checkpoint was trained with, 1 if it names none.
         dtype, device: `auto` or a name.
         seed: of sampling, of the random baseline and of the bootstrap.
@@ -55,7 +58,8 @@ class EvaluationSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    draft_length: int | None = None
+    draft_length: DraftLength = None
+    draft_trees: tuple[Path, ...] = ()
     kl_temperature: float | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -77,8 +81,12 @@ class EvaluationSettings:
                 raise UserError(f"{name}={getattr(self, name)}: expected a number ≥ {least}")
         if self.kl_temperature is not None and not self.kl_temperature > 0:
             raise UserError(f"kl_temperature={self.kl_temperature}: expected a number > 0")
-        if self.draft_length is not None and self.draft_length < 1:
+        if isinstance(self.draft_length, int) and self.draft_length < 1:
             raise UserError(f"draft_length={self.draft_length}: expected a number ≥ 1")
+        if self.draft_trees:
+            check_beside(None, self.temperature)
+            if not self.speculators:
+                raise UserError(f"draft_tree={self.draft_trees[0]}: there is no speculator to draft with")
         if not self.prompts:
             raise UserError("prompts: expected at least one file")
         for name in self.baselines:
@@ -95,18 +103,29 @@ class EvaluationSettings:
         """Refuse an output directory that cannot be written to, without making it."""
         check_writable(f"out={self.out}", self.out)
 
+    def trees(self) -> dict[Path, DraftTree]:
+        """Every tree under its file.
+
+        Raises:
+            UserError: if a file holds none.
+        """
+        return {path: read_tree(path) for path in self.draft_trees}
+
     def checkpoints(self) -> dict[str, CheckpointInfo]:
         """Every checkpoint under the name it was given by; a run's folder means its latest step.
 
         Raises:
-            UserError: if a pattern fits none, one is no checkpoint, or drafts fewer tokens than asked for.
+            UserError: if a pattern fits none, one is no checkpoint, or drafts fewer tokens than asked for; or if a
+                file holds no tree.
         """
-        found = {name: read_checkpoint_info(name) for name in expand(self.speculators)}
+        found, trees = {name: read_checkpoint_info(name) for name in expand(self.speculators)}, self.trees()
         for name, info in found.items():
-            if self.draft_length is not None and self.draft_length > info.config.n_predict:
+            if isinstance(self.draft_length, int) and self.draft_length > info.config.n_predict:
                 raise UserError(
                     f"draft_length={self.draft_length}: {name} was trained to draft {info.config.n_predict} (n_predict)"
                 )
+            for tree in trees.values():
+                tree.check(info.config, info.vocab_size)
         return found
 
 

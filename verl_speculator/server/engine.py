@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from verl_speculator.bases import base_shape
-from verl_speculator.decoding import Generation, Round, speculative_generate, speculative_stream
+from verl_speculator.decoding import DraftTree, Generation, Round, speculative_generate, speculative_stream
+from verl_speculator.decoding.length import DraftLength
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.errors import UserError
 from verl_speculator.models import Speculator
@@ -115,7 +116,8 @@ class Engine:
         tokenizer: the base's, with a chat template.
         speculator: None for the base alone.
         ends: tokens that end an answer.
-        draft_length: drafts per round; None for the speculator's n_predict.
+        draft_length: drafts per round, or auto; None for the speculator's n_predict.
+        draft_tree: what greedy answers draft instead. Sampled ones draft a chain: a tree is verified greedily.
         max_waiting: requests that may wait while another is answered.
     """
 
@@ -126,11 +128,13 @@ class Engine:
         speculator: Speculator | None,
         *,
         ends: Sequence[int],
-        draft_length: int | None = None,
+        draft_length: DraftLength = None,
+        draft_tree: DraftTree | None = None,
         max_waiting: int = 16,
     ) -> None:
         self.base, self.tokenizer, self.speculator = base, tokenizer, speculator
-        self.ends, self.draft_length, self.max_waiting = tuple(ends), draft_length, max_waiting
+        self.ends, self.max_waiting = tuple(ends), max_waiting
+        self.draft_length, self.draft_tree = draft_length, draft_tree
         self.positions = position_limit(base)
         self.vocabulary = base_shape(base)[1]
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generation")
@@ -138,8 +142,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Generate a few tokens: the first call of anything is slow, and no request should pay for it."""
-        settings = {"max_new_tokens": 8, "draft_length": self.draft_length, "eos_token_id": ()}
+        settings = {"max_new_tokens": 8, "eos_token_id": ()} | self._drafts(0)
         self._worker.submit(speculative_generate, self.base, self.speculator, [0], **settings).result()
+
+    def _drafts(self, temperature: float) -> dict[str, Any]:
+        """How drafts are made, as settings of a generation."""
+        if self.draft_tree is not None and temperature == 0:
+            return {"draft_tree": self.draft_tree}
+        return {"draft_length": self.draft_length}
 
     def stop(self) -> None:
         """Cancel all tickets."""
@@ -206,10 +216,10 @@ class Engine:
             top_p=job.top_p,
             top_k=job.top_k,
             seed=job.seed,
-            draft_length=None if draft is None else self.draft_length,
             eos_token_id=self.ends,
             stop=job.stop,
             tokenizer=self.tokenizer,
+            **({} if draft is None else self._drafts(job.temperature)),
         )
         ticket.generation = stream.generation
         try:

@@ -13,6 +13,8 @@ from verl_speculator.errors import UserError
 
 RESULTS, CATEGORIES = "results.csv", "categories.csv"
 LOOKUP, RANDOM = "prompt_lookup", "random"
+# Drafts that need no word: what they are unless a column says otherwise.
+CHAIN = "chain"
 # The base alone, in both loops: the line at 1, and no row of any plot.
 ALONE = ("none", "generate")
 
@@ -132,9 +134,10 @@ def _read(path: Path, expected: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _who(line: dict[str, Any]) -> tuple[str, ...]:
-    """What makes two lines the same speculator: a path does, `random` needs its shape as well."""
-    shape = (line["method"], str(line.get("n_predict", ""))) if line["speculator"] == RANDOM else (line["method"], "")
-    return (line["speculator"], *shape)
+    """What makes two lines the same speculator: a path and what it drafts do, `random` needs its depths as well."""
+    drafts = line.get("draft_shape", "")
+    shape = str(line.get("n_predict", "")) if line["speculator"] == RANDOM else "" if drafts == CHAIN else drafts
+    return (line["speculator"], line["method"], shape)
 
 
 def _varying(lines: list[dict[str, Any]]) -> list[str]:
@@ -190,6 +193,7 @@ def _looks(lines: list[dict[str, Any]]) -> dict[tuple[str, ...], Look]:
     for i, (name, method, shape) in enumerate(paths):
         text = shortest[method][name]
         text = text if not method or method in text else f"{method}: {text}"
+        text = f"{text} ({shape})" if shape else text
         hatch = HATCHES[i // len(COLOURS) % len(HATCHES)]
         looks[name, method, shape] = Look(text, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], hatch)
     for i, (name, method, shape) in enumerate(randoms):
