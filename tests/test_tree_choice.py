@@ -11,7 +11,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from drafts import load_base, train_quickly
+from drafts import load_base, states_of, train_quickly
 from tiny import make_chat_rows, write_parquet
 
 from verl_speculator import save_speculator
@@ -67,7 +67,7 @@ def test_ranks_are_those_of_the_text_and_tau_is_what_a_tree_accepts(world, base)
     ids = tokenizer("one two three")["input_ids"]
     answer = speculative_generate(model, None, ids, max_new_tokens=40, eos_token_id=()).tokens
     document = Document(model, ids + answer, [0] * len(ids) + [1] * len(answer))
-    ranks = document.ranks(speculator, ())
+    ranks, hidden = document.ranks(speculator, ()), states_of(model, ids + answer)
     text, depths = ids + answer, speculator.n_predict
     starts = range(len(ids) - 1, len(text) - 1 - depths)
     assert ranks.shape == (len(starts), depths)
@@ -77,12 +77,12 @@ def test_ranks_are_those_of_the_text_and_tau_is_what_a_tree_accepts(world, base)
     drafter = TreeDrafter(speculator, tree)
     for row, start in enumerate(starts):
         with torch.no_grad():
-            state = speculator.start(document.hidden[start : start + 1])
+            state = speculator.start(hidden[start : start + 1])
             for depth in range(depths):
                 state = speculator.step(state, torch.tensor([text[start + 1 + depth]]))
                 order = (state.output @ speculator.head(depth).T)[0].argsort(descending=True).tolist()
                 assert ranks[row, depth] == order.index(text[start + 2 + depth])
-            drafts = drafter.propose(document.hidden[start : start + 1], torch.tensor([text[start + 1]])).tolist()
+            drafts = drafter.propose(hidden[start : start + 1], torch.tensor([text[start + 1]])).tolist()
         follows = [text[start + 2]] + [
             text[start + 2 + len(path)] if start + 2 + len(path) < len(text) else -1 for path in tree.paths
         ]
