@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,28 +39,32 @@ class Drafter(Protocol):
         ...
 
 
-class SpeculatorDrafter:
-    """Drafts with a speculator.
+class ChainDrafter(abc.ABC):
+    """Drafts one token after the other.
 
     Args:
-        speculator: any family that lives on one hidden state.
         policy: the target's policy, which shapes q too.
         sampled: draw the drafts from q; otherwise take the most likely token.
     """
 
-    def __init__(self, speculator: Speculator, policy: SamplingPolicy, *, sampled: bool) -> None:
-        self.speculator = speculator
+    def __init__(self, policy: SamplingPolicy, *, sampled: bool) -> None:
         self.policy = policy
         self.sampled = sampled and not policy.greedy
-        self.dtype = next(speculator.parameters()).dtype
+
+    @abc.abstractmethod
+    def begin(self, hidden: Tensor) -> None:
+        """A new chain, from the base's state [1, D] before the newest token."""
+
+    @abc.abstractmethod
+    def logits(self, depth: int, token: Tensor) -> Tensor:
+        """[1, V] of the token behind `token` [1], which the chain has reached at this depth."""
 
     def propose(self, hidden: Tensor, token: Tensor, uniforms: Tensor | None, count: int) -> Proposal:
-        """`Drafter.propose`: one step of the speculator for each token."""
-        speculator, tokens, probabilities = self.speculator, [], []
-        state = speculator.start(hidden.to(self.dtype))
+        """`Drafter.propose`"""
+        tokens, probabilities = [], []
+        self.begin(hidden)
         for depth in range(count):
-            state = speculator.step(state, token)
-            logits = state.output @ speculator.head(depth).T
+            logits = self.logits(depth, token)
             if self.sampled:
                 q = self.policy.probabilities(logits)
                 probabilities.append(q)
@@ -68,3 +73,25 @@ class SpeculatorDrafter:
                 token = logits.argmax(-1)
             tokens.append(token)
         return Proposal(torch.cat(tokens), torch.cat(probabilities) if self.sampled else None)
+
+
+class SpeculatorDrafter(ChainDrafter):
+    """Drafts with a speculator that lives on one hidden state: one step of it for each token.
+
+    Args:
+        speculator: any such family.
+        policy: the target's policy, which shapes q too.
+        sampled: draw the drafts from q; otherwise take the most likely token.
+    """
+
+    def __init__(self, speculator: Speculator, policy: SamplingPolicy, *, sampled: bool) -> None:
+        super().__init__(policy, sampled=sampled)
+        self.speculator = speculator
+        self.dtype = next(speculator.parameters()).dtype
+
+    def begin(self, hidden: Tensor) -> None:
+        self.state = self.speculator.start(hidden.to(self.dtype))
+
+    def logits(self, depth: int, token: Tensor) -> Tensor:
+        self.state = self.speculator.step(self.state, token)
+        return self.state.output @ self.speculator.head(depth).T

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from verl_speculator.decoding.cache import RollbackLayer
-from verl_speculator.decoding.draft import Proposal
+from verl_speculator.decoding.draft import ChainDrafter
 from verl_speculator.decoding.policy import SamplingPolicy
-from verl_speculator.decoding.sampling import draw
 from verl_speculator.decoding.target import Target
 from verl_speculator.models.early_exit import EarlyExit
 from verl_speculator.models.hidden_state import NORM_NAMES, block_list
@@ -126,7 +125,7 @@ class SharedTarget(Target):
             layer.crop(length)
 
 
-class EarlyExitDrafter:
+class EarlyExitDrafter(ChainDrafter):
     """Drafts with the front of a base, one token after the other.
 
     Args:
@@ -137,21 +136,13 @@ class EarlyExitDrafter:
     """
 
     def __init__(self, speculator: EarlyExit, target: SharedTarget, policy: SamplingPolicy, *, sampled: bool) -> None:
-        self.speculator, self.target, self.policy = speculator, target, policy
-        self.sampled = sampled and not policy.greedy
+        super().__init__(policy, sampled=sampled)
+        self.speculator, self.target = speculator, target
         self.dtype = speculator.head(0).dtype
 
-    def propose(self, hidden: Tensor, token: Tensor, uniforms: Tensor | None, count: int) -> Proposal:
-        """`Drafter.propose`; the hidden state is not asked for."""
-        speculator, tokens, probabilities = self.speculator, [], []
-        for depth in range(count):
-            state = speculator.start(self.target.read_ahead(token).to(self.dtype))
-            logits = speculator.step(state, token).output @ speculator.head(0).T
-            if self.sampled:
-                q = self.policy.probabilities(logits)
-                probabilities.append(q)
-                token = draw(q, uniforms[depth : depth + 1])
-            else:
-                token = logits.argmax(-1)
-            tokens.append(token)
-        return Proposal(torch.cat(tokens), torch.cat(probabilities) if self.sampled else None)
+    def begin(self, hidden: Tensor) -> None:
+        """The hidden state is not asked for: every token is read."""
+
+    def logits(self, depth: int, token: Tensor) -> Tensor:
+        state = self.speculator.start(self.target.read_ahead(token).to(self.dtype))
+        return self.speculator.step(state, token).output @ self.speculator.head(0).T
