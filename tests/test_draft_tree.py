@@ -199,7 +199,7 @@ def test_a_cache_holds_the_accepted_branch_alone(bases, architecture):
 # Drafting.
 
 
-@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm"])
+@pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
 def test_a_node_is_what_its_path_says(model, method):
     """Each node, beside the speculator stepped along its path alone."""
     speculator = untrained(model, method=method)
