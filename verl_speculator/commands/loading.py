@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from verl_speculator.base_form import AS_IT_LIES, BaseForm
 from verl_speculator.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,25 @@ class Loaded:
     ends: tuple[int, ...]
 
 
-def check_speculator(speculator: str, base: str, draft_length: int | None, allow_other_base: bool) -> None:
+QUANTIZATION_HELP = "bnb4 holds the base in 4 bits"
+GGUF_HELP = "read the base from this file in --base"
+
+
+def check_form(base: str, quantization: str | None, gguf_file: str | None) -> BaseForm:
+    """The form in which the base is to be held.
+
+    Raises:
+        UserError: for values that make no sense, a package that is not installed, a file that is not there.
+    """
+    form = BaseForm(quantization, gguf_file)
+    form.check()
+    form.check_file(base)
+    return form
+
+
+def check_speculator(
+    speculator: str, base: str, draft_length: int | None, allow_other_base: bool, form: BaseForm = AS_IT_LIES
+) -> None:
     """What the checkpoint's configuration and the base's tell without loading either.
 
     Raises:
@@ -39,13 +58,13 @@ def check_speculator(speculator: str, base: str, draft_length: int | None, allow
         raise UserError(
             f"draft_length={draft_length}: expected 1 to {info.config.n_predict}, the speculator's n_predict"
         )
-    info.check_base(*base_shape(base))
+    info.check_base(*base_shape(base, form))
     if not allow_other_base:
-        info.check_base_weights(base)
+        info.check_base_weights(base, form)
     typer.echo(f"{info.directory}: trained for {info.base_name}", err=True)
 
 
-def load(base: str, speculator: str | None, *, device: str, dtype: str) -> Loaded:
+def load(base: str, speculator: str | None, *, device: str, dtype: str, form: BaseForm = AS_IT_LIES) -> Loaded:
     """Load what `check_speculator` has let through; an untrained speculator is warned of.
 
     Raises:
@@ -57,8 +76,8 @@ def load(base: str, speculator: str | None, *, device: str, dtype: str) -> Loade
 
     device = choose_device(device)
     kind = choose_dtype(dtype, device)
-    tokenizer = load_tokenizer(base)
-    model = load_base(base, device=device, dtype=kind)
+    tokenizer = load_tokenizer(base, form)
+    model = load_base(base, device=device, dtype=kind, form=form)
     draft = None
     if speculator is not None:
         draft = load_speculator(speculator, device=device, dtype=kind).requires_grad_(False).eval()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.commands.loading import check_speculator, load
+from verl_speculator.commands.loading import GGUF_HELP, QUANTIZATION_HELP, check_form, check_speculator, load
 from verl_speculator.errors import UserError
 from verl_speculator.server.listen import bind, listen
 from verl_speculator.server.settings import ServeSettings
@@ -31,6 +31,8 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="requests that wait while another is answered")] = 16,
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help=QUANTIZATION_HELP)] = None,
+    gguf_file: Annotated[str | None, typer.Option(help=GGUF_HELP)] = None,
     allow_other_base: Annotated[bool, typer.Option(help="a base with other weights than at training")] = False,
 ) -> None:
     """Serve OpenAI's chat completions and completions, and a page that shows what was drafted. Not for production."""
@@ -48,14 +50,15 @@ def serve(
         max_new_tokens=max_new_tokens,
         max_waiting=max_waiting,
     )
+    form = check_form(base, quantization, gguf_file)
     found = _find_speculator(speculator)
     if found is not None:
-        check_speculator(found, base, draft_length, allow_other_base)
+        check_speculator(found, base, draft_length, allow_other_base, form)
     elif draft_length is not None:
         raise UserError(f"draft_length={draft_length}: there is no speculator to draft with; expected --speculator")
     with bind(host, port) as taken:
         address, number = taken.getsockname()[:2]
-        loaded = load(base, found, device=device, dtype=dtype)
+        loaded = load(base, found, device=device, dtype=dtype, form=form)
 
         from verl_speculator.server.app import create_app
         from verl_speculator.server.engine import Engine
