@@ -12,6 +12,7 @@ from verl_speculator.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 QUANTIZATIONS = ("bnb4",)
 # The package that each setting needs, and the extra of ours that brings it.
@@ -101,27 +102,35 @@ class BaseForm:
         """Options of `from_pretrained` of a configuration or tokenizer."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
-    def loading(self, dtype: torch.dtype, device: Any) -> dict[str, Any]:
-        """Options of `from_pretrained` of a model.
+    def load(self, auto_class: Any, base: str | Path, *, dtype: torch.dtype, device: Any, **options: Any) -> nn.Module:
+        """The base in this form: in 4 bits on `device`, else on the host.
 
         Args:
+            auto_class: of transformers, `AutoModelForCausalLM` or another.
+            base: a directory or hub name.
             dtype: of what is not held in 4 bits, and of the products with what is.
-            device: where a base in 4 bits is put; it can be cast to no other type, so it is loaded there at once.
-        """
-        options = {"dtype": dtype} | self.reading
-        if self.quantization is None:
-            return options
-        from transformers import BitsAndBytesConfig
-
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        return options | {"quantization_config": nf4, "device_map": {"": device}}
-
-    def read_tokenizer(self, base: str | Path, **options: Any) -> Any:
-        """The base's tokenizer.
+            device: where a base in 4 bits is put: it is quantised there, and cannot be cast afterwards.
+            options: more of `from_pretrained`.
 
         Raises:
-            OSError, ValueError, KeyError: as transformers says that there is none.
+            UserError: if it cannot be loaded.
         """
+        options |= {"dtype": dtype} | self.reading
+        if self.quantization is not None:
+            from transformers import BitsAndBytesConfig
+
+            nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            options |= {"quantization_config": nf4, "device_map": {"": device}}
+        try:
+            model = auto_class.from_pretrained(base, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(f"base={self.name_of(base)}: cannot be loaded: {_one_line(error)}") from None
+        if self.quantization is not None:
+            _leave_odd_shapes_unpacked(model)
+        return model
+
+    def read_tokenizer(self, base: str | Path, **options: Any) -> Any:
+        """The base's tokenizer. Raises whatever transformers does where there is none."""
         from transformers import AutoConfig, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(base, **self.reading, **options)
@@ -147,3 +156,17 @@ class BaseForm:
 
 
 AS_IT_LIES = BaseForm()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _leave_odd_shapes_unpacked(model: nn.Module) -> None:
+    """For processors with AVX512-BF16 bitsandbytes packs matrices in blocks, and fails on those that do not fill them,
+    such as a gate with one output: they take its general way."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % 64):
+            module.support_avx512bf16_for_cpu = False

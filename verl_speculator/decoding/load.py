@@ -58,10 +58,7 @@ def load_base(path: str | Path, *, device: str, dtype: torch.dtype, form: BaseFo
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        base = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **form.loading(dtype, device))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"base={form.name_of(path)}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    base = form.load(AutoModelForCausalLM, path, dtype=dtype, device=device, trust_remote_code=False)
     base = base if form.whole else base.to(device)
     return base.eval().requires_grad_(False)
 

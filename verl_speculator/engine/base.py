@@ -10,7 +10,6 @@ from verl.utils.fsdp_utils import get_init_weight_context_manager
 from verl.utils.model import get_hf_auto_model_class
 
 from verl_speculator.engine.config import SpeculatorModelConfig
-from verl_speculator.errors import UserError
 
 
 def load_base(settings: SpeculatorModelConfig, dtype: torch.dtype, *, sent: bool) -> nn.Module:
@@ -32,12 +31,14 @@ def load_base(settings: SpeculatorModelConfig, dtype: torch.dtype, *, sent: bool
         with get_init_weight_context_manager(use_meta_tensor=True)():
             base = auto_class.from_config(settings.hf_config, dtype=dtype)
     else:
-        options = {"config": settings.hf_config, "trust_remote_code": settings.trust_remote_code}
-        try:
-            base = auto_class.from_pretrained(settings.local_path, **options, **form.loading(dtype, get_device_id()))
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{form.name_of(settings.path)}: cannot be loaded: {reason}") from None
+        base = form.load(
+            auto_class,
+            settings.local_path,
+            dtype=dtype,
+            device=get_device_id(),
+            config=settings.hf_config,
+            trust_remote_code=settings.trust_remote_code,
+        )
     if settings.use_liger:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
