@@ -190,6 +190,8 @@ def test_decoding_with_a_base_in_4_bits(bases, tmp_path, tokenizer):
         for draft in (None, speculator)
     )
     assert alone == drafted
+    with pytest.raises(UserError, match=r"dtype=torch\.float64: quantization=bnb4 takes fp32, bf16, fp16"):
+        load_base(folder, device="cpu", dtype=torch.float64, form=BNB4)
     exact = load_base(folder, device="cpu", dtype=torch.float32)
     tokens = torch.tensor([prompt])
     with torch.no_grad():

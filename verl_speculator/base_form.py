@@ -117,6 +117,8 @@ class BaseForm:
         """
         options |= {"dtype": dtype} | self.reading
         if self.quantization is not None:
+            if dtype.itemsize > 4:
+                raise UserError(f"dtype={dtype}: quantization={self.quantization} takes fp32, bf16, fp16")
             from transformers import BitsAndBytesConfig
 
             nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
