@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness import load_rows, process_group
-from tiny import ARCHITECTURES, make_base, make_chat_rows, make_tokenizer, write_parquet
+from tiny import ARCHITECTURES, GGUF_FILE, make_base, make_chat_rows, make_gguf, make_tokenizer, write_parquet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -45,6 +45,16 @@ def bases(tmp_path_factory, tokenizer) -> dict[str, Path]:
 def base(bases) -> Path:
     """The base of most tests: Qwen2 with a tied head."""
     return bases["qwen2_tied"]
+
+
+@pytest.fixture(scope="session")
+def gguf_bases(bases, tmp_path_factory) -> dict[str, Path]:
+    """Folders with a GGUF file and nothing else, of a tied and an untied base. For tests that have the library."""
+    root = tmp_path_factory.mktemp("gguf")
+    for name in ("qwen2_tied", "qwen2_untied"):
+        (root / name).mkdir()
+        make_gguf(bases[name], root / name / GGUF_FILE)
+    return {folder.name: folder for folder in root.iterdir()}
 
 
 @pytest.fixture(scope="module")

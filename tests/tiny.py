@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -36,6 +37,7 @@ WORDS = [
     "sits",
     "sings",
 ]
+GGUF_FILE = "tiny.gguf"
 ARCHITECTURES = ("qwen2_tied", "qwen2_untied", "llama", "qwen2_moe", "gemma2")
 
 
@@ -128,3 +130,49 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
     """Rows as a parquet file."""
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
+
+
+def make_gguf(source: Path, file: Path, *, quantised: bool = False) -> Path:
+    """A Qwen2 base of `make_base` with its tokenizer as one GGUF file, exactly or with its matrices in 8 bits."""
+    import gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    config = model.config
+    writer = gguf.GGUFWriter(str(file), "qwen2")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    special = set(tokenizer.added_tokens_decoder)
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([3 if token in special else 1 for token in range(len(tokenizer))])
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_token_merges([" ".join(pair) for pair in rules["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, ending = name.rsplit(".", 1)
+        name = f"{names.get_name(stem)}.{ending}"
+        if quantised and tensor.dim() > 1:
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

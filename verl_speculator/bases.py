@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from verl_speculator.base_form import AS_IT_LIES, BaseForm
 from verl_speculator.errors import UserError
 
 
@@ -22,14 +23,15 @@ def check_base_name(base: str | Path) -> None:
         )
 
 
-def base_shape(base: Any) -> tuple[int, int]:
-    """(D, V) of a base given as a model, a Hugging Face configuration, or the path or name of one."""
+def base_shape(base: Any, form: BaseForm = AS_IT_LIES) -> tuple[int, int]:
+    """(D, V) of a base given as a model, a Hugging Face configuration, or the path or name of one in this form."""
     if isinstance(base, (str, Path)):
         check_base_name(base)
+        form.check_file(base)
         from transformers import AutoConfig
 
         try:
-            base = AutoConfig.from_pretrained(base)
+            base = AutoConfig.from_pretrained(base, **form.reading)
         except (OSError, ValueError) as error:
             raise UserError(f"base={base}: no model there: {' '.join(str(error).split())[:200]}") from None
     if hasattr(base, "get_output_embeddings"):

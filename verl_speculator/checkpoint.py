@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_speculator.base_form import AS_IT_LIES, BaseForm
 from verl_speculator.bases import base_path, base_shape
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.errors import UserError
@@ -85,7 +86,16 @@ class CheckpointInfo:
         """The base it was trained for, as the run named it."""
         if (self.directory / BASE_DIRECTORY).is_dir():
             return str(self.directory / BASE_DIRECTORY)
-        return str(self.provenance.get("base", {}).get("name", "a base that its config.json does not name"))
+        name = self.provenance.get("base", {}).get("name", "a base that its config.json does not name")
+        return self.base_form.name_of(name)
+
+    @property
+    def base_form(self) -> BaseForm:
+        """The form in which the base was held while it was trained."""
+        if (self.directory / BASE_DIRECTORY).is_dir():
+            return AS_IT_LIES
+        recorded = self.provenance.get("base", {})
+        return BaseForm(recorded.get("quantization"), recorded.get("gguf_file"))
 
     def base_fingerprint(self) -> str | None:
         """The fingerprint of the base's weights, None if it is not known. A base that was trained too lies beside."""
@@ -93,24 +103,30 @@ class CheckpointInfo:
             return weights_fingerprint(str(self.directory / BASE_DIRECTORY))
         return self.provenance.get("base", {}).get("weights_fingerprint")
 
-    def check_base_weights(self, base: str) -> None:
+    def check_base_weights(self, base: str, form: BaseForm = AS_IT_LIES) -> None:
         """Refuse a base with other weights than the one that the speculator was trained for.
+
+        The same weights in 4 bits and as they lie go with each other, at the price of some acceptance: the log says so.
 
         Args:
             base: directory or hub name. Where either fingerprint is not to be had, that is said in the log.
+            form: in which it is held.
 
         Raises:
             UserError: naming both bases.
         """
-        mine, theirs = self.base_fingerprint(), weights_fingerprint(base)
+        mine, theirs = self.base_fingerprint(), weights_fingerprint(base, form.gguf_file)
+        name = form.name_of(base)
         if mine is None or theirs is None:
-            unknown = self.directory if mine is None else base
+            unknown = self.directory if mine is None else name
             logger.warning("%s: the base's weights cannot be compared: no fingerprint of %s", self.directory, unknown)
         elif mine != theirs:
             raise UserError(
-                f"{self.directory}: trained for the weights of {self.base_name}, those of {base} are others; a base "
+                f"{self.directory}: trained for the weights of {self.base_name}, those of {name} are others; a base "
                 "fine-tuned from it can be told to be fine: --allow-other-base (allow_other_base=True)"
             )
+        elif self.base_form.quantization != form.quantization:
+            logger.warning("%s: trained on the states of %s, not of %s", self.directory, self.base_name, name)
 
 
 def latest_step(run: Path) -> int | None:

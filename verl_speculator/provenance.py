@@ -88,13 +88,20 @@ def weights_directory(model: str) -> Path | None:
         return None
 
 
-def weights_fingerprint(model: str) -> str | None:
+def weights_fingerprint(model: str, gguf_file: str | None = None) -> str | None:
     """A hash of a Hugging Face model's weights that any change of any tensor is sure to move in practice.
 
     Reads each tensor's name, type, shape and 4 KiB from its middle, so that a 70B model takes no longer than a small
     one. None where the weights are not at hand as safetensors.
+
+    Args:
+        model: a directory, or a hub name.
+        gguf_file: the file of the model's that is meant, if it is one of GGUF; `file_fingerprint` is then taken of it.
     """
     directory = weights_directory(model)
+    if gguf_file is not None:
+        file = directory / gguf_file if directory else None
+        return file_fingerprint(file) if file and file.is_file() else None
     entries = {}
     for path in sorted(directory.glob("*.safetensors")) if directory else []:
         with path.open("rb") as file:

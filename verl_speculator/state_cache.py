@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from verl_speculator.base_form import BaseForm
 from verl_speculator.errors import UserError
 from verl_speculator.files import atomic_directory, check_writable
 from verl_speculator.provenance import weights_fingerprint
@@ -57,14 +58,14 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     base, data = config.model.path, OmegaConf.to_container(config.data)
-    fingerprint = weights_fingerprint(base)
+    fingerprint = weights_fingerprint(base, config.model.gguf_file)
     if fingerprint is None:
         raise UserError(f"{SETTING}: {base} has no *.safetensors, so its weights cannot be told from others")
     custom = data["custom_cls"]["path"]
     return {
         "format": FORMAT,
         "versions": {name: metadata.version(name) for name in ("verl_speculator", "transformers")},
-        "the base's weights": fingerprint,
+        "the base's weights": BaseForm(config.model.quantization).name_of(fingerprint),
         "engine.mixed_precision.param_dtype": (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
         "model.speculator.hidden_state": config.model.speculator.get("hidden_state", "post_norm"),
         "model.override_config": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
+from verl_speculator.commands.loading import GGUF_HELP, QUANTIZATION_HELP
 from verl_speculator.decoding.length import read_length
 from verl_speculator.evaluation.settings import BASELINES, OPTIONAL_BASELINES, EvaluationSettings
 
@@ -42,6 +43,8 @@ def evaluate(
         str, typer.Option(help=f"comma-separated: {', '.join((*BASELINES, *OPTIONAL_BASELINES))}")
     ] = ",".join(BASELINES),
     plots: Annotated[bool, typer.Option(help="draw the pictures too")] = True,
+    quantization: Annotated[str | None, typer.Option(help=QUANTIZATION_HELP)] = None,
+    gguf_file: Annotated[str | None, typer.Option(help=GGUF_HELP)] = None,
     allow_other_base: Annotated[bool, typer.Option(help="a base with other weights than at training")] = False,
     allow_untrained: Annotated[bool, typer.Option(help="checkpoints that training never changed")] = False,
 ) -> None:
@@ -68,6 +71,8 @@ def evaluate(
         device=device,
         seed=seed,
         baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
+        quantization=quantization,
+        gguf_file=gguf_file,
         allow_other_base=allow_other_base,
         allow_untrained=allow_untrained,
     )

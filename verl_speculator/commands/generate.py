@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.commands.loading import check_speculator, load, read_drafts
+from verl_speculator.commands.loading import (
+    GGUF_HELP,
+    QUANTIZATION_HELP,
+    check_form,
+    check_speculator,
+    load,
+    read_drafts,
+)
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.errors import UserError
 
@@ -37,6 +44,8 @@ def generate(
     compare: Annotated[bool, typer.Option(help="run the base alone too, and show both")] = False,
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help=QUANTIZATION_HELP)] = None,
+    gguf_file: Annotated[str | None, typer.Option(help=GGUF_HELP)] = None,
     allow_other_base: Annotated[bool, typer.Option(help="a base with other weights than at training")] = False,
 ) -> None:
     """Generate text; tokens per second, τ and the accepted share follow on standard error."""
@@ -51,8 +60,9 @@ def generate(
     for name, value in (("draft_length", draft_length), ("draft_tree", draft_tree)):
         if value is not None and speculator is None:
             raise UserError(f"{name}={value}: there is no speculator to draft with; expected --speculator")
+    form = check_form(base, quantization, gguf_file)
     if speculator is not None:
-        check_speculator(speculator, base, length, allow_other_base, tree)
+        check_speculator(speculator, base, length, allow_other_base, tree, form)
     if prompt is None:
         prompt = sys.stdin.read()
     if not prompt:
@@ -60,7 +70,7 @@ def generate(
     if stop and "" in stop:
         raise UserError("stop: an empty text ends every answer at once; expected one that is not empty")
 
-    loaded = load(base, speculator, device=device, dtype=dtype)
+    loaded = load(base, speculator, device=device, dtype=dtype, form=form)
     model, tokenizer, draft = loaded.base, loaded.tokenizer, loaded.speculator
     settings = {
         "max_new_tokens": max_new_tokens,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from verl_speculator.base_form import AS_IT_LIES, BaseForm
 from verl_speculator.decoding.length import DraftLength, check_length, read_length
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 
@@ -27,6 +28,10 @@ class Loaded:
     ends: tuple[int, ...]
 
 
+QUANTIZATION_HELP = "bnb4 holds the base in 4 bits"
+GGUF_HELP = "read the base from this file in --base"
+
+
 def read_drafts(
     draft_length: str | None, draft_tree: Path | None, temperature: float = 0.0
 ) -> tuple[DraftLength, DraftTree | None]:
@@ -41,12 +46,25 @@ def read_drafts(
     return read_length(draft_length), read_tree(draft_tree) if draft_tree is not None else None
 
 
+def check_form(base: str, quantization: str | None, gguf_file: str | None) -> BaseForm:
+    """The form in which the base is to be held.
+
+    Raises:
+        UserError: for values that make no sense, a package that is not installed, a file that is not there.
+    """
+    form = BaseForm(quantization, gguf_file)
+    form.check()
+    form.check_file(base)
+    return form
+
+
 def check_speculator(
     speculator: str,
     base: str,
     draft_length: DraftLength,
     allow_other_base: bool,
     draft_tree: DraftTree | None = None,
+    form: BaseForm = AS_IT_LIES,
 ) -> None:
     """What the checkpoint's configuration and the base's tell without loading either.
 
@@ -60,13 +78,13 @@ def check_speculator(
     check_length(draft_length, info.config.n_predict)
     if draft_tree is not None:
         draft_tree.check(info.config, info.vocab_size)
-    info.check_base(*base_shape(base))
+    info.check_base(*base_shape(base, form))
     if not allow_other_base:
-        info.check_base_weights(base)
+        info.check_base_weights(base, form)
     typer.echo(f"{info.directory}: trained for {info.base_name}", err=True)
 
 
-def load(base: str, speculator: str | None, *, device: str, dtype: str) -> Loaded:
+def load(base: str, speculator: str | None, *, device: str, dtype: str, form: BaseForm = AS_IT_LIES) -> Loaded:
     """Load what `check_speculator` has let through; an untrained speculator is warned of.
 
     Raises:
@@ -78,8 +96,8 @@ def load(base: str, speculator: str | None, *, device: str, dtype: str) -> Loade
 
     device = choose_device(device)
     kind = choose_dtype(dtype, device)
-    tokenizer = load_tokenizer(base)
-    model = load_base(base, device=device, dtype=kind)
+    tokenizer = load_tokenizer(base, form)
+    model = load_base(base, device=device, dtype=kind, form=form)
     draft = None
     if speculator is not None:
         draft = load_speculator(speculator, device=device, dtype=kind).requires_grad_(False).eval()

@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 
 from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.commands.loading import check_speculator, load, read_drafts
+from verl_speculator.commands.loading import (
+    GGUF_HELP,
+    QUANTIZATION_HELP,
+    check_form,
+    check_speculator,
+    load,
+    read_drafts,
+)
 from verl_speculator.errors import UserError
 from verl_speculator.server.listen import bind, listen
 from verl_speculator.server.settings import ServeSettings
@@ -37,6 +44,8 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="requests that wait while another is answered")] = 16,
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help=QUANTIZATION_HELP)] = None,
+    gguf_file: Annotated[str | None, typer.Option(help=GGUF_HELP)] = None,
     allow_other_base: Annotated[bool, typer.Option(help="a base with other weights than at training")] = False,
 ) -> None:
     """Serve OpenAI's chat completions and completions, and a page that shows what was drafted. Not for production."""
@@ -55,15 +64,16 @@ def serve(
         max_waiting=max_waiting,
     )
     length, tree = read_drafts(draft_length, draft_tree)
+    form = check_form(base, quantization, gguf_file)
     found = _find_speculator(speculator)
     for name, value in (("draft_length", draft_length), ("draft_tree", draft_tree)):
         if value is not None and found is None:
             raise UserError(f"{name}={value}: there is no speculator to draft with; expected --speculator")
     if found is not None:
-        check_speculator(found, base, length, allow_other_base, tree)
+        check_speculator(found, base, length, allow_other_base, tree, form)
     with bind(host, port) as taken:
         address, number = taken.getsockname()[:2]
-        loaded = load(base, found, device=device, dtype=dtype)
+        loaded = load(base, found, device=device, dtype=dtype, form=form)
 
         from verl_speculator.server.app import create_app
         from verl_speculator.server.engine import Engine

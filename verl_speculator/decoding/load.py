@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_speculator.base_form import AS_IT_LIES, BaseForm
 from verl_speculator.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
     return getattr(torch, DTYPES[dtype])
 
 
-def load_base(path: str | Path, *, device: str, dtype: torch.dtype) -> nn.Module:
+def load_base(path: str | Path, *, device: str, dtype: torch.dtype, form: BaseForm = AS_IT_LIES) -> nn.Module:
     """A Hugging Face causal language model in evaluation mode. No code from the model's folder is run.
 
     Raises:
@@ -57,14 +58,12 @@ def load_base(path: str | Path, *, device: str, dtype: torch.dtype) -> nn.Module
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base={path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    return base.to(device).eval().requires_grad_(False)
+    base = form.load(AutoModelForCausalLM, path, dtype=dtype, device=device, trust_remote_code=False)
+    base = base if form.whole else base.to(device)
+    return base.eval().requires_grad_(False)
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, form: BaseForm = AS_IT_LIES) -> Any:
     """A base's tokenizer, with the default chat template if it has none.
 
     Raises:
@@ -73,13 +72,11 @@ def load_tokenizer(path: str | Path) -> Any:
     from verl_speculator.bases import check_base_name
 
     check_base_name(path)
-    from transformers import AutoTokenizer
-
     from verl_speculator.tokens import ensure_chat_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = form.read_tokenizer(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base={path}: no tokenizer: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"base={form.name_of(path)}: no tokenizer: {' '.join(str(error).split())[:300]}") from None
     ensure_chat_template(tokenizer)
     return tokenizer

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from verl.workers.config import HFModelConfig
 
+from verl_speculator.base_form import BaseForm
 from verl_speculator.config import SpeculatorConfig, SpeculatorTraining, split_settings
 from verl_speculator.tokens import end_token_ids, ensure_chat_template
 
@@ -24,12 +27,16 @@ class SpeculatorModelConfig(HFModelConfig):
         speculator: the `model.speculator.*` keys.
         speculator_loss_coeff: weight of the speculator's loss.
         freeze_base_model: whether the base keeps its weights.
+        quantization: None, or `bnb4`: the base in 4 bits.
+        gguf_file: None, or the file inside `path` that the base is read from.
+        form: what the last two say, checked.
         speculator_config: what `speculator` says, validated: the shape.
         speculator_training: what `speculator` says, validated: how to train it.
         end_token_ids: tokens that end an assistant's turn. The trainer empties it for plain text.
     """
 
     _mutable_fields = HFModelConfig._mutable_fields | {
+        "form",
         "speculator_config",
         "speculator_training",
         "end_token_ids",
@@ -39,14 +46,32 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator: Any = field(default_factory=dict)
     speculator_loss_coeff: float = 1.0
     freeze_base_model: bool = True
+    quantization: str | None = None
+    gguf_file: str | None = None
+    form: BaseForm | None = None
     speculator_config: SpeculatorConfig | None = None
     speculator_training: SpeculatorTraining | None = None
     end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.form = BaseForm(self.quantization, self.gguf_file)
+        self.form.check("model.", frozen=self.freeze_base_model)
+        self._describe_base()
         settings: Mapping[str, Any] = dict(self.speculator)
         self.speculator_config, self.speculator_training = split_settings(settings)
         if ensure_chat_template(self.tokenizer):
             logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
         self.end_token_ids = end_token_ids(self.tokenizer, self.generation_config)
+
+    def _describe_base(self) -> None:
+        """verl's own reading of configuration and tokenizer, which knows folders only."""
+        if self.gguf_file is None:
+            super().__post_init__()
+            return
+        named = self.hf_config_path, self.tokenizer_path
+        with TemporaryDirectory() as folder:
+            self.form.write_description(self.path, Path(folder))
+            self.hf_config_path, self.tokenizer_path = (path or folder for path in named)
+            super().__post_init__()
+        self.hf_config_path, self.tokenizer_path = (path or self.path for path in named)
+        self.local_hf_config_path = self.local_tokenizer_path = self.local_path

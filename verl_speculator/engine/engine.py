@@ -13,11 +13,14 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_speculator.alignment import DraftRows, align, padded_positions, states_read
+from verl_speculator.base_form import AS_IT_LIES
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
+from verl_speculator.engine.base import load_base
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
@@ -53,6 +56,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 f"engine.ulysses_sequence_parallel_size={engine_config.ulysses_sequence_parallel_size}: "
                 f"{MODEL_TYPE} supports 1 only"
             )
+        if model_config.form.whole and engine_config.forward_only:
+            raise UserError(f"model.quantization={model_config.quantization}: not for a forward-only engine")
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         # Set by whoever numbers the rows of its data: batches with `row` are then kept there, or read.
         self.state_cache: StateCache | None = None
@@ -74,18 +79,28 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
 
     # Building
 
-    def _build_module(self) -> nn.Module:
+    def _build_base(self) -> nn.Module:
+        settings = self.model_config
+        if settings.form != AS_IT_LIES:
+            dtype = PrecisionType.to_dtype(self.engine_config.model_dtype or torch.float32)
+            # As verl has it: ties between tensors are lost where a model is made without its weights.
+            sent = self.device_mesh.get_coordinate()[-1] != 0 and not settings.hf_config.tie_word_embeddings
+            return load_base(settings, dtype, sent=sent)
         # verl's engine builds language_model and value_model only; the base is the former.
-        self.model_config.model_type = "language_model"
+        settings.model_type = "language_model"
         try:
-            base = super()._build_module()
+            return super()._build_module()
         finally:
-            self.model_config.model_type = MODEL_TYPE
+            settings.model_type = MODEL_TYPE
+
+    def _build_module(self) -> nn.Module:
+        base = self._build_base()
         if self.engine_config.forward_only:  # a reference model has nothing to draft
             return base
         if named := self.engine_config.wrap_policy.get("transformer_layer_cls_to_wrap"):
             # The user's list of sharding units replaces the model's own, which names ours.
             named = [named] if isinstance(named, str) else list(named)
+            named = [] if self.model_config.form.whole else named
             self.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = [*named, DraftLoss.__name__]
         head = base.get_output_embeddings().weight
         training = self.model_config.speculator_training
@@ -117,6 +132,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 compiled=get_device_name() == "cuda" if training.compile is None else training.compile,
             ),
             freeze_base=self.model_config.freeze_base_model,
+            shard_base=not self.model_config.form.whole,
             detach_hidden=training.detach_hidden,
         )
 

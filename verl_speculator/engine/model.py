@@ -25,12 +25,19 @@ class ModelWithSpeculator(nn.Module):
         draft: the speculator and its loss.
         freeze_base: keep the base as it is: no graph, no gradient, always in eval mode, and its output head is never
             multiplied with.
+        shard_base: let sharding wrappers see the base. False for one that stays whole on every process, and is on its
+            device already.
         detach_hidden: if the base is trained, keep the speculator's gradient away from it.
     """
 
-    def __init__(self, base: nn.Module, draft: DraftLoss, *, freeze_base: bool, detach_hidden: bool) -> None:
+    def __init__(
+        self, base: nn.Module, draft: DraftLoss, *, freeze_base: bool, detach_hidden: bool, shard_base: bool = True
+    ) -> None:
         super().__init__()
-        self.base = base
+        if shard_base:
+            self.base = base
+        else:  # an attribute, but no submodule: wrappers, casts and state dicts go by submodules
+            object.__setattr__(self, "base", base.eval())
         self.draft = draft
         self.head = BaseHead(base) if draft.objective.needs_teacher else None
         self._head_checked = False
@@ -40,7 +47,7 @@ class ModelWithSpeculator(nn.Module):
         draft.speculator.attach(base)
         # What sharding wrappers and verl ask of a model: its configuration, and the classes of its sharding units.
         self.config = base.config
-        self._no_split_modules = [*(base._no_split_modules or []), DraftLoss.__name__]
+        self._no_split_modules = [*(base._no_split_modules or [] if shard_base else []), DraftLoss.__name__]
         if freeze_base:
             base.requires_grad_(False)
             base.gradient_checkpointing_disable()

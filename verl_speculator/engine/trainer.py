@@ -140,7 +140,7 @@ class SpeculatorTrainer(SFTTrainer):
 
     @cached_property
     def _fingerprint(self) -> str | None:
-        return weights_fingerprint(self.model_config.path)
+        return weights_fingerprint(self.model_config.path, self.model_config.gguf_file)
 
     def _provenance(self, step: int) -> dict[str, Any]:
         model, data = self.model_config, self.config.data
@@ -149,6 +149,8 @@ class SpeculatorTrainer(SFTTrainer):
         return {
             "base": {
                 "name": model.path,
+                "quantization": model.quantization,
+                "gguf_file": model.gguf_file,
                 "trained_jointly": trained,
                 # A jointly trained base is no longer the one that the fingerprint was taken of.
                 "weights_fingerprint": None if trained else self._fingerprint,

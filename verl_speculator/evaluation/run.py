@@ -50,21 +50,21 @@ def evaluate(settings: EvaluationSettings) -> Path:
     settings.check_output()
     infos = settings.checkpoints()
     prompts = {path: read_prompts(path) for path in settings.prompts}
-    shape = base_shape(settings.base)
+    shape = base_shape(settings.base, settings.form)
     for info in infos.values():
         info.check_base(*shape)
         if not settings.allow_other_base:
-            info.check_base_weights(settings.base)
+            info.check_base_weights(settings.base, settings.form)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    tokenizer = load_tokenizer(settings.base)
+    tokenizer = load_tokenizer(settings.base, settings.form)
     texts = read_texts(settings.texts, tokenizer) if settings.texts else []
 
     speculators = {name: _load_trained(name, settings, device, dtype) for name in infos}
-    base = load_base(settings.base, device=device, dtype=dtype)
+    base = load_base(settings.base, device=device, dtype=dtype, form=settings.form)
     ends = end_token_ids(tokenizer, base.generation_config)
     found = {
-        "base": settings.base,
+        "base": settings.form.name_of(settings.base),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
         "threads": torch.get_num_threads(),
@@ -111,7 +111,9 @@ class Bench:
         self.reader = Speculating(base, None, SamplingPolicy(), None, ends)
         self.memory = PeakMemory(base.device)
         self.journals = settings.out / JOURNALS
-        self.base_identity = {"base": weights_fingerprint(settings.base)}
+        self.base_identity = {"base": weights_fingerprint(settings.base, settings.gguf_file)}
+        if settings.quantization is not None:
+            self.base_identity["quantization"] = settings.quantization
 
     def _journal(
         self, kind: str, name: str, describes: dict[str, Any], identity: dict[str, Any], file: Path, scope: list[int]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_speculator.base_form import BaseForm
 from verl_speculator.checkpoint import CheckpointInfo, read_checkpoint_info
 from verl_speculator.decoding.length import DraftLength
 from verl_speculator.decoding.policy import SamplingPolicy
@@ -41,6 +42,7 @@ class EvaluationSettings:
         dtype, device: `auto` or a name.
         seed: of sampling, of the random baseline and of the bootstrap.
         baselines: of BASELINES and OPTIONAL_BASELINES. The base alone is run beside each of the others in any case.
+        quantization, gguf_file: the form in which the base is held.
         allow_other_base: evaluate speculators on a base with other weights than they were trained for.
         allow_untrained: evaluate checkpoints that no training step has changed.
     """
@@ -65,11 +67,15 @@ class EvaluationSettings:
     device: str = "auto"
     seed: int = 0
     baselines: tuple[str, ...] = BASELINES
+    quantization: str | None = None
+    gguf_file: str | None = None
     allow_other_base: bool = False
     allow_untrained: bool = False
 
     def __post_init__(self) -> None:
         self.policy  # noqa: B018
+        self.form.check()
+        self.form.check_file(self.base)
         for name, least in (
             ("num_prompts", 0),
             ("num_texts", 0),
@@ -98,6 +104,11 @@ class EvaluationSettings:
     def policy(self) -> SamplingPolicy:
         """Temperature, top-p and top-k."""
         return SamplingPolicy(self.temperature, self.top_p, self.top_k)
+
+    @property
+    def form(self) -> BaseForm:
+        """In which the base is held."""
+        return BaseForm(self.quantization, self.gguf_file)
 
     def check_output(self) -> None:
         """Refuse an output directory that cannot be written to, without making it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from verl_speculator.base_form import BaseForm
 from verl_speculator.checkpoint import (
     BASE_DIRECTORY,
     CONFIG_FILE,
@@ -40,36 +42,58 @@ class Base:
     block_shapes: dict[str, list[int]]
 
 
-def _load(setting: str, loader: Any, name: str, **options: Any) -> Any:
-    """What `loader` makes of a directory or hub name."""
+def _load(setting: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """What `load` makes of a directory or hub name."""
     try:
-        return loader.from_pretrained(name, **options)
+        return load(name, **options)
     except Exception as error:  # OSError, ValueError, ImportError and, of a broken tokenizer.json, a bare Exception
         reason = " ".join(str(error).split())[:200]
         where = "" if Path(name).exists() else "no directory, and not to be had from the hub: "
         raise UserError(f"{setting}: {where}{reason}") from None
 
 
+def _check_files(setting: str, path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{setting}: no model there (no config.json)")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise UserError(f"{setting}: no weights there (no *.safetensors, no *.bin)")
+
+
+def _check_form(setting: str, hf_config: Any, form: BaseForm) -> None:
+    """A base whose weights lie in 4 bits goes the way of one that is quantised here: verl would cast it."""
+    lies = getattr(hf_config, "quantization_config", None) or {}
+    method = lies.get("quant_method") if isinstance(lies, dict) else getattr(lies, "quant_method", None)
+    if method == "bitsandbytes" and form.quantization is None:
+        raise UserError(f"{setting}: its weights are quantised by bitsandbytes; expected model.quantization=bnb4")
+
+
 def check_base(config: DictConfig) -> Base:
     """Whether the base's configuration and tokenizer load. No weight is read."""
-    name = config.model.path
+    name, form = config.model.path, BaseForm(config.model.quantization, config.model.gguf_file)
     setting = f"model.partial_pretrain={name}"
     path = Path(name)
     if not path.exists() and not HUB_NAME.match(name):
         raise UserError(f"{setting}: no such directory")
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{setting}: no model there (no config.json)")
-    if path.exists() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise UserError(f"{setting}: no weights there (no *.safetensors, no *.bin)")
+    form.check_file(name, "model.")
+    if path.exists() and form.gguf_file is None:
+        _check_files(setting, path)
 
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     options = {"trust_remote_code": config.model.trust_remote_code}
-    hf_config = _load(setting, AutoConfig, config.model.hf_config_path or name, **options)
-    named = config.model.tokenizer_path
-    tokenizer = _load(f"model.tokenizer_path={named}" if named else setting, AutoTokenizer, named or name, **options)
+    if form.gguf_file is not None:
+        setting = f"model.gguf_file={form.gguf_file}"
+    if named := config.model.hf_config_path:
+        hf_config = _load(setting, AutoConfig.from_pretrained, named, **options)
+    else:
+        hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.reading, **options)
+    _check_form(setting, hf_config, form)
+    if named := config.model.tokenizer_path:
+        tokenizer = _load(f"model.tokenizer_path={named}", AutoTokenizer.from_pretrained, named, **options)
+    else:
+        tokenizer = _load(setting, form.read_tokenizer, name, **options)
     try:
-        generation = GenerationConfig.from_pretrained(name)
+        generation = None if form.gguf_file else GenerationConfig.from_pretrained(name)
     except (OSError, ValueError):
         generation = None
     if config.model.custom_chat_template is not None:
@@ -165,8 +189,10 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
         "model.freeze_base_model": (None if joint is None else not joint, config.model.freeze_base_model),
         "the base's weights": (
             recorded["base"].get("weights_fingerprint"),
-            weights_fingerprint(config.model.path),
+            weights_fingerprint(config.model.path, config.model.gguf_file),
         ),
+        # A checkpoint that names none was trained on the states of the weights as they lie.
+        "model.quantization": (recorded["base"].get("quantization") or "null", config.model.quantization or "null"),
         "data.train_batch_size": (recorded["training"].get("train_batch_size"), config.data.train_batch_size),
         "optim.lr": (recorded["training"].get("lr"), config.optim.lr),
         "trainer.seed": (recorded["training"].get("seed"), config.trainer.seed),

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_speculator.base_form import BaseForm
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.settings import flash_attention_installed
 
@@ -120,6 +121,8 @@ def check_settings(config: DictConfig) -> None:
         _number(config, key, *bounds)
     _number(config, "model.speculator_loss_coeff", 0.0, math.inf, inclusive=not config.model.freeze_base_model)
     _loggers(config)
+    model = config.model
+    BaseForm(model.quantization, model.gguf_file).check("model.", frozen=model.freeze_base_model)
     named = config.data.cache_hidden_states
     if named is not None and (not isinstance(named, str) or not named):
         raise UserError(f"data.cache_hidden_states={named}: expected a directory, or null")
@@ -129,6 +132,11 @@ def check_settings(config: DictConfig) -> None:
         raise UserError(
             f"data.cache_hidden_states={named}: model.speculator.method=early_exit reads states inside the base, "
             "which are not kept; expected null"
+        )
+    if config.model.quantization is not None and config.model.speculator.get("trainable") == "head_and_block":
+        raise UserError(
+            f"model.quantization={config.model.quantization}: a block in 4 bits cannot be trained; "
+            "expected model.speculator.trainable=head"
         )
     for key, only in UNSUPPORTED.items():
         if OmegaConf.select(config, key) != only:

@@ -1,0 +1,174 @@
+"""In which form a base is held: as its weights lie, in 4 bits, or read from a GGUF file. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_speculator.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+QUANTIZATIONS = ("bnb4",)
+# The package that each setting needs, and the extra of ours that brings it.
+PACKAGES = {"quantization": ("bitsandbytes", "bnb"), "gguf_file": ("gguf", "gguf")}
+PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+@dataclass(frozen=True)
+class BaseForm:
+    """The one place that knows what transformers is asked for.
+
+    Attributes:
+        quantization: `bnb4` holds the matrices of the layers in 4 bits, as bitsandbytes' NF4; embedding, norms and
+            output head stay as they are. None leaves everything as it lies.
+        gguf_file: a GGUF file's name inside the base's directory or hub repository. Weights, configuration and
+            tokenizer come from it; its tensors are dequantised as they are read.
+    """
+
+    quantization: str | None = None
+    gguf_file: str | None = None
+
+    def check(self, prefix: str = "", *, frozen: bool = True) -> None:
+        """Whether the values make sense and the packages that they need are there. Reads no file.
+
+        Args:
+            prefix: of the settings' names, `model.` in training.
+            frozen: whether the base keeps its weights.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        word, file = self.quantization, self.gguf_file
+        if word is not None and word not in QUANTIZATIONS:
+            hint = nearest(str(word), QUANTIZATIONS)
+            raise UserError(f"{prefix}quantization={word}: expected {', '.join(QUANTIZATIONS)} or null{hint}")
+        if file is not None and (not isinstance(file, str) or not file.endswith(".gguf")):
+            raise UserError(f"{prefix}gguf_file={file}: expected the name of a .gguf file inside the base's directory")
+        if word is not None and file is not None:
+            raise UserError(
+                f"{prefix}quantization={word}, {prefix}gguf_file={file}: a GGUF file says itself how its tensors are "
+                "held; expected one of the two"
+            )
+        if word is not None and not frozen:
+            raise UserError(
+                f"{prefix}quantization={word}: a base in 4 bits cannot be trained; "
+                f"expected {prefix}freeze_base_model=true"
+            )
+        for setting, (package, extra) in PACKAGES.items():
+            value = getattr(self, setting)
+            if value is not None and importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"{prefix}{setting}={value}: the package {package} is not installed; "
+                    f"expected: pip install 'verl_speculator[{extra}]'"
+                )
+
+    def check_file(self, base: str | Path, prefix: str = "") -> None:
+        """Whether the GGUF file lies where it is looked for. What a hub has is not asked.
+
+        Raises:
+            UserError: naming the file, and those that there are.
+        """
+        directory = Path(base).expanduser()
+        if self.gguf_file is None or not directory.is_dir():
+            return
+        setting = f"{prefix}gguf_file={self.gguf_file}"
+        if not (directory / self.gguf_file).is_file():
+            there = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "none"
+            raise UserError(f"{setting}: no such file in {directory}; its *.gguf: {there}")
+        if PART_OF_SEVERAL.search(self.gguf_file):
+            raise UserError(
+                f"{setting}: one part of several, transformers reads whole files; join them with llama.cpp's "
+                "llama-gguf-split --merge"
+            )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it stays whole on one device: what is held in 4 bits cannot be cut, cast or sent like a tensor."""
+        return self.quantization is not None
+
+    def name_of(self, base: str | Path) -> str:
+        """A base of this form as people read it: `DIR`, `DIR/file.gguf`, `DIR (bnb4)`."""
+        name = str(base) if self.gguf_file is None else f"{base}/{self.gguf_file}"
+        return name if self.quantization is None else f"{name} ({self.quantization})"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Options of `from_pretrained` of a configuration or tokenizer."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def load(self, auto_class: Any, base: str | Path, *, dtype: torch.dtype, device: Any, **options: Any) -> nn.Module:
+        """The base in this form: in 4 bits on `device`, else on the host.
+
+        Args:
+            auto_class: of transformers, `AutoModelForCausalLM` or another.
+            base: a directory or hub name.
+            dtype: of what is not held in 4 bits, and of the products with what is.
+            device: where a base in 4 bits is put: it is quantised there, and cannot be cast afterwards.
+            options: more of `from_pretrained`.
+
+        Raises:
+            UserError: if it cannot be loaded.
+        """
+        options |= {"dtype": dtype} | self.reading
+        if self.quantization is not None:
+            if dtype.itemsize > 4:
+                raise UserError(f"dtype={dtype}: quantization={self.quantization} takes fp32, bf16, fp16")
+            from transformers import BitsAndBytesConfig
+
+            nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            options |= {"quantization_config": nf4, "device_map": {"": device}}
+        try:
+            model = auto_class.from_pretrained(base, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(f"base={self.name_of(base)}: cannot be loaded: {_one_line(error)}") from None
+        if self.quantization is not None:
+            _leave_odd_shapes_unpacked(model)
+        return model
+
+    def read_tokenizer(self, base: str | Path, **options: Any) -> Any:
+        """The base's tokenizer. Raises whatever transformers does where there is none."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(base, **self.reading, **options)
+        if self.gguf_file is not None:
+            # transformers gives the tokenizer its class's own special tokens; those of the file it tells the
+            # configuration alone.
+            config = AutoConfig.from_pretrained(base, **self.reading)
+            for role in ("bos", "eos", "pad"):
+                token = getattr(config, f"{role}_token_id", None)
+                if token is not None:
+                    setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
+        return tokenizer
+
+    def write_description(self, base: str | Path, folder: Path) -> None:
+        """Configuration and tokenizer of a GGUF file as files, for who reads folders only."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config = AutoConfig.from_pretrained(base, **self.reading)
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        config.save_pretrained(folder)
+        self.read_tokenizer(base).save_pretrained(folder)
+
+
+AS_IT_LIES = BaseForm()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _leave_odd_shapes_unpacked(model: nn.Module) -> None:
+    """For processors with AVX512-BF16 bitsandbytes packs matrices in blocks, and fails on those that do not fill them,
+    such as a gate with one output: they take its general way."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % 64):
+            module.support_avx512bf16_for_cpu = False
