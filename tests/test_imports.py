@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "models": {"config", "errors", "families"},
     "objective": {"errors"},
     "losses": {"models", "objective"},
-    "checkpoint": {"bases", "config", "errors", "families", "files", "models", "provenance"},
+    "tensors": {"errors"},
+    "checkpoint": {"bases", "config", "errors", "families", "files", "models", "provenance", "tensors"},
     "decoding": {"bases", "errors", "models", "tokens"},
     "evaluation": {
         *(
@@ -55,15 +56,18 @@ MAY_IMPORT = {
     },
     "train": {"engine", "errors", "settings"},
     "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
-    "rollout": {"config"},
+    "rollout": {"bases", "checkpoint", "config", "errors", "families", "files", "models", "tensors"},
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
-        *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
-        *("models", "server", "tokens"),
+        *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "files"),
+        *("models", "rollout", "server", "tokens"),
     },
     "__main__": {"commands", "errors"},
     "__init__": {"checkpoint", "config", "models"},
 }
+
+# Modules of a lighter room that live in verl's own processes.
+TALKS_TO_VERL = ("push.py", "verl_worker.py")
 
 
 def imported(path: Path) -> set[str]:
@@ -90,7 +94,7 @@ def test_imports_go_one_way():
             if parts[0] == "verl_speculator" and len(parts) > 1 and parts[1] != room:
                 assert parts[1] in MAY_IMPORT[room], f"{room} imports {parts[1]}"
             if parts[0] == "verl":
-                assert room in ("engine", "train"), f"{room} imports verl"
+                assert room in ("engine", "train") or path.name in TALKS_TO_VERL, f"{room} imports verl"
 
 
 def modules_after(statement: str) -> set[str]:

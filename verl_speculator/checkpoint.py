@@ -20,13 +20,14 @@ from verl_speculator.errors import UserError
 from verl_speculator.families import FAMILIES
 from verl_speculator.files import atomic_file
 from verl_speculator.provenance import weights_fingerprint
+from verl_speculator.tensors import SAFETENSORS_FILE, TORCH_FILE, read_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from verl_speculator.models import Slot, Speculator
 
-WEIGHTS_FILE = "pytorch_model.bin"
+WEIGHTS_FILE = TORCH_FILE
 CONFIG_FILE = "config.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_DIRECTORY = "training_state"
@@ -287,19 +288,14 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     Raises:
         UserError: if the file is missing or truncated, or holds other tensors than the configuration calls for.
     """
-    import pickle
-
     import torch
 
     from verl_speculator.models import build_speculator
 
     path = info.directory / WEIGHTS_FILE
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        raise UserError(f"{path}: truncated, or not a file of tensors") from None
+    if not path.exists() and (info.directory / SAFETENSORS_FILE).exists():
+        path = info.directory / SAFETENSORS_FILE
+    tensors = read_tensors(path)
     module = build_speculator(info.config, hidden_size=info.hidden_size, vocab_size=info.vocab_size, device="meta")
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
     faults = [f"missing {key}" for key in slots if key not in tensors]
