@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from verl_speculator.files import atomic_directory, check_writable
+from verl_speculator.files import atomic_file, check_writable
 from verl_speculator.rollout.contracts import FORMATS
 
 
@@ -30,14 +30,15 @@ def export(
     from verl_speculator.rollout.hub import check_repo, push
 
     info = read_checkpoint_info(checkpoint)
-    check_export(info, format_, out, dtype, overwrite)
+    check_export(info, format_, out, dtype, overwrite or dry_run)
     check_writable(f"--out {out}", out)
     if push_to_hub is not None:
         check_repo(push_to_hub)
     card = model_card(info, format_, read_results(results) if results is not None else ())
     if dry_run:
-        with atomic_directory(out) as directory:
-            (directory / CARD).write_text(card)
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out / CARD) as path:
+            path.write_text(card)
         typer.echo(f"{out / CARD}: the card alone; nothing was exported or uploaded")
         return
     architectures: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ def rollout_metrics(accounts: Sequence[dict[str, Any]], *, trainer_version: int 
     Returns:
         `rollout/speculator_version`, the oldest that drafts anywhere; with `trainer_version` also
         `rollout/speculator_lag`, how many versions it is behind. Where anything was drafted `rollout/accepted_length`
-        (τ, tokens per pass of the base) and `rollout/accept_rate` (accepted share of the drafts). Empty without accounts.
+        (τ, tokens per pass of the base) and `rollout/accept_rate` (accepted share of drafts). Empty without accounts.
     """
     if not accounts:
         return {}

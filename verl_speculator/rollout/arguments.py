@@ -30,7 +30,7 @@ WORKER_EXTENSION = "verl_speculator.rollout.verl_worker.VerlSpeculatorWorkerExte
 # What vLLM looks for in the path of a draft model, and takes for its method whatever the method says.
 TAKEN_FOR_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 _OVERRIDE = re.compile(r"^(?P<sign>\+{0,2}|~)(?P<key>[^=~+]+)=(?P<value>.*)$", re.DOTALL)
-_PLAIN = re.compile(r"[\w./\-+@%*]+")
+_PLAIN = re.compile(r"[\w./\-+@%*]+", re.ASCII)
 
 
 @dataclass(frozen=True)
