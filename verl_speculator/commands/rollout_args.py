@@ -23,14 +23,12 @@ def rollout_args(
     ] = False,
 ) -> None:
     """Print the Hydra overrides for verl's PPO trainer or generation server, one a line; notes on standard error."""
-    from verl_speculator.checkpoint import read_checkpoint_info
+    from verl_speculator.checkpoint import load_speculator, read_checkpoint_info
 
     info = read_checkpoint_info(checkpoint)
     arguments = rollout_arguments(info, engine=engine, purpose=purpose, overrides=overrides or ())
 
     # Last, since it reads every weight: better here than in a worker of a cluster.
-    from verl_speculator.checkpoint import load_speculator
-
     if load_speculator(info.directory).is_untrained() and not allow_untrained:
         raise UserError(
             f"{info.directory}: no training step has changed its tensors; expected a trained checkpoint, or "

@@ -53,6 +53,9 @@ class SpeculatorProposer:
         check_version(installed_vllm())
         settings = ProposerSettings.parse(vllm_config.additional_config)
         info = check_checkpoint(settings, vllm_config)
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        hand_over_rows(GPUModelRunner)
         device = torch.device(vllm_config.device_config.device)
         self.dtype = vllm_config.model_config.dtype
         self.speculator = load_speculator(info.directory, device=device, dtype=self.dtype).requires_grad_(False).eval()
@@ -65,9 +68,6 @@ class SpeculatorProposer:
         self._draft = partial(drafts, self.speculator)
         if fuse:
             self._warm_up(device)
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        hand_over_rows(GPUModelRunner)
 
     @torch.inference_mode()
     def _warm_up(self, device: torch.device) -> None:
