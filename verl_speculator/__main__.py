@@ -9,17 +9,22 @@ import typer
 
 from verl_speculator.commands.convert import convert
 from verl_speculator.commands.evaluate import evaluate, plot
+from verl_speculator.commands.export import export
 from verl_speculator.commands.generate import generate
 from verl_speculator.commands.inspect import inspect
 from verl_speculator.commands.prepare import prepare
 from verl_speculator.commands.regenerate import regenerate
+from verl_speculator.commands.rollout_args import rollout_args
 from verl_speculator.commands.serve import serve
 from verl_speculator.commands.sweep import sweep
 from verl_speculator.commands.tree import tree
 from verl_speculator.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
-for command in (prepare, regenerate, inspect, convert, generate, serve, evaluate, tree, plot, sweep):
+for command in (
+    *(prepare, regenerate, inspect, convert, generate, serve, evaluate, tree, plot, sweep),
+    *(export, rollout_args),
+):
     app.command()(command)
 
 

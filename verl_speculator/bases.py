@@ -43,3 +43,10 @@ def base_shape(base: Any, form: BaseForm = AS_IT_LIES) -> tuple[int, int]:
 def base_path(base: Any) -> str:
     """Where a model or a Hugging Face configuration was read from, empty if it was made in memory."""
     return (base.config if hasattr(base, "get_output_embeddings") else base).name_or_path
+
+
+def base_architectures(base: str | Path) -> tuple[str, ...]:
+    """`architectures` of the base at a path or of a hub name, as in its `config.json`."""
+    from transformers import AutoConfig
+
+    return tuple(AutoConfig.from_pretrained(base).architectures or ())

@@ -21,13 +21,14 @@ from verl_speculator.errors import UserError
 from verl_speculator.families import FAMILIES
 from verl_speculator.files import atomic_file
 from verl_speculator.provenance import weights_fingerprint
+from verl_speculator.tensors import SAFETENSORS_FILE, TORCH_FILE, read_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from verl_speculator.models import Slot, Speculator
 
-WEIGHTS_FILE = "pytorch_model.bin"
+WEIGHTS_FILE = TORCH_FILE
 CONFIG_FILE = "config.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_DIRECTORY = "training_state"
@@ -313,28 +314,6 @@ def save_speculator(
     )
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that `torch.save` wrote, by name, memory-mapped and without running code.
-
-    Raises:
-        UserError: if the file is missing or truncated, or holds something else than tensors.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        tensors = None
-    named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path}: truncated, or not a file of tensors")
-    return dict(tensors)
-
-
 def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     """The parameters of a checkpoint under the module's own names, memory-mapped and strictly checked.
 
@@ -346,6 +325,8 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     from verl_speculator.models import build_speculator
 
     path = info.directory / WEIGHTS_FILE
+    if not path.exists() and (info.directory / SAFETENSORS_FILE).exists():
+        path = info.directory / SAFETENSORS_FILE
     tensors = read_tensors(path)
     module = build_speculator(info.config, **info.shape, device="meta")
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())

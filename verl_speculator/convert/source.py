@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_tensors
+from verl_speculator.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from verl_speculator.errors import UserError, nearest
+from verl_speculator.tensors import read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -106,12 +107,4 @@ def read_source(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: for a file that is torn, or holds something else.
     """
-    if file.suffix != SAFETENSORS:
-        return read_tensors(file)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError):
-        raise UserError(f"{file}: truncated, or not a file of tensors") from None
+    return read_tensors(file)

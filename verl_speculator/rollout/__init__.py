@@ -1,1 +1,1 @@
-"""Serving engines: what each demands of a checkpoint."""
+"""Serving engines: what each demands of a checkpoint, and our drafter in those that take one."""

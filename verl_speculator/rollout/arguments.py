@@ -1,0 +1,223 @@
+"""The overrides by which verl's rollout decodes with a speculator, and what is refused. Imports no torch.
+
+Read from verl 0.9.1, whose rollout starts a vLLM server from `actor_rollout_ref.rollout` (docs/serving-engines.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from verl_speculator.bases import base_shape
+from verl_speculator.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointInfo
+from verl_speculator.errors import UserError, nearest
+from verl_speculator.rollout.contracts import arctic_obstacle, medusa_obstacle, proposer_obstacle
+from verl_speculator.rollout.vllm_contract import KEY, PROPOSER, check_version, installed_vllm
+
+ENGINES = {"vllm": proposer_obstacle, "arctic": arctic_obstacle, "vllm-medusa": medusa_obstacle}
+PURPOSES = ("ppo", "generation")
+ROLLOUT = "actor_rollout_ref.rollout."
+SERVER = ROLLOUT + "engine_kwargs.vllm."
+SPECULATION = SERVER + "speculative_config."
+BASE = "actor_rollout_ref.model.path"
+ARCTIC_SWITCH = "ARCTIC_INFERENCE_ENABLED"
+WORKER_EXTENSION = "verl_speculator.rollout.verl_worker.VerlSpeculatorWorkerExtension"
+# What vLLM looks for in the path of a draft model, and takes for its method whatever the method says.
+TAKEN_FOR_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+_OVERRIDE = re.compile(r"^(?P<sign>\+{0,2}|~)(?P<key>[^=~+]+)=(?P<value>.*)$", re.DOTALL)
+_PLAIN = re.compile(r"[\w./\-+@%*]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that must be so.
+
+    Attributes:
+        value: as Hydra reads it.
+        why: what another value would do.
+        new: whether verl's configuration has no such key.
+    """
+
+    value: Any
+    why: str
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `verl-speculator rollout-args` prints.
+
+    Attributes:
+        overrides: Hydra's, one each.
+        notes: what else there is to do.
+    """
+
+    overrides: list[str]
+    notes: list[str]
+
+
+def quote(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if _PLAIN.fullmatch(value) and not re.fullmatch(r"[\d.+\-]+|true|false|null", value, re.IGNORECASE):
+        return value
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+
+
+def _check_path(info: CheckpointInfo, path: str, engine: str) -> None:
+    """Refuse a path that vLLM reads a method from, and a file that the engine does not load."""
+    found = next((word for word in TAKEN_FOR_METHODS if word in path.lower()), None)
+    if found is not None:
+        raise UserError(
+            f"{path}: vLLM takes a draft model with {found!r} anywhere in its path for another method; expected a path "
+            f"without {', '.join(TAKEN_FOR_METHODS)}"
+        )
+    if engine == "arctic":
+        if not (info.directory / WEIGHTS_FILE).is_file():
+            raise UserError(f"{info.directory}: no {WEIGHTS_FILE}; expected verl-speculator export --format arctic")
+        if not json.loads((info.directory / CONFIG_FILE).read_text()).get("base_model_archs"):
+            raise UserError(
+                f"{info.directory}: base_model_archs is empty and ArcticInference compares it with the base; expected "
+                "verl-speculator export --format arctic --base BASE"
+            )
+
+
+def _check_installed(engine: str) -> list[str]:
+    """Refuse versions here that cannot do it; say so where there are none."""
+    version, needed = installed_vllm(), {"arctic": "0.26.0", "vllm-medusa": "0.24 to 0.32"}.get(engine, "0.24 to 0.33")
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise UserError(f"VLLM_USE_V2_MODEL_RUNNER=1: --engine {engine} drafts in vLLM's V1 runner alone; expected 0")
+    if version is None:
+        extra = "arctic-inference==0.3.0" if engine == "arctic" else "verl_speculator[vllm]"
+        return [f"vLLM is not installed here; where the rollout runs it needs {needed}: pip install {extra}"]
+    if engine == "vllm":
+        check_version(version)
+    elif engine == "arctic":
+        _check_arctic(version)
+    elif not (0, 24) <= _minor(version) <= (0, 32):
+        raise UserError(f"vllm {version}: Medusa heads are read by {needed}; expected one of these, or --engine vllm")
+    return []
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _check_arctic(version: str) -> None:
+    try:
+        metadata.version("arctic-inference")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "--engine arctic: arctic-inference is not installed; expected pip install arctic-inference==0.3.0"
+        ) from None
+    if _minor(version) != (0, 26):
+        raise UserError(f"vllm {version}: ArcticInference 0.3.0 needs 0.26.0; expected that, or --engine vllm")
+
+
+def _needed(info: CheckpointInfo, engine: str, purpose: str) -> dict[str, Setting]:
+    """Every setting that decides whether the trained weights draft."""
+    path, own = str(info.directory.resolve()), engine == "vllm"
+    method = {"vllm": "custom_class", "arctic": "arctic", "vllm-medusa": "medusa"}[engine]
+    random_base = "the base that answers would have random weights"
+    random_draft = "the speculator would have random weights"
+    settings = {
+        ROLLOUT + "name": Setting("vllm", "the speculator would not be served"),
+        SPECULATION + "method": Setting(method, "another drafter would run", new=True),
+        SPECULATION + "model": Setting(PROPOSER if own else path, "another drafter would run", new=True),
+        SPECULATION + "num_speculative_tokens": Setting(
+            info.config.n_predict, "it was trained to draft as many as its n_predict", new=True
+        ),
+    }
+    if own:
+        settings[f"{SERVER}additional_config.{KEY}.path"] = Setting(path, "another checkpoint would draft", new=True)
+    if purpose == "generation":
+        settings[ROLLOUT + "load_format"] = Setting("auto", random_base)
+    elif not own:
+        # The base gets the trainer's weights before the first rollout; a drafter in vLLM's hands never does.
+        settings[ROLLOUT + "load_format"] = Setting("auto", random_draft)
+        settings[ROLLOUT + "free_cache_engine"] = Setting(
+            False, "a sleeping engine gives the speculator's weights back and wakes up with none"
+        )
+    if own and purpose == "ppo":
+        settings[SERVER + "worker_extension_cls"] = Setting(
+            WORKER_EXTENSION, "the rollout could not take over a newer speculator", new=True
+        )
+    if engine == "arctic" and purpose == "ppo":
+        settings[f"ray_kwargs.ray_init.runtime_env.env_vars.{ARCTIC_SWITCH}"] = Setting(
+            "1", "ArcticInference would stay switched off", new=True
+        )
+    return settings
+
+
+def _value(text: str) -> Any:
+    """What Hydra makes of a value, as far as it matters for a comparison."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        return text[1:-1].replace("\\'", "'")
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if re.fullmatch(r"\d+", text) else text
+
+
+def _check_own(overrides: Sequence[str], needed: Mapping[str, Setting], info: CheckpointInfo) -> None:
+    """Hold the user's overrides against what must be so, and the base that they name against the speculator's."""
+    for override in overrides:
+        match = _OVERRIDE.match(override)
+        if match is None:
+            raise UserError(f"{override!r} is not an override: expected key=value")
+        key, value = match["key"].strip(), _value(match["value"])
+        setting = needed.get(key)
+        if setting is not None and value != setting.value:
+            raise UserError(f"{key}={match['value']}: {setting.why}; expected {quote(setting.value)}")
+        if key == BASE and isinstance(value, str):
+            info.check_base(*base_shape(value))
+            info.check_base_weights(value)
+
+
+def rollout_arguments(
+    info: CheckpointInfo, *, engine: str = "vllm", purpose: str = "ppo", overrides: Sequence[str] = ()
+) -> Arguments:
+    """The overrides for verl's PPO trainer or its generation server, with the user's own behind them.
+
+    Args:
+        info: the checkpoint.
+        engine: vllm (our drafter), arctic or vllm-medusa.
+        purpose: ppo (`verl.trainer.main_ppo`) or generation (`verl.trainer.main_generation_server`).
+        overrides: the user's own, to be held against the others.
+
+    Raises:
+        UserError: for an engine that cannot serve the speculator (and what to train instead), a path that would be
+            misread, versions that cannot do it, and settings under which other weights than the trained would draft.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+    if purpose not in PURPOSES:
+        raise UserError(f"--for {purpose}: expected one of {', '.join(PURPOSES)}{nearest(purpose, PURPOSES)}")
+    obstacle = ENGINES[engine](info.config)
+    if obstacle is not None:
+        raise UserError(f"--engine {engine}: cannot serve {info.directory}: {obstacle}")
+    if engine != "vllm":
+        _check_path(info, str(info.directory.resolve()), engine)
+    needed = _needed(info, engine, purpose)
+    _check_own(overrides, needed, info)
+    notes = _check_installed(engine)
+    if engine == "vllm":
+        notes.append(
+            "vLLM 0.24 leaves the speculator out of its memory account: where memory is scarce, lower "
+            f"{ROLLOUT}gpu_memory_utilization by its size"
+        )
+    if engine == "arctic" and purpose == "generation":
+        notes.append(f"export {ARCTIC_SWITCH}=1: verl's generation server hands no other variables to its workers")
+    own = {match["key"].strip() for match in map(_OVERRIDE.match, overrides) if match}
+    printed = [
+        f"{'+' if setting.new else ''}{key}={quote(setting.value)}" for key, setting in needed.items() if key not in own
+    ]
+    return Arguments([*printed, *overrides], notes)
