@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import gradients, whole
+from harness import build_engine, gradients, whole
 from rollouts import CLIP, build_actor, make_rollouts, ppo_config
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -289,6 +289,12 @@ def test_a_half_precision_policy(base, vocab_size):
     compare_updates(stock, ours, vocab_size, steps=1)
     with pytest.raises(UserError, match=r"fp16: model.speculator.train=true needs a type without loss scaling"):
         build_actor(ppo_config(base, f"{key}=fp16", **LEARNING))
+
+
+def test_a_learning_rate_of_its_own_in_sft_too(base):
+    for frozen, rates in ((True, [0.5]), (False, [1e-3, 0.5])):
+        engine = build_engine(base, freeze_base_model=frozen, speculator={"lr": 0.5})
+        assert [group["lr"] for group in engine.optimizer.param_groups] == rates
 
 
 def test_sft_always_trains():

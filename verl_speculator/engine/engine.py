@@ -63,8 +63,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 f"{MODEL_TYPE} supports 1 only"
             )
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
-        # A speculator that no update trains is carried along, and nothing else.
-        self.rests = model_config.is_policy and not model_config.speculator_training.train
+        # A policy's speculator that no update trains is carried along; a reference has none.
+        self.rests = model_config.is_policy and (
+            engine_config.forward_only or not model_config.speculator_training.train
+        )
         # Set by whoever numbers the rows of its data: batches with `row` are then kept there, or read.
         self.state_cache: StateCache | None = None
 
@@ -81,7 +83,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     @property
     def base(self) -> nn.Module:
         """The base inside the sharded model."""
-        return getattr(self.module, "_fsdp_wrapped_module", self.module).base
+        whole = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        return whole if self.engine_config.forward_only else whole.base
 
     # Building
 
@@ -313,7 +316,9 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     @property
     def _keeps_companion(self) -> bool:
         # FSDP1 has the policy's outermost weights in a unit that is the whole model's, and so the names too.
-        return self.model_config.is_policy and isinstance(self.module, FSDPModule)
+        return (
+            self.model_config.is_policy and not self.engine_config.forward_only and isinstance(self.module, FSDPModule)
+        )
 
     def save_checkpoint(self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, *args, **kwargs):
         """As verl's, and the speculator in a folder of its own, if it learns."""
