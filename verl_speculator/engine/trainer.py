@@ -168,6 +168,7 @@ class SpeculatorTrainer(SFTTrainer):
                 "total_steps": self.total_training_steps,
                 "train_batch_size": self.global_batch_size,
                 "lr": self.optimizer_config.lr,
+                "speculator_lr": model.speculator_training.lr,
                 "speculator_loss_coeff": model.speculator_loss_coeff,
                 "loss": dict(objective.weights),
                 "kl_temperature": objective.kl_temperature,
