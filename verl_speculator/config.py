@@ -200,6 +200,8 @@ class SpeculatorTraining:
     )
     loss_chunk_rows: int | None = _setting(None, "rows that go through head and loss at a time; null bounds the memory")
     compile: bool | None = _setting(None, "fuse the speculator's training with torch.compile; null: on CUDA")
+    lr: float | None = _setting(None, "learning rate of the speculator; null: the optimizer's, optim.lr")
+    train: bool | None = _setting(None, "PPO: the actor's update trains it too; null: no. SFT always trains it")
 
     def __post_init__(self) -> None:
         if not isinstance(self.detach_hidden, bool):
@@ -215,6 +217,10 @@ class SpeculatorTraining:
             raise UserError(f"{PREFIX}loss_chunk_rows={rows}: expected an integer of at least 1, or null")
         if self.compile is not None and not isinstance(self.compile, bool):
             raise UserError(f"{PREFIX}compile={self.compile}: expected true, false or null")
+        if self.lr is not None and (isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or self.lr <= 0):
+            raise UserError(f"{PREFIX}lr={self.lr}: expected a number > 0, or null")
+        if self.train is not None and not isinstance(self.train, bool):
+            raise UserError(f"{PREFIX}train={self.train}: expected true, false or null")
         if self.depth_weights is not None and not isinstance(self.depth_weights, Sequence):
             raise UserError(
                 f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, reach, gain, or null"

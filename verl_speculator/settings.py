@@ -128,6 +128,8 @@ def resolve(config: DictConfig) -> DictConfig:
         raise UserError(str(error).splitlines()[0]) from None
     with open_dict(config):
         speculator, training = split_settings(OmegaConf.to_container(config.model.speculator))
+        if training.train is False:
+            raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
         config.model.speculator = speculator.to_dict() | vars(training)
         if speculator.has_frozen_parts:  # FSDP1 has no other way to train a part of a unit
             config.engine.use_orig_params = True

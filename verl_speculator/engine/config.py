@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from verl.workers.config import HFModelConfig
 
 from verl_speculator.base_form import BaseForm
+from verl_speculator.checkpoint import read_checkpoint_info
 from verl_speculator.config import SpeculatorConfig, SpeculatorTraining, split_settings
+from verl_speculator.errors import UserError
 from verl_speculator.tokens import end_token_ids, ensure_chat_template
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ class SpeculatorModelConfig(HFModelConfig):
 
     Attributes:
         partial_pretrain: another name for `path`.
-        speculator: the `model.speculator.*` keys.
+        speculator: the `model.speculator.*` keys. With `path`, what they leave out of the shape is the checkpoint's.
         speculator_loss_coeff: weight of the speculator's loss.
         freeze_base_model: whether the base keeps its weights.
         quantization: None, or `bnb4`: the base in 4 bits.
@@ -41,6 +43,8 @@ class SpeculatorModelConfig(HFModelConfig):
         "speculator_training",
         "end_token_ids",
     }
+    # Whether the base is a policy: trained by reinforcement, with the speculator apart from it.
+    is_policy: ClassVar[bool] = False
 
     partial_pretrain: str | None = None
     speculator: Any = field(default_factory=dict)
@@ -58,6 +62,8 @@ class SpeculatorModelConfig(HFModelConfig):
         self.form.check("model.", frozen=self.freeze_base_model)
         self._describe_base()
         settings: Mapping[str, Any] = dict(self.speculator)
+        if settings.get("path"):
+            settings = read_checkpoint_info(settings["path"]).config.to_dict() | settings
         self.speculator_config, self.speculator_training = split_settings(settings)
         if ensure_chat_template(self.tokenizer):
             logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
@@ -75,3 +81,31 @@ class SpeculatorModelConfig(HFModelConfig):
             super().__post_init__()
         self.hf_config_path, self.tokenizer_path = (path or self.path for path in named)
         self.local_hf_config_path = self.local_tokenizer_path = self.local_path
+
+
+@dataclass
+class SpeculatorPolicyConfig(SpeculatorModelConfig):
+    """The policy of PPO or GRPO, and the speculator that its rollouts are drafted with.
+
+    The policy learns as if there were no speculator. With `speculator.train` the speculator learns from the states that
+    the policy's update makes, and never moves the policy.
+    """
+
+    is_policy: ClassVar[bool] = True
+
+    freeze_base_model: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        training = self.speculator_training
+        if self.freeze_base_model:
+            raise UserError("model.freeze_base_model=true: a policy is trained; expected false")
+        if self.lora_rank > 0:
+            raise UserError(
+                f"model.lora_rank={self.lora_rank}: a policy with a speculator trains whole weights; expected 0"
+            )
+        if not training.path and not training.train:
+            raise UserError(
+                "model.speculator.path=null: expected a trained one, or model.speculator.train=true for a fresh one"
+            )
+        self.speculator_training = replace(training, train=bool(training.train), detach_hidden=True)

@@ -11,17 +11,22 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.utils import detach_tree
 
 from verl_speculator.alignment import DraftRows, align, padded_positions, states_read
 from verl_speculator.base_form import AS_IT_LIES
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.base import load_base
+from verl_speculator.engine.companion import load_companion, save_companion
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
+from verl_speculator.engine.policy import without_gradients, written_tokens
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
@@ -43,8 +48,12 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     norm see nothing else. Joint: the base's loss is whatever loss function verl sets, and the total is
     that loss + speculator_loss_coeff · speculator loss. A forward-only engine is the base alone.
 
+    Policy (`SpeculatorPolicyConfig`): the base is trained as verl's own engine would, to the bit, by whatever loss verl
+    sets. With `speculator.train` an update computes the speculator's loss on the policy's states, detached; it has a
+    group of its own in the optimizer and is clipped apart. Otherwise the speculator rests.
+
     Metrics of a batch are sums over all its micro-batches and ranks: `draft_sums`, what `DraftSums.unstack` reads, and
-    in joint training `base_sums`, the base's summed loss and its number of tokens.
+    in joint training `base_sums`, the base's summed loss and its number of tokens. A policy's are scalars, `actor/…`.
 
     Raises:
         UserError: on construction, for engine features that a speculator does not go with.
@@ -59,6 +68,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         if model_config.form.whole and engine_config.forward_only:
             raise UserError(f"model.quantization={model_config.quantization}: not for a forward-only engine")
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+        # A policy's speculator that no update trains is carried along; a reference has none.
+        self.rests = model_config.is_policy and (
+            engine_config.forward_only or not model_config.speculator_training.train
+        )
         # Set by whoever numbers the rows of its data: batches with `row` are then kept there, or read.
         self.state_cache: StateCache | None = None
 
@@ -75,7 +88,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     @property
     def base(self) -> nn.Module:
         """The base inside the sharded model."""
-        return getattr(self.module, "_fsdp_wrapped_module", self.module).base
+        whole = getattr(self.module, "_fsdp_wrapped_module", self.module)
+        return whole if self.engine_config.forward_only else whole.base
 
     # Building
 
@@ -136,10 +150,31 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             detach_hidden=training.detach_hidden,
         )
 
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        if self.rests and not self.engine_config.forward_only:
+            module.draft.requires_grad_(False)
+        module = super()._build_fsdp_module(module)
+        if self.scaler is not None and self.model_config.is_policy and not self.rests:
+            # One scale for both would let a speculator's overflow skip a step of the policy.
+            raise UserError(
+                "mixed_precision.param_dtype=fp16: model.speculator.train=true needs a type without loss scaling; "
+                "expected bf16 or fp32"
+            )
+        return module
+
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         from verl.workers.config.optimizer import build_optimizer
 
-        return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        lr = self.model_config.speculator_training.lr
+        if lr is None:
+            return build_optimizer(trained, self.optimizer_config)
+        drafts = {id(p) for p in getattr(module, "_fsdp_wrapped_module", module).draft.parameters()}
+        groups = [
+            {"params": [p for p in trained if id(p) not in drafts]},
+            {"params": [p for p in trained if id(p) in drafts], "lr": lr},
+        ]
+        return build_optimizer([group for group in groups if group["params"]], self.optimizer_config)
 
     # One batch
 
@@ -147,7 +182,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         tokens, shape = batch["input_ids"], self.model_config.speculator_config
         return align(
             tokens.values(),
-            batch["loss_mask"].values(),
+            written_tokens(batch) if self.model_config.is_policy else batch["loss_mask"].values(),
             tokens.offsets(),
             shape.depths,
             self.model_config.end_token_ids,
@@ -158,9 +193,20 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         torch.distributed.all_reduce(values, group=self.get_data_parallel_group())
         return values
 
+    def _drafts(self, loss_function: Callable | None, forward_only: bool) -> bool:
+        """Whether the speculator takes part: in whatever has a loss, and of a policy's in updates that train it."""
+        if self.model_config.is_policy and (self.rests or forward_only):
+            return False
+        return loss_function is not None and not self.engine_config.forward_only
+
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False):
-        if loss_function is None:
+        if not self._drafts(loss_function, forward_only):
             return super().forward_backward_batch(data, loss_function, forward_only)
+        if "response_mask" in data and not self.model_config.is_policy:
+            raise UserError(
+                "actor_rollout_ref.model._target_: an actor's base is a policy; "
+                "expected verl_speculator.engine.config.SpeculatorPolicyConfig"
+            )
         # The divisor of every micro-batch is the batch's own number of pairs, on all ranks, known before the first.
         # Whether the base may rest is settled for all ranks too: its forward pass gathers their shards.
         uncached = self.state_cache is None or "row" not in data or not self.state_cache.has(_numbers(data))
@@ -172,6 +218,11 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             if name in output["metrics"]:
                 total = torch.stack(output["metrics"][name]).sum(0)
                 output["metrics"][name] = self._all_reduce_sum(total).tolist()
+        if self.model_config.is_policy:
+            sums = DraftSums.unstack(torch.tensor(output["metrics"].pop(DRAFT_SUMS), dtype=torch.float64))
+            found = sums.metrics(self.model_config.speculator_training.objective)
+            # verl strings lists together over ranks, and takes the mean
+            output["metrics"] |= {f"actor/{name}": [value] for name, value in found.items()}
         return output
 
     def _autocast(self) -> AbstractContextManager:
@@ -181,7 +232,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool):
         """One micro-batch: the loss to run backward on, and what is reported of it."""
-        if loss_function is None:  # log-probabilities of the base, as any language model engine gives them
+        if not self._drafts(loss_function, forward_only):  # the base, as in any language model engine
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
         base_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
@@ -200,6 +251,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             draft_loss = found.pop("total") * self.get_data_parallel_size()
             sums = DraftSums(**found)
             loss = self.model_config.speculator_loss_coeff * draft_loss
+            reported, model_output = loss, {}
             metrics: dict[str, Any] = {DRAFT_SUMS: sums.stack()}
             if base_output is not None:
                 model_output = self.prepare_model_outputs(
@@ -211,10 +263,31 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 base_loss, base_metrics = loss_function(
                     model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
                 )
-                loss = loss + base_loss
+                loss = reported = loss + base_loss
                 metrics |= base_metrics
-                metrics[BASE_SUMS] = self._base_sums(base_loss, micro_batch)
-        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": metrics}
+                if self.model_config.is_policy:
+                    reported = base_loss
+                else:
+                    metrics[BASE_SUMS] = self._base_sums(base_loss, micro_batch)
+        output = {"model_output": detach_tree(model_output), "loss": reported.detach().item(), "metrics": metrics}
+        return loss, output
+
+    def optimizer_step(self):
+        """One step; a policy's norm, clipping and refusal of what is not finite are those without a speculator."""
+        if self.rests or not self.model_config.is_policy:
+            return super().optimizer_step()
+        with without_gradients(self.draft):
+            norm = super().optimizer_step()
+        with without_gradients(self.base):
+            self._draft_norm = super().optimizer_step()
+        return norm
+
+    def train_batch(self, data: TensorDict, loss_function: Callable) -> Any:
+        """As any engine's; a policy's metrics have the norm of the speculator's gradient too."""
+        output = super().train_batch(data, loss_function)
+        if self.model_config.is_policy and not self.rests:
+            output["metrics"]["actor/speculator_grad_norm"] = [self._draft_norm]
+        return output
 
     def _places(self, rows: DraftRows, micro_batch: TensorDict, width: int) -> dict[str, Tensor]:
         """Where the states are that the rows read: in the base's flattened batch, or among those of the cache."""
@@ -248,25 +321,53 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         share = share if micro_batch["batch_num_tokens"] else torch.zeros_like(share)  # verl's loss is 0/0 then
         return torch.stack([share, tokens]).float()
 
+    # A policy on disk
+
+    def initialize(self) -> None:
+        """As verl's; a sharded policy is saved under its own names."""
+        super().initialize()
+        if self._keeps_companion:
+            self.checkpoint_manager.model = self.base
+
+    @property
+    def _keeps_companion(self) -> bool:
+        # FSDP1 has the policy's outermost weights in a unit that is the whole model's, and so the names too.
+        return (
+            self.model_config.is_policy and not self.engine_config.forward_only and isinstance(self.module, FSDPModule)
+        )
+
+    def save_checkpoint(self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, *args, **kwargs):
+        """As verl's, and the speculator in a folder of its own, if it learns."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, *args, **kwargs)
+        if self.model_config.is_policy and not self.rests:
+            save_companion(self, local_path, global_step)
+
+    def load_checkpoint(self, local_path: str, *args, **kwargs):
+        """As verl's, and the speculator from its folder."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if self._keeps_companion and not self.rests:
+            load_companion(self, local_path)
+
     # Weights for others
 
     def get_per_tensor_param(self, *args, **kwargs):
         """The base's weights under the base's own names: what a served base is synchronised with."""
         parameters, peft_config = super().get_per_tensor_param(*args, **kwargs)
-        return _base_only(parameters), peft_config
+        return self._base_only(parameters), peft_config
 
     def get_per_tensor_param_shard(self, **kwargs):
         """As `get_per_tensor_param`, each rank its own shard."""
         parameters, peft_config = super().get_per_tensor_param_shard(**kwargs)
-        return _base_only(parameters), peft_config
+        return self._base_only(parameters), peft_config
+
+    def _base_only(self, parameters: Any) -> Iterator[tuple]:
+        for name, *rest in parameters:
+            if not name.startswith(DRAFT_PREFIX):
+                # Some architectures have other names on disk; verl asks the whole model, which does not know them.
+                ((name, rest),) = convert_weight_keys({name.removeprefix(BASE_PREFIX): rest}, self.base).items()
+                yield (name, *rest)
 
 
 def _numbers(batch: TensorDict) -> list[int]:
     """Which rows of the training set these are."""
     return batch["row"].values().tolist()
-
-
-def _base_only(parameters: Any) -> Iterator[tuple]:
-    for name, *rest in parameters:
-        if not name.startswith(DRAFT_PREFIX):
-            yield (name.removeprefix(BASE_PREFIX), *rest)

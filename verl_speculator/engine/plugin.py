@@ -1,4 +1,5 @@
-"""What verl loads from the entry-point group `verl.plugins`: importing it registers the platform and the engine.
+"""What verl loads from the entry-point group `verl.plugins`: importing it registers the platform, the engine, and what
+rollout servers are told.
 
 Also importable by name, which fails loudly where a plugin fails silently: `VERL_USE_EXTERNAL_MODULES` or
 `model.external_lib=verl_speculator.engine.plugin`. The platform comes first: verl looks the device up while the
@@ -7,5 +8,8 @@ engine's module is imported.
 
 from verl_speculator.engine.platform_cpu import PlatformCPU  # isort: skip
 from verl_speculator.engine.engine import SpeculatorEngine  # isort: skip
+from verl_speculator.engine import served  # isort: skip
+
+served.register()
 
 __all__ = ["PlatformCPU", "SpeculatorEngine"]

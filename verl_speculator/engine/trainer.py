@@ -19,7 +19,6 @@ from tqdm import tqdm
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
-from verl.utils.device import get_torch_device
 from verl.utils.memory_utils import aggressive_empty_cache
 from verl.utils.tracking import Tracking
 
@@ -47,6 +46,11 @@ class SpeculatorTrainer(SFTTrainer):
     verl's constructor calls the `_build_*` methods in order, with the engine after the data; `fit` then runs to
     `trainer.total_training_steps`, or over `trainer.total_epochs`, whichever is set.
     """
+
+    @property
+    def processes(self) -> int:
+        """All processes that train."""
+        return dist.get_world_size()
 
     # Building
 
@@ -126,7 +130,7 @@ class SpeculatorTrainer(SFTTrainer):
         self.val_dataloader = None
         if self.val_dataset is not None:
             # Every rank needs as many whole micro-batches as the others; what fills them up counts for nothing.
-            padded = PaddedDataset(self.val_dataset, ranks * data.micro_batch_size_per_gpu)
+            padded = PaddedDataset(self.val_dataset, self.processes * data.micro_batch_size_per_gpu)
             self.val_dataloader = load(padded, sampler=DistributedSampler(padded, shuffle=False, **place))
 
     def _build_ckpt_handler(self) -> None:
@@ -166,13 +170,14 @@ class SpeculatorTrainer(SFTTrainer):
                 "total_steps": self.total_training_steps,
                 "train_batch_size": self.global_batch_size,
                 "lr": self.optimizer_config.lr,
+                "speculator_lr": model.speculator_training.lr,
                 "speculator_loss_coeff": model.speculator_loss_coeff,
                 "loss": dict(objective.weights),
                 "kl_temperature": objective.kl_temperature,
                 "depth_weights": objective.weights_of_depths,
                 "seed": self.config.trainer.seed,
                 "cached_states": self.state_cache is not None,
-                "processes": dist.get_world_size(),
+                "processes": self.processes,
             },
             "versions": versions(),
             "git_commit": git_commit(),
@@ -226,13 +231,13 @@ class SpeculatorTrainer(SFTTrainer):
         output = self.training_client.train_batch(data=data)
         self.training_client.step_profile()
         metrics = self._metrics(self._sums(output), "train")
-        device = get_torch_device()
+        told = tu.get(output, "metrics")
         return metrics | {
-            "train/grad_norm": tu.get(output, "metrics")["grad_norm"],
+            "train/grad_norm": told["grad_norm"],
             "train/lr": lr,
             "train/global_tokens": sum(seqlens),
             "perf/tokens_per_second": sum(seqlens) / (time.perf_counter() - start),
-            "perf/max_memory_allocated_gb": device.max_memory_allocated() / 1024**3,
+            "perf/max_memory_allocated_gb": told["perf/max_memory_allocated_gb"],
         }
 
     def validate(self) -> dict[str, float]:

@@ -184,7 +184,8 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
     """What would make a resumed run another one, as far as the checkpoint records it."""
     recorded = {key: info.provenance.get(key, {}) for key in ("base", "data", "training")}
     joint = recorded["base"].get("trained_jointly")
-    objective = split_settings(config.model.speculator)[1].objective
+    training = split_settings(config.model.speculator)[1]
+    objective = training.objective
     pairs = {
         "model.freeze_base_model": (None if joint is None else not joint, config.model.freeze_base_model),
         "the base's weights": (
@@ -200,6 +201,9 @@ def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) 
         "model.speculator.kl_temperature": (recorded["training"].get("kl_temperature"), objective.kl_temperature),
         "model.speculator.depth_weights": (recorded["training"].get("depth_weights"), objective.weights_of_depths),
     }
+    own = recorded["training"].get("speculator_lr"), training.lr
+    if any(own):  # without one the speculator has the optimizer's
+        pairs["model.speculator.lr"] = (own[0] or recorded["training"].get("lr"), own[1] or config.optim.lr)
     if not config.data.custom_cls.get("path"):
         pairs["rows of data.train_files"] = (recorded["data"].get("train_rows"), train_rows)
     return [

@@ -1,0 +1,54 @@
+"""Training on Ray: the losses, the checkpoints and the resuming of torchrun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import environment, overrides, read_log, train
+
+from verl_speculator import load_speculator
+
+STEPS = 3
+
+
+def train_on_ray(save_path: Path, settings: list[str], *, check: bool = True, workers: int = 2):
+    """`python -m verl_speculator.train_ray`, from start to end; the metrics of every step."""
+    log = save_path.with_suffix(".jsonl")
+    command = [sys.executable, "-m", "verl_speculator.train_ray", f"trainer.default_local_dir={save_path}"]
+    command += [f"trainer.n_gpus_per_node={workers}", "trainer.logger=file", *settings]
+    alone = environment(VERL_FILE_LOGGER_PATH=str(log), RAY_DISABLE_MEMORY_MONITOR="1")
+    alone.pop("RAY_ADDRESS", None)
+    result = subprocess.run(command, env=alone, capture_output=True, text=True)
+    if not check:
+        return result
+    assert result.returncode == 0, (result.stdout[-2000:], result.stderr[-4000:])
+    return read_log(log)
+
+
+@pytest.fixture(scope="module")
+def settings(base, chat):
+    steps = {"trainer__total_training_steps": STEPS, "trainer__save_freq": 2, "data__micro_batch_size_per_gpu": 2}
+    return overrides(base, chat, data__val_files=chat, data__val_max_samples=7, **steps)
+
+
+def test_losses_and_checkpoints_are_torchruns(settings, base, tmp_path):
+    """Two workers; validated on 7 rows, no multiple of anything; then resumed by the other of the two."""
+    expected = train(1, tmp_path / "torchrun", settings)
+    found = train_on_ray(tmp_path / "ray", settings)
+    assert sorted(found) == sorted(expected) == [1, 2, 3]
+    for step, metrics in expected.items():
+        assert found[step].keys() == metrics.keys()
+        for name, value in metrics.items():
+            if not name.startswith("perf/"):
+                assert found[step][name] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, name)
+    for step in (2, 3):
+        mine, theirs = (tmp_path / run / f"global_step_{step}" for run in ("ray", "torchrun"))
+        names = {"config.json", "pytorch_model.bin", "training_state"}
+        assert {entry.name for entry in mine.iterdir()} == {entry.name for entry in theirs.iterdir()} == names
+        mine, theirs = load_speculator(mine, base=base), load_speculator(theirs, base=base)
+        for name, parameter in theirs.named_parameters():
+            torch.testing.assert_close(mine.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
