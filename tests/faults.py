@@ -25,12 +25,11 @@ def build(name: str, **settings) -> nn.Module:
         shape = {"vocab_size": 330, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 8}
         shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         rope = {"rope_type": "default", "rope_theta": 10000.0}
-        config = GptOssConfig(**shape, sliding_window=8, max_position_embeddings=256, rope_parameters=rope)
+        config = GptOssConfig(**shape | settings, sliding_window=8, max_position_embeddings=256, rope_parameters=rope)
         config._attn_implementation = "eager"
     else:
         config = base_config(name, 330)
-    for key, value in settings.items():
-        setattr(config, key, value)
+        config = type(config)(**config.to_dict() | {"layer_types": None} | settings)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -40,7 +39,7 @@ def build(name: str, **settings) -> nn.Module:
 
 def run(model: nn.Module, path: Path, *, cache: Cache | None = None, positions=None, tokens=TOKENS, **settings) -> Path:
     """Trace a prefill and one more token."""
-    cache = cache or DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     given = [{}, {}] if positions is None else [{"position_ids": p} for p in positions]
     with torch.no_grad(), trace(model, path, **settings):
         for ids, more in zip((tokens, tokens[:, :1]), given, strict=True):

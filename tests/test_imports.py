@@ -42,6 +42,11 @@ MAY_IMPORT = {
             "tokens",
         ),
     },
+    "diagnosis": {"errors", "files", "progress"},
+    "checkup": {
+        *("alignment", "bases", "checkpoint", "decoding", "diagnosis", "errors", "evaluation", "families", "models"),
+        *("progress", "provenance", "selection", "tokens"),
+    },
     "settings": {"config", "errors"},
     "state_cache": {"errors", "files", "provenance"},
     "preflight": {
@@ -58,6 +63,7 @@ MAY_IMPORT = {
     "rollout": {"config"},
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
+        *("checkup", "diagnosis", "files"),
         *("allocator", "bases", "checkpoint", "data", "decoding", "errors", "evaluation", "families", "rollout"),
         *("models", "server", "tokens"),
     },

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from verl_speculator.commands.diagnose import app as diagnose
 from verl_speculator.commands.evaluate import evaluate, plot
 from verl_speculator.commands.generate import generate
 from verl_speculator.commands.inspect import inspect
@@ -18,6 +19,7 @@ from verl_speculator.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
 for command in (prepare, regenerate, inspect, generate, serve, evaluate, plot):
     app.command()(command)
+app.add_typer(diagnose, name="diagnose")
 
 
 @app.callback()

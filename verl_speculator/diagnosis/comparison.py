@@ -206,7 +206,9 @@ class _Walk:
             f"and whose output does not, by its own code, {after} {name_of(pair.name, pair.a)}, which is given {what}: "
             f"{values_of(x, y)}."
         )
-        evidence = same_elsewhere(self.sides.a, self.sides.b, pair.a, pair.b, x, y)
+        a, b = self.sides.a, self.sides.b
+        evidence = same_elsewhere(a, b, pair.a, pair.b, x, y)
+        evidence += about_output(a, b, outer.a, outer.b, tensor_pairs(outer.a.outputs, outer.b.outputs))
         if last:
             evidence.insert(0, f"up to {name_of(last.name, last.a)} all agree: {_amount(last.outputs)} at its output")
         given = [{fact.name for fact in call.inputs} for call in (outer.a, outer.b)]

@@ -41,9 +41,7 @@ def about_output(a: Trace, b: Trace, x: Call, y: Call, pairs: list[tuple[TensorF
         for fact in facts:
             before = _earlier_output(trace, call, fact)
             if before is not None and not fact.name.startswith("cache."):
-                told.append(
-                    f"in {letter} its {fact.name} is bit for bit that of its call {before}: a state that is stale"
-                )
+                told.append(f"in {letter} its {fact.name} is bit for bit that of its call {before}: stale state")
     return told
 
 

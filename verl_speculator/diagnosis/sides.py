@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from verl_speculator.diagnosis.evidence import some, values_of
 from verl_speculator.diagnosis.facts import ROUNDING, TOLERANCES, TensorFacts, distance
 from verl_speculator.diagnosis.pairing import below, canonical, match
 from verl_speculator.diagnosis.tracefile import Call, Trace
+
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ def tensor_pairs(a: tuple[TensorFacts, ...], b: tuple[TensorFacts, ...]) -> list
 
 
 def farthest(a: tuple[TensorFacts, ...], b: tuple[TensorFacts, ...]) -> float:
-    """The largest distance of any two."""
-    return max((distance(x, y) for x, y in tensor_pairs(a, b)), default=0.0)
+    """The largest distance of any two. That of few values counts less: all of them may be near zero by chance, as one
+    gate of one token, and rounding is then large beside them."""
+    return max((distance(x, y) / math.sqrt(1 + FEW / max(x.count, 1)) for x, y in tensor_pairs(a, b)), default=0.0)
 
 
 def coarsest(*traces: Trace) -> str:
