@@ -244,9 +244,7 @@ def depth(patient: Patient) -> Check:
     told = ", ".join("–" if math.isnan(d) else f"{d:.0%}" for d in depths)
     evidence = f"accepted of what reached each depth: {told}"
     if depths[0] < MARGIN:
-        advice = (
-            "even the first draft is wrong: train longer or with a larger optim.lr until train/depth0_accuracy rises"
-        )
+        advice = "even the first draft is wrong: train longer, or with a larger optim.lr (train/depth0_accuracy)"
         return Check("depths", FAULT, evidence, advice)
     for k in range(1, len(depths)):
         if not math.isnan(depths[k]) and depths[k] < DEPTH_DROP * depths[k - 1]:

@@ -134,7 +134,7 @@ class _Replay:
             after = self._run(self.module, self.args, self.kwargs)
             yield self._compared("after another model has run", "fresh", after, alone)
         yield self._attempt("in float64", "its own type", self._wide, alone)
-        yield self._attempt(f"{COPIES} times in a batch", "alone", self._batched, alone)
+        yield self._attempt(f"in a batch of {COPIES}", "alone", self._batched, alone)
 
     def _wide(self) -> Any:
         module = copy.deepcopy(self.module).double()
@@ -149,7 +149,11 @@ class _Replay:
         count = given[0].shape[0]
 
         def repeat(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor] * COPIES) if tensor.dim() and tensor.shape[0] == count else tensor
+            if not tensor.dim() or tensor.shape[0] != count:
+                return tensor
+            # Copies alone would hide what a mean over the batch does.
+            others = [tensor.roll(i, -1) if tensor.is_floating_point() else tensor for i in range(1, COPIES)]
+            return torch.cat([tensor, *others])
 
         output = self._run(self.module, map_tensors(self.args, repeat), map_tensors(self.kwargs, repeat))
         return map_tensors(output, lambda t: t[:count] if t.dim() and t.shape[0] == COPIES * count else t)
