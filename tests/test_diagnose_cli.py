@@ -103,8 +103,8 @@ def test_bisect_names_what_changes_the_output(tmp_path):
     run(draft, tmp_path / "a", keep=["layers.0.mlp"])
     found = bisect(read_trace(tmp_path / "a"), draft, "layers.0.mlp", disturb=lambda: greedy(target, TOKENS, 1))
     assert found.verdict == (
-        "The output of model.layers.0.mlp changes after another model has run; none of what it calls does, so it is its "
-        "own code."
+        "The output of model.layers.0.mlp changes after another model has run; none of what it calls does, so it is "
+        "its own code."
     )
     by_name = {(v.module, v.name): v for v in found.variants}
     assert by_name["model.layers.0.mlp", "alone, fresh"].distance == 0
@@ -147,18 +147,12 @@ def test_bisect_finds_nothing_where_nothing_is(name, tmp_path):
 
 
 def test_bisect_as_a_command(base, bases, tmp_path):
-    command("trace", "--model", base, "--tokens", "5,9,23", "--out", tmp_path / "a", "--keep", "layers.1.mlp")
-    code, shown = command("bisect", tmp_path / "a", "layers.1.mlp", "--model", base, "--after", bases["llama"])
+    a = tmp_path / "a"
+    command("trace", "--model", base, "--tokens", "5,9,23", "--out", a, "--keep", "layers.1.mlp")
+    code, shown = command("bisect", a, "layers.1.mlp", "--model", base, "--after", bases["llama"])
     assert code == 0 and shown.startswith("Nothing changes the output of model.layers.1.mlp: not alone, fresh, nor")
-    command(
-        "bisect",
-        tmp_path / "a",
-        "layers.0.mlp",
-        "--model",
-        base,
-        error="kept no input of model.layers.0.mlp (it kept model.lay",
-    )
-    command("bisect", tmp_path / "a", "layers.1.mlp", "--model", base, "--call", 9, error="was called 3 times")
+    command("bisect", a, "layers.0.mlp", "--model", base, error="kept no input of model.layers.0.mlp (it kept model.")
+    command("bisect", a, "layers.1.mlp", "--model", base, "--call", 9, error="was called 3 times")
 
 
 def test_solo_vs_pair_as_a_command(base, bases, speculator, tmp_path):
@@ -214,10 +208,10 @@ def test_a_name_that_matches_nothing(base, tmp_path):
 def test_a_disk_that_is_full(tmp_path):
     model, limits = build("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(UserError, match=r"a trace of [\d,]+ bytes cannot be written: .*; nothing is left behind"):
-            with trace(model, tmp_path / "a"), torch.no_grad():
-                model(input_ids=TOKENS)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        message = r"a trace of [\d,]+ bytes cannot be written: .*; nothing is left behind"
+        with pytest.raises(UserError, match=message), trace(model, tmp_path / "a"), torch.no_grad():
+            model(input_ids=TOKENS)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())

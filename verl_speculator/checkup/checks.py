@@ -21,7 +21,8 @@ from verl_speculator.models.hidden_state import FrozenNorm, final_norm
 from verl_speculator.provenance import weights_fingerprint
 
 FAULT, FINE, UNKNOWN = "fault", "fine", "unknown"
-# A variant explains a low acceptance if it accepts this much more of all drafts, and half as much again.
+# A variant explains a low acceptance if it accepts this much more of all drafts, and half as much again or so much more
+# that the rejected ones become fewer by as much.
 MARGIN, FACTOR = 0.1, 1.5
 SHIFTS = (-1, 0, 1)
 DEPTH_DROP = 0.5
@@ -72,7 +73,8 @@ class Patient:
 
 def explains(variant: Acceptance, now: Acceptance) -> bool:
     """Whether a variant accepts so much more that it is the cause."""
-    return variant.rate >= now.rate + MARGIN and variant.rate >= FACTOR * now.rate
+    more = variant.rate >= FACTOR * now.rate or FACTOR * (1 - variant.rate) <= 1 - now.rate
+    return variant.rate >= now.rate + MARGIN and more
 
 
 def percent(found: Acceptance) -> str:

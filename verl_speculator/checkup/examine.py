@@ -83,8 +83,8 @@ def examine(
     patient = Patient(info, speculator, model, base, own, trained, text)
     if not patient.now.rows:
         raise UserError(
-            f"prompts={prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, which leaves no "
-            "place to draft from; expected other prompts, or a larger --max-new-tokens"
+            f"prompts={prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, which leaves "
+            "no place to draft from; expected other prompts, or a larger --max-new-tokens"
         )
     checks = list(run_checks(patient))
     if served is not None:

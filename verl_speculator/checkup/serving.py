@@ -59,18 +59,20 @@ def _owners(trace: Trace, speculator: Speculator, base: nn.Module) -> tuple[set[
     """Modules of the trace that hold a tensor of the checkpoint; how many tensors were found, and of how many. A
     tensor that is the base's own tells nothing."""
     state = dict(speculator.named_parameters())
-    tensors = [slot.of(state) for slot in dict.fromkeys(speculator.checkpoint_slots().values())]
     tables = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
     known = {facts(table).hash for table in tables}
-    tensors = [tensor for tensor in tensors if tensor.dim() > 1 and facts(tensor).hash not in known]
+    slots = [slot for slot in dict.fromkeys(speculator.checkpoint_slots().values()) if slot.of(state).dim() > 1]
+    slots = [slot for slot in slots if facts(slot.of(state)).hash not in known]
     held = {fact.hash: name for name, fact in trace.weights.items()}
     owners, found = set(), 0
-    for tensor in tensors:
-        codes = {facts(tensor.to(kind)).hash for kind in (tensor.dtype, torch.bfloat16, torch.float16)}
+    for slot in slots:
+        # As it stands in the file, or joined with others as it stands in memory; in the type that the engine chose.
+        forms = (slot.of(state), state[slot.parameter])
+        codes = {facts(x.to(kind)).hash for x in forms for kind in (x.dtype, torch.bfloat16, torch.float16)}
         names = [held[code] for code in codes if code in held]
         owners.update(name.rpartition(".")[0] for name in names)
         found += bool(names)
-    return owners, found, len(tensors)
+    return owners, found, len(slots)
 
 
 @torch.inference_mode()

@@ -129,12 +129,12 @@ class _Replay:
         yield self._compared("alone, fresh", "the recorded output", alone, self.recorded)
         again = self._run(self.module, self.args, self.kwargs)
         yield self._compared("a second time", "the first time", again, alone)
-        if disturb is not None:
+        yield self._attempt("in float64", "its own type", self._wide, alone)
+        yield self._attempt(f"in a batch of {COPIES}", "alone", self._batched, alone)
+        if disturb is not None:  # last: what it leaves behind may stay
             disturb()
             after = self._run(self.module, self.args, self.kwargs)
             yield self._compared("after another model has run", "fresh", after, alone)
-        yield self._attempt("in float64", "its own type", self._wide, alone)
-        yield self._attempt(f"in a batch of {COPIES}", "alone", self._batched, alone)
 
     def _wide(self) -> Any:
         module = copy.deepcopy(self.module).double()
