@@ -40,7 +40,7 @@ def base(bases, tmp_path_factory):
     weight = final_norm(model).weight
     with torch.no_grad():
         before = weight.clone()
-        weight.add_(torch.linspace(-0.9, 4.0, len(weight)))
+        weight.add_(torch.linspace(-4.0, 4.0, len(weight)))
         model.save_pretrained(folder)
         weight.copy_(before)
     return folder
