@@ -26,6 +26,7 @@ FAULT, FINE, UNKNOWN = "fault", "fine", "unknown"
 MARGIN, FACTOR = 0.1, 1.5
 SHIFTS = (-1, 0, 1)
 DEPTH_DROP = 0.5
+NORM_APART = 0.02
 
 
 @dataclass(frozen=True)
@@ -149,19 +150,24 @@ def hidden_state(patient: Patient) -> Check:
     reads = speculator.reads
     other = next(kind for kind in HIDDEN_STATES if kind != reads)
     evidence = ", ".join(f"{percent(found[kind])} accepted when fed {kind}" for kind in (reads, other))
+    for module in speculator.modules():
+        if isinstance(module, FrozenNorm):
+            apart = _norms_apart(module, patient.base)
+            evidence += f"; its norm is {apart:.1e} from the base's"
+            if apart > NORM_APART:
+                advice = "its copy of the base's final norm is another: take it over from this base"
+                return Check(name, FAULT, evidence, advice)
     if explains(found[other], found[reads]):
         advice = f"it was trained on {other} states and is fed {reads}: train it on the state that is served"
         return Check(name, FAULT, evidence, advice)
-    for module in speculator.modules():
-        if isinstance(module, FrozenNorm):
-            theirs, mine = final_norm(patient.base).weight.float(), module.weight.float()
-            apart = ((mine - theirs.to(mine)).norm() / theirs.norm()).item()
-            evidence += f"; its norm is {apart:.1e} from the base's"
-            if apart > 0.02:
-                return Check(
-                    name, FAULT, evidence, "its copy of the base's final norm is another: take it over from this base"
-                )
     return Check(name, FINE, evidence)
+
+
+def _norms_apart(mine: FrozenNorm, base: nn.Module) -> float:
+    """Relative difference of a copied norm's weight from the base's own, as the base applies it."""
+    theirs = FrozenNorm(len(mine.weight)).requires_grad_(False).to(mine.weight.device)
+    theirs.copy_from(final_norm(base))
+    return ((mine.weight.float() - theirs.weight).norm() / theirs.weight.norm()).item()
 
 
 def shift(patient: Patient) -> Check:

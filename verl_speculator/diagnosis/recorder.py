@@ -50,7 +50,7 @@ def select(names: Sequence[str], patterns: Sequence[str], setting: str) -> list[
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [n for n in names if n == pattern or n.endswith(f".{pattern}") or fnmatch.fnmatchcase(n, pattern)]
+        found = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"*.{pattern}")]
         if not found:
             close = difflib.get_close_matches(pattern, [n for n in names if n], n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(close)}?" if close else f"it has {', '.join(n for n in names[1:5])}, …"
