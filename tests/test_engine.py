@@ -283,14 +283,18 @@ def test_a_row_reads_no_other_document(engine, rows):
     first = []
     for other in (rows[1], changed):
         states = []
-        hook = engine.draft.register_forward_hook(
-            lambda module, args, output, states=states: states.append([a.clone() for a in args])
+        hook = engine.draft.register_forward_pre_hook(
+            lambda module, args, more, states=states: states.append((args[0].clone(), {**more})), with_kwargs=True
         )
         run_batch(engine, make_batch([rows[0], other], micro=2), train=False)
         hook.remove()
         found = run_batch(engine, make_batch([rows[0]], micro=1), train=False)["metrics"]["draft_sums"]
         alone = DraftSums.unstack(torch.tensor(found)).pairs[0]
-        hidden, tokens, targets, valid = states[0]
+        whole_batch, given = states[0]
+        hidden, tokens, targets, valid = (
+            whole_batch.flatten(0, 1)[given["rows"]],
+            *(given[name] for name in ("tokens", "targets", "valid")),
+        )
         count = int(alone)
         first.append((hidden[:count], tokens[:count][:, :1], targets[:, :count] * valid[:, :count]))
     torch.testing.assert_close(first[0][0], first[1][0], rtol=0, atol=1e-5)

@@ -45,6 +45,11 @@ MAY_IMPORT = {
             "tokens",
         ),
     },
+    "diagnosis": {"errors", "files", "progress"},
+    "checkup": {
+        *("alignment", "bases", "checkpoint", "decoding", "diagnosis", "errors", "evaluation", "families", "models"),
+        *("progress", "provenance", "selection", "tokens"),
+    },
     "settings": {"config", "errors"},
     "state_cache": {"base_form", "errors", "files", "provenance"},
     "preflight": {
@@ -82,6 +87,7 @@ MAY_IMPORT = {
     },
     "server": {"bases", "decoding", "errors", "models", "tokens"},
     "commands": {
+        *("checkup", "diagnosis"),
         *("allocator", "base_form", "bases", "checkpoint", "convert", "data", "decoding", "errors", "evaluation"),
         *("families", "files", "models", "provenance", "rollout", "server", "sweep", "tokens"),
     },

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from verl_speculator.commands.convert import convert
+from verl_speculator.commands.diagnose import app as diagnose
 from verl_speculator.commands.evaluate import evaluate, plot
 from verl_speculator.commands.export import export
 from verl_speculator.commands.generate import generate
@@ -26,6 +27,7 @@ for command in (
     *(export, rollout_args),
 ):
     app.command()(command)
+app.add_typer(diagnose, name="diagnose")
 
 
 @app.callback()

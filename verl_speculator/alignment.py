@@ -101,6 +101,32 @@ def align(
     )
 
 
+def misaligned(rows: DraftRows, tokens: Tensor, *, token_shift: int, target_shift: int) -> DraftRows:
+    """The same rows as somebody has them whose tokens or targets lie a few places off. For diagnosis alone.
+
+    Args:
+        rows: of `align`.
+        tokens: [T] the packed row they come from.
+        token_shift: the tokens read become x_{t+1+s} … x_{t+K+s}.
+        target_shift: the targets become x_{t+2+k+s}.
+
+    Returns:
+        Rows in which what would lie outside of the packed row is not valid.
+    """
+    depth = torch.arange(len(rows.targets), device=tokens.device)[:, None]
+    seen = rows.positions + 1 + depth + token_shift
+    target = rows.positions + 2 + depth + target_shift
+    last = tokens.numel() - 1
+    inside = (seen >= 0) & (seen <= last) & (target >= 0) & (target <= last)
+    return DraftRows(
+        positions=rows.positions,
+        tokens=tokens[seen.clamp(0, last)].T,
+        targets=tokens[target.clamp(0, last)],
+        teachers=(target - 1).clamp(0, last),
+        valid=rows.valid & inside.cumprod(0).bool(),
+    )
+
+
 def states_read(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[S] every position, ascending, whose state a draft may start from or be compared with, whatever the number of
     depths: those before a token of the assistant's in the same document.

@@ -19,8 +19,8 @@ KEYS = (
     *("base", "train_files", "prompts", "text", "out"),
     *("settings", "axes", "points", "refine", "evaluation", "nproc", "executor"),
 )
-# What the sweep says to the evaluation by itself.
-_OWN = ("base", "speculators", "prompts", "out", "texts", "baselines")
+# What the sweep says to the evaluation by itself; a tree is chosen for one speculator, and no setting of a sweep.
+_OWN = ("base", "speculators", "prompts", "out", "texts", "baselines", "draft_trees")
 EVALUATION_KEYS = tuple(f.name for f in fields(EvaluationSettings) if f.name not in _OWN)
 
 Files = dict[str, Path]

@@ -1,0 +1,92 @@
+"""What a trace of a few modules costs: pairs of forward passes, with hooks and without, in turn.
+
+    OMP_NUM_THREADS=1 python benchmarks/trace_overhead.py BASE [--modules "layers.0.*" …] [--tokens 256] [--pairs 40]
+
+A row of the CSV is one set of modules: the median over pairs of the time with hooks over the time without. What a
+trace costs once, at its beginning and end (fingerprints of weights, the file), is a column of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import append_rows, environment
+from rich.console import Console
+
+from verl_speculator.decoding.load import choose_device, choose_dtype, load_base
+from verl_speculator.diagnosis import trace
+from verl_speculator.diagnosis.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = {
+    "one layer and the norm": ["model.layers.0", "model.norm"],
+    "two layers, their attention and MLP": [
+        f"model.layers.{i}{part}" for i in (0, 1) for part in ("", ".mlp", ".self_attn")
+    ],
+    "all": None,
+}
+
+
+def seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+    """Of one forward pass."""
+    start = time.perf_counter()
+    model(input_ids=tokens, use_cache=False)
+    if tokens.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(model: torch.nn.Module, tokens: torch.Tensor, modules: list[str] | None, pairs: int) -> dict[str, float]:
+    """Ratio of the medians of pairs, and what beginning and end cost."""
+    recorder, with_hooks, without = Recorder(model, modules, (), weights=False), [], []
+    for _ in range(3):
+        seconds(model, tokens)
+    for i in range(pairs):
+        for hooked in ((True, False), (False, True))[i % 2]:
+            if not hooked:
+                without.append(seconds(model, tokens))
+                continue
+            with recorder.hooked():
+                with_hooks.append(seconds(model, tokens))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with trace(model, Path(folder) / "trace", modules=modules):
+            pass
+        once = time.perf_counter() - start
+    ratios = [a / b for a, b in zip(with_hooks, without, strict=True)]
+    return {
+        "pass_ms": round(1000 * statistics.median(without), 2),
+        "ratio": round(statistics.median(ratios), 4),
+        "once_ms": round(1000 * once, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("--modules", nargs="*")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "trace_overhead.csv")
+    args = parser.parse_args()
+    device = choose_device("auto")
+    model = load_base(args.base, device=device, dtype=choose_dtype("auto", device))
+    vocab = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocab, (1, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    where, rows = environment(), []
+    for name, modules in ({", ".join(args.modules): args.modules} if args.modules else SETS).items():
+        facts = {"base": Path(args.base).name, "modules": name, "tokens": args.tokens, "pairs": args.pairs}
+        facts |= {"threads": torch.get_num_threads(), "device": device}
+        rows.append(facts | measure(model, tokens, modules, args.pairs) | where)
+        Console().print(f"{name}: {rows[-1]['ratio'] - 1:+.1%} of {rows[-1]['pass_ms']} ms")
+    append_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

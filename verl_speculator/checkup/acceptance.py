@@ -1,0 +1,103 @@
+"""Greedy acceptance on fixed texts, as trained and as somebody has it who feeds the wrong thing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from verl_speculator.alignment import align, misaligned
+from verl_speculator.decoding import speculative_generate
+from verl_speculator.decoding.target import Target, position_limit
+from verl_speculator.evaluation.metrics import acceptance
+from verl_speculator.models import Speculator
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How many drafts in a row are the text's own tokens, over every place of the texts.
+
+    Attributes:
+        rows: places that were counted.
+        accepted: drafts per place.
+        rate: of all drafts; 0 where nothing was counted.
+        depths: [K] for each depth, the share accepted of what reached it; nan where nothing did.
+    """
+
+    rows: int
+    accepted: float
+    rate: float
+    depths: tuple[float, ...]
+
+
+Text = tuple[list[int], list[int]]  # tokens, and 1 where the assistant produced them
+
+
+def answers(base: nn.Module, prompts: Sequence[list[int]], count: int, ends: Collection[int]) -> list[Text]:
+    """Prompts with the base's own greedy answers of at most `count` tokens; those without room for one are left out."""
+    limit, found = position_limit(base), []
+    for ids in prompts:
+        if limit is None or len(ids) + 2 <= limit:
+            new = speculative_generate(base, None, ids, max_new_tokens=count, eos_token_id=tuple(ends)).tokens
+            found.append(([*ids, *new], [0] * len(ids) + [1] * len(new)))
+    return found
+
+
+class Bench:
+    """Texts with the base's states, which are computed once for each kind.
+
+    Args:
+        base: in evaluation mode.
+        texts: what the drafts should be.
+        ends: tokens that end a turn.
+    """
+
+    def __init__(self, base: nn.Module, texts: Sequence[Text], ends: Collection[int]) -> None:
+        limit = position_limit(base)
+        self.base, self.ends = base, ends
+        self.texts = [(tokens[:limit], mask[:limit]) for tokens, mask in texts]
+        self._states: dict[str, list[Tensor]] = {}
+
+    @torch.inference_mode()
+    def states(self, reads: str) -> list[Tensor]:
+        """[T, D] of every text."""
+        if reads not in self._states:
+            found = []
+            for tokens, _ in self.texts:
+                with Target(self.base, reads) as target:
+                    found.append(target.read(torch.tensor(tokens, device=self.base.device))[0])
+            self._states[reads] = found
+        return self._states[reads]
+
+    @torch.inference_mode()
+    def measure(
+        self, speculator: Speculator, *, reads: str | None = None, token_shift: int = 0, target_shift: int = 0
+    ) -> Acceptance:
+        """Greedy acceptance at every place at which all depths have a target.
+
+        Args:
+            speculator: of this base.
+            reads: which state it is fed; its own by default.
+            token_shift, target_shift: as in `alignment.misaligned`.
+        """
+        depths = speculator.n_predict
+        histogram = np.zeros(depths + 1)
+        dtype = next(speculator.parameters()).dtype
+        for (tokens, mask), states in zip(self.texts, self.states(reads or speculator.reads), strict=True):
+            ids, produced = (torch.tensor(x, device=states.device) for x in (tokens, mask))
+            rows = align(ids, produced, torch.tensor([0, len(ids)]), depths, self.ends)
+            if token_shift or target_shift:
+                rows = misaligned(rows, ids, token_shift=token_shift, target_shift=target_shift)
+            if not len(rows.positions):
+                continue
+            outputs = speculator.unroll(states[rows.positions].to(dtype), rows.tokens)
+            drafts = torch.stack([(outputs[k] @ speculator.head(k).T).argmax(-1) for k in range(depths)])
+            right = (drafts == rows.targets).long().cumprod(0).sum(0)[rows.valid.all(0)]
+            histogram += np.bincount(right.cpu().numpy(), minlength=depths + 1)
+        figures = acceptance(histogram, np.zeros(depths))
+        rate = float(figures["accept_rate"]) if histogram.sum() else 0.0
+        each = tuple(float(figures[f"accept_depth_{k}"]) for k in range(depths))
+        return Acceptance(int(histogram.sum()), rate * depths, rate, each)

@@ -1,0 +1,278 @@
+"""The checks that explain a low acceptance, in the order in which causes hide each other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from verl_speculator.checkpoint import CheckpointInfo
+from verl_speculator.checkup.acceptance import Acceptance, Bench
+from verl_speculator.checkup.history import learning_rate
+from verl_speculator.errors import UserError
+from verl_speculator.families import HIDDEN_STATES
+from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.models.hidden_state import FrozenNorm, final_norm
+from verl_speculator.provenance import weights_fingerprint
+
+FAULT, FINE, UNKNOWN = "fault", "fine", "unknown"
+# A variant explains a low acceptance if it accepts this much more of all drafts, and half as much again or so much more
+# that the rejected ones become fewer by as much.
+MARGIN, FACTOR = 0.1, 1.5
+SHIFTS = (-1, 0, 1)
+DEPTH_DROP = 0.5
+NORM_APART = 0.02
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: of the check.
+        status: `fault`, `fine`, or `unknown` where it could not be made.
+        evidence: in a sentence.
+        advice: what to do about a fault.
+    """
+
+    name: str
+    status: str
+    evidence: str
+    advice: str = ""
+
+
+@dataclass
+class Patient:
+    """A checkpoint, its base, and texts to judge it on.
+
+    Attributes:
+        info: of the checkpoint.
+        speculator: loaded.
+        base: in evaluation mode.
+        base_name: as it was given.
+        own: the base's own answers to the prompts given.
+        trained: its answers to prompts of the training data, None where those are not at hand.
+        data: the training text itself, None likewise.
+    """
+
+    info: CheckpointInfo
+    speculator: Speculator
+    base: nn.Module
+    base_name: str
+    own: Bench
+    trained: Bench | None = None
+    data: Bench | None = None
+
+    def __post_init__(self) -> None:
+        self.now = self.own.measure(self.speculator)
+
+
+def explains(variant: Acceptance, now: Acceptance) -> bool:
+    """Whether a variant accepts so much more that it is the cause."""
+    more = variant.rate >= FACTOR * now.rate or FACTOR * (1 - variant.rate) <= 1 - now.rate
+    return variant.rate >= now.rate + MARGIN and more
+
+
+def percent(found: Acceptance) -> str:
+    """An acceptance in words."""
+    return f"{found.rate:.1%}"
+
+
+def run_checks(patient: Patient) -> Iterator[Check]:
+    """All checks that need the model, in order."""
+    checks: tuple[Callable[[Patient], Check], ...] = (
+        initialisation,
+        base_weights,
+        hidden_state,
+        shift,
+        number_type,
+        scale_input,
+        learning_rate_check,
+        data,
+        depth,
+        heads,
+    )
+    return (check(patient) for check in checks)
+
+
+def initialisation(patient: Patient) -> Check:
+    """Tensors that are still what `reset_parameters` gives."""
+    name, module = "trained at all", patient.speculator
+    frozen = module.frozen()
+    constants = {n: v for n, v in module.constants().items() if n not in frozen}
+    resting = [n for n, v in constants.items() if bool((module.get_parameter(n) == v).all())]
+    if constants and len(resting) == len(constants):
+        evidence = (
+            f"all {len(constants)} tensors that start as constants still are: {resting[0]} = {constants[resting[0]]:g}"
+        )
+        advice = "load the trained checkpoint: this one holds its initialisation, no training step has changed it"
+        return Check(name, FAULT, evidence, advice)
+    broken = [n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    if broken:
+        return Check(name, FAULT, f"{broken[0]} holds NaN or infinite values", "train anew with a lower optim.lr")
+    if resting:
+        evidence = f"{len(resting)} of {len(constants)} constants are as initialised: {', '.join(resting[:3])}"
+        whole = [n for n in resting if n.split(".")[1].isdigit() and n.split(".")[1] != "0"]
+        if whole:
+            return Check(
+                name, FAULT, evidence, f"load or train {whole[0].rsplit('.', 1)[0]}: it holds its initialisation"
+            )
+        return Check(name, FINE, evidence)
+    return Check(name, FINE, f"all {len(constants)} tensors that start as constants have moved")
+
+
+def base_weights(patient: Patient) -> Check:
+    """The base against the one it was trained for."""
+    name = "trained for this base"
+    mine, theirs = patient.info.base_fingerprint(), weights_fingerprint(patient.base_name)
+    if mine is None or theirs is None:
+        return Check(name, UNKNOWN, f"no fingerprint of {'the training base' if mine is None else 'this base'}")
+    if mine == theirs:
+        return Check(name, FINE, f"the base's weights are those of training (fingerprint {mine[:8]})")
+    evidence = f"trained for {patient.info.base_name} (fingerprint {mine[:8]}), this base is {theirs[:8]}"
+    return Check(name, FAULT, evidence, f"serve it with {patient.info.base_name}, or train one for this base")
+
+
+def hidden_state(patient: Patient) -> Check:
+    """The state after the final norm against the one before it, and the norm's copy against the base's."""
+    name, speculator = "hidden state", patient.speculator
+    found = {}
+    for kind in HIDDEN_STATES:
+        try:
+            found[kind] = patient.own.measure(speculator, reads=kind)
+        except UserError as error:
+            return Check(name, UNKNOWN, str(error))
+    reads = speculator.reads
+    other = next(kind for kind in HIDDEN_STATES if kind != reads)
+    evidence = ", ".join(f"{percent(found[kind])} accepted when fed {kind}" for kind in (reads, other))
+    for module in speculator.modules():
+        if isinstance(module, FrozenNorm):
+            apart = _norms_apart(module, patient.base)
+            evidence += f"; its norm is {apart:.1e} from the base's"
+            if apart > NORM_APART:
+                advice = "its copy of the base's final norm is another: take it over from this base"
+                return Check(name, FAULT, evidence, advice)
+    if explains(found[other], found[reads]):
+        advice = f"it was trained on {other} states and is fed {reads}: train it on the state that is served"
+        return Check(name, FAULT, evidence, advice)
+    return Check(name, FINE, evidence)
+
+
+def _norms_apart(mine: FrozenNorm, base: nn.Module) -> float:
+    """Relative difference of a copied norm's weight from the base's own, as the base applies it."""
+    theirs = FrozenNorm(len(mine.weight)).requires_grad_(False).to(mine.weight.device)
+    theirs.copy_from(final_norm(base))
+    return ((mine.weight.float() - theirs.weight).norm() / theirs.weight.norm()).item()
+
+
+def shift(patient: Patient) -> Check:
+    """Tokens and targets one place off."""
+    found = {
+        (token, target): patient.own.measure(patient.speculator, token_shift=token, target_shift=target)
+        for token in SHIFTS
+        for target in SHIFTS
+    }
+    told = [f"{percent(found[0, s])} with targets shifted by {s:+d}" for s in (-1, 1)]
+    told += [f"{percent(found[s, 0])} with tokens shifted by {s:+d}" for s in (-1, 1)]
+    evidence = f"{percent(patient.now)} as aligned, {', '.join(told)}"
+    best = max(found, key=lambda key: found[key].rate)
+    if best != (0, 0) and explains(found[best], patient.now):
+        what = [f"{part} by {s:+d}" for part, s in zip(("tokens", "targets"), best, strict=True) if s]
+        evidence += f"; best {percent(found[best])} with {' and '.join(what)}"
+        advice = (
+            f"it was trained with its {' and its '.join(what)} off: mend the shift where it was trained, and train anew"
+        )
+        return Check("alignment", FAULT, evidence, advice)
+    return Check("alignment", FINE, evidence)
+
+
+def number_type(patient: Patient) -> Check:
+    """The type that it runs in against float32."""
+    own = str(next(patient.speculator.parameters()).dtype).removeprefix("torch.")
+    found = {own: patient.now}
+    for kind in ("float32", "bfloat16"):
+        if kind not in found:
+            found[kind] = patient.own.measure(copy.deepcopy(patient.speculator).to(getattr(torch, kind)))
+    evidence = ", ".join(f"{percent(value)} in {kind}" for kind, value in found.items())
+    evidence += f"; on disk it is {patient.info.dtype}"
+    if explains(found["float32"], patient.now):
+        return Check("number type", FAULT, evidence, f"run it in float32: {own} is too coarse for it")
+    return Check("number type", FINE, evidence)
+
+
+def scale_input(patient: Patient) -> Check:
+    """The setting turned round."""
+    config, speculator = patient.info.config, patient.speculator
+    if "scale_input" not in config.read_settings(config.method):
+        return Check("scale_input", FINE, f"{config.method} has no such setting")
+    turned = dataclasses.replace(config, scale_input=not config.scale_input)
+    shape = {"hidden_size": speculator.hidden_size, "vocab_size": speculator.vocab_size}
+    other = build_speculator(turned, **shape, device="meta")
+    other.load_state_dict(speculator.state_dict(), assign=True)
+    found = patient.own.measure(other)
+    evidence = f"{percent(patient.now)} with {config.scale_input}, {percent(found)} with {turned.scale_input}"
+    if explains(found, patient.now):
+        advice = f"set scale_input={str(turned.scale_input).lower()} in its config.json: its weights were trained so"
+        return Check("scale_input", FAULT, evidence, advice)
+    return Check("scale_input", FINE, evidence)
+
+
+def learning_rate_check(patient: Patient) -> Check:
+    """Whether training still moved when it was saved."""
+    status, evidence = learning_rate(patient.info)
+    advice = (
+        "raise optim.lr or trainer.total_training_steps, and go on from it with model.speculator.path" if status else ""
+    )
+    return Check("learning rate", {True: FAULT, False: FINE, None: UNKNOWN}[status], evidence, advice)
+
+
+def data(patient: Patient) -> Check:
+    """Acceptance on what it was trained on against the prompts given."""
+    name, told = "data", [f"{percent(patient.now)} on the base's answers to the prompts given"]
+    if patient.trained is None or patient.data is None:
+        return Check(name, UNKNOWN, f"{told[0]}; its training data are not at hand (--train-data FILE)")
+    trained, text = (bench.measure(patient.speculator) for bench in (patient.trained, patient.data))
+    told += [f"{percent(trained)} on its answers to training prompts", f"{percent(text)} on the training text itself"]
+    if explains(trained, patient.now):
+        return Check(name, FAULT, ", ".join(told), "train on data like the prompts that are served")
+    if explains(text, trained):
+        advice = "train on the base's own answers (verl-speculator regenerate): the text is not what the base says"
+        return Check(name, FAULT, ", ".join(told), advice)
+    return Check(name, FINE, ", ".join(told))
+
+
+def depth(patient: Patient) -> Check:
+    """The first depth at which the chain of drafts breaks."""
+    depths = patient.now.depths
+    told = ", ".join("–" if math.isnan(d) else f"{d:.0%}" for d in depths)
+    evidence = f"accepted of what reached each depth: {told}"
+    if depths[0] < MARGIN:
+        advice = "even the first draft is wrong: train longer, or with a larger optim.lr (train/depth0_accuracy)"
+        return Check("depths", FAULT, evidence, advice)
+    for k in range(1, len(depths)):
+        if not math.isnan(depths[k]) and depths[k] < DEPTH_DROP * depths[k - 1]:
+            evidence += f"; the chain breaks at depth {k}"
+            advice = (
+                f"draft {k} tokens (--draft-length {k}), and look at what only depth {k} has: its head, its projection"
+            )
+            return Check("depths", FAULT, evidence, advice)
+    return Check("depths", FINE, evidence)
+
+
+def heads(patient: Patient) -> Check:
+    """Heads that the file has against n_predict. What does not fit is refused before anything is measured."""
+    count = patient.info.config.n_predict
+    return Check("n_predict and heads", FINE, f"n_predict={count}, and the file's tensors are those of {count} depths")
+
+
+def recommendation(checks: list[Check]) -> str:
+    """One thing to do: about the first fault."""
+    first = next((check for check in checks if check.status == FAULT), None)
+    if first is not None:
+        return f"{first.name}: {first.advice}."
+    return "Nothing is wrong with the checkpoint: more training, or more data like what is served, is what is left."

@@ -1,0 +1,132 @@
+"""What is traced: a model, or a base with a speculator, drafting after fixed tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from verl_speculator.decoding.draft import SpeculatorDrafter
+from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.decoding.target import Target
+from verl_speculator.errors import UserError
+from verl_speculator.models import Speculator
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Token ids written as "5,9,23".
+
+    Raises:
+        UserError: for anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f'tokens={text}: expected token ids joined by commas, such as "5,9,23"')
+    return [int(part) for part in parts]
+
+
+class Subject(Protocol):
+    """What can be traced while it drafts."""
+
+    traced: nn.Module
+
+    def draft(self, tokens: list[int], count: int) -> list[int]:
+        """Draft tokens after these."""
+        ...
+
+
+class ModelSubject:
+    """A causal language model that drafts by itself: greedily, with a KV cache of its own.
+
+    Args:
+        model: of Hugging Face, in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.traced = model
+
+    @torch.no_grad()
+    def draft(self, tokens: list[int], count: int) -> list[int]:
+        """The `count` most likely tokens after these; with 0 the tokens are read and nothing is drafted."""
+        model, found = self.traced, []
+        ids = torch.tensor(tokens, device=model.device)
+        with Target(model) as target:
+            for _ in range(max(count, 1)):
+                _, logits = target.read(ids)
+                ids = logits[-1:].argmax(-1)
+                found.append(int(ids))
+        return found[:count]
+
+
+class Pair(nn.Module):
+    """A base and its speculator as one module, so that one trace holds both.
+
+    Args:
+        base: of Hugging Face.
+        speculator: of this base.
+    """
+
+    def __init__(self, base: nn.Module, speculator: Speculator) -> None:
+        super().__init__()
+        self.base, self.speculator = base, speculator
+        self.drafter = SpeculatorDrafter(speculator, SamplingPolicy(), sampled=False)
+
+    def forward(self, input_ids: Tensor, count: int) -> dict[str, Tensor]:
+        """Read the tokens [N], take the base's next one, and draft after it.
+
+        Returns:
+            `token` [1], `drafts` [count] and `logits` [1, V] of the base.
+        """
+        with Target(self.base, self.speculator.reads) as target:
+            hidden, logits = target.read(input_ids, last_only=True)
+        token = logits.argmax(-1)
+        drafts = self.drafter.propose(hidden, token, None, count).tokens
+        return {"token": token, "drafts": drafts, "logits": logits}
+
+
+class PairSubject:
+    """A base with a speculator that drafts after its next token.
+
+    Args:
+        base: of Hugging Face.
+        speculator: of this base.
+    """
+
+    def __init__(self, base: nn.Module, speculator: Speculator) -> None:
+        self.traced = Pair(base, speculator)
+
+    @torch.no_grad()
+    def draft(self, tokens: list[int], count: int) -> list[int]:
+        """The drafts after the base's own next token."""
+        ids = torch.tensor(tokens, device=self.traced.base.device)
+        return self.traced(ids, min(count, self.traced.speculator.n_predict)).get("drafts").tolist()
+
+
+def load_subject(
+    *, model: str | None, base: str | None, speculator: str | None, device: str, dtype: str, tokens: list[int]
+) -> Subject:
+    """What the command line names: a model, or a base with a speculator.
+
+    Raises:
+        UserError: for neither or both, a model that cannot be loaded, or tokens that it does not have.
+    """
+    if (model is None) == (base is None) or (base is None) != (speculator is None):
+        raise UserError("model: expected --model, or --base together with --speculator")
+    from verl_speculator.bases import base_shape
+    from verl_speculator.checkpoint import load_speculator, read_checkpoint_info
+    from verl_speculator.decoding.load import choose_device, choose_dtype, load_base
+
+    width, vocabulary = base_shape(model or base)
+    wrong = [token for token in tokens if token >= vocabulary]
+    if wrong:
+        raise UserError(f"tokens: {wrong[0]} is none of the model's; expected ids below {vocabulary}")
+    if speculator is not None:
+        read_checkpoint_info(speculator).check_base(width, vocabulary)
+    device = choose_device(device)
+    kind = choose_dtype(dtype, device)
+    loaded = load_base(model or base, device=device, dtype=kind)
+    if speculator is None:
+        return ModelSubject(loaded)
+    draft = load_speculator(speculator, device=device, dtype=kind)
+    return PairSubject(loaded, draft.requires_grad_(False).eval())
