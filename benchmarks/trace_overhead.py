@@ -18,6 +18,7 @@ import torch
 from common import append_rows, environment
 from rich.console import Console
 
+from verl_speculator.allocator import restart_with_allocator
 from verl_speculator.decoding.load import choose_device, choose_dtype, load_base
 from verl_speculator.diagnosis import trace
 from verl_speculator.diagnosis.recorder import Recorder
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "trace_overhead.csv")
     args = parser.parse_args()
+    restart_with_allocator()
     device = choose_device("auto")
     model = load_base(args.base, device=device, dtype=choose_dtype("auto", device))
     vocab = model.config.get_text_config().vocab_size

@@ -35,7 +35,7 @@ class TensorFacts:
         shape, strides, dtype, device: as it was given.
         nan, inf: how many values are not finite.
         mean, std, absmax, norm: norm is the root of the sum of squares.
-        hash: of every value; equal for equal values, whatever their type.
+        hash: of every value; equal for equal values of types of at most 32 bits, and of types of 64.
         sketch: [64]
         samples: the first values of integers, values spread over the tensor otherwise; at most 16.
     """
@@ -66,7 +66,7 @@ class TensorFacts:
         return "float" in self.dtype
 
     def same_values(self, other: TensorFacts) -> bool:
-        """Whether every value is the same, whatever the types and shapes."""
+        """Whether every value is known to be the same, whatever the shapes."""
         return (self.count, self.nan, self.inf, self.hash) == (other.count, other.nan, other.inf, other.hash)
 
 
@@ -155,7 +155,7 @@ def observe(name: str, tensor: Tensor) -> Observation:
         return Observation(meta, *(torch.zeros(n, dtype=t) for n, t in ((NUMBERS, torch.float64), ((), torch.int64))))
     total, code = None, None
     for number, piece in enumerate(flat.split(CHUNK)):
-        numbers, part = _numbers(piece.to(torch.float64), number)
+        numbers, part = _numbers(piece, number)
         if total is None:
             total, code = numbers, part
         else:
@@ -169,26 +169,38 @@ def observe(name: str, tensor: Tensor) -> Observation:
     return Observation(meta, torch.cat([total, samples]), code)
 
 
-def _numbers(x: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def _numbers(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """[5 + SKETCH] sums over a chunk of at most CHUNK values in float64, and its part of the hash."""
+    x = values.to(torch.float64)
     count, total = x.numel(), x.sum()
     nan = inf = total.new_zeros(())
     # On a CPU a look costs nothing; elsewhere it would wait for the device.
     if x.device.type != "cpu" or not math.isfinite(total.item()):
         nan, inf = x.isnan().sum(), x.isinf().sum()
         x = x.nan_to_num(0.0, 0.0, 0.0)
-        total = x.sum()
+        total, values = x.sum(), x.to(values.dtype) if values.is_floating_point() else values
     odd, signs = _multipliers(x.device)
     factor, own = _of_chunk(number, x.device)
-    bits = (x + 0.0).view(torch.int64)  # makes -0 a 0
-    # Values of a narrow type have zeros at their low bits: the shift fills them.
-    code = ((bits ^ (bits >> 32)) * odd[:count]).sum() * factor
+    bits = _bits(values)
+    code = (bits * odd[: len(bits)]).sum() * factor
     signed = x * signs[:count]
     if count % SKETCH:
         signed = torch.nn.functional.pad(signed, (0, -count % SKETCH))
     sketch = signed.view(-1, SKETCH).sum(0) * own
     least, most = torch.aminmax(x)
     return torch.cat([torch.stack([nan, inf, total, torch.dot(x, x), torch.maximum(-least, most)]), sketch]), code
+
+
+def _bits(values: Tensor) -> Tensor:
+    """[at most n] 64-bit numbers that hold all of n values; of narrow floating point types two in one."""
+    if not values.is_floating_point():
+        return values.to(torch.int64)
+    if values.dtype == torch.float64:
+        bits = (values + 0.0).view(torch.int64)  # makes -0 a 0
+        return bits ^ (bits >> 32)  # narrow values in a wide type have zeros at their low bits
+    if values.numel() % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    return (values.to(torch.float32) + 0.0).view(torch.int64)
 
 
 def facts_of(meta: dict[str, Any], numbers: np.ndarray, code: int) -> TensorFacts:

@@ -85,7 +85,8 @@ def draw(comparison: Comparison) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    pairs = comparison.sides.pairs
+    # Inner calls end before outer ones: so nothing that ends before the culprit differs.
+    pairs = sorted(comparison.sides.pairs, key=lambda pair: pair.a.end)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -107,7 +108,7 @@ def draw(comparison: Comparison) -> Any:
     labels = [f"{BLOCK.search(pairs[i].name).group(1)}" for i in ticks]
     axis.set(yscale="log", ylim=(FLOOR / 2, top * 3), ylabel="relative difference (floor: none)")
     axis.set_xticks(ticks, labels)
-    axis.set_xlabel("calls in execution order; numbers are layers")
+    axis.set_xlabel("calls in the order in which they end; numbers are layers")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
