@@ -294,6 +294,8 @@ def test_a_child_does_not_outlive_the_sweep(tmp_path, kind):
     code = (
         "import os, signal, sys; from pathlib import Path; from verl_speculator.sweep.child import run_child\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        # A shell starts what runs in its background with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"run_child([sys.executable, '-c', {PARENT!r}], Path({str(log)!r}), os.environ)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.DEVNULL)
