@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from common import append_rows, environment
 from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from verl_speculator.allocator import restart_with_allocator
 from verl_speculator.decoding.load import choose_device, choose_dtype, load_base
@@ -31,6 +32,22 @@ SETS = {
     ],
     "all": None,
 }
+
+
+def load(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A base, or `random-WIDTHxLAYERS`: a Llama of random weights, whose times are those of trained ones."""
+    if not name.startswith("random-"):
+        return load_base(name, device=device, dtype=dtype)
+    width, layers = (int(part) for part in name.removeprefix("random-").split("x"))
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 
 def seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
@@ -78,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     restart_with_allocator()
     device = choose_device("auto")
-    model = load_base(args.base, device=device, dtype=choose_dtype("auto", device))
+    model = load(args.base, device, choose_dtype("auto", device))
     vocab = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocab, (1, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
     where, rows = environment(), []

@@ -101,7 +101,7 @@ def test_the_same_run_twice(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_one_thread_and_two(name, tmp_path):
     model = build(name, hidden_size=256, intermediate_size=512)
-    tokens = torch.randint(330, (1, 200), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(330, (1, 100), generator=torch.Generator().manual_seed(0))
     run(model, tmp_path / "a", tokens=tokens)
     torch.set_num_threads(2)
     try:

@@ -1,7 +1,7 @@
 """What is kept of a tensor: its statistics, a hash that says "the same", and a sketch that says how far apart.
 
 A sketch is 64 sums of all values with fixed random signs (Charikar, Chen and Farach-Colton 2002): the distance of two
-sketches estimates that of the two tensors without bias, within about a tenth, and no value is left out.
+sketches estimates that of the two tensors without bias, most often within a fifth, and no value is left out.
 """
 
 from __future__ import annotations
