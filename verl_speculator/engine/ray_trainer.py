@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from tensordict import TensorDict
-from verl.workers.config import TrainingWorkerConfig
 from verl.workers.utils.losses import sft_loss
 
-from verl_speculator.engine.engine import MODEL_TYPE
 from verl_speculator.engine.ray_worker import RayCheckpoints, RayWorkers
 from verl_speculator.engine.trainer import SpeculatorTrainer
 
@@ -24,17 +22,13 @@ class RaySpeculatorTrainer(SpeculatorTrainer):
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
 
     def _build_engine(self) -> None:
-        config = TrainingWorkerConfig(
-            model_type=MODEL_TYPE,
-            model_config=self.model_config,
-            engine_config=self.engine_config,
-            optimizer_config=self.optimizer_config,
-            checkpoint_config=self.checkpoint_config,
-            profiler_config=self.profiler_config,
-        )
         settings = self.config.trainer
         self.training_client = self.engine = RayWorkers(
-            config, partial(sft_loss, config=None), settings.nnodes, settings.n_gpus_per_node, settings.device
+            self._worker_config(),
+            partial(sft_loss, config=None),
+            settings.nnodes,
+            settings.n_gpus_per_node,
+            settings.device,
         )
 
     def _build_ckpt_handler(self) -> None:

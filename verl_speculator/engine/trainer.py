@@ -95,20 +95,24 @@ class SpeculatorTrainer(SFTTrainer):
         logger.info("%s: states of %d of %d rows are there", directory, cache.written, cache.rows)
         return cache
 
+    def _worker_config(self) -> Any:
+        """What a worker of verl's is made from, in this process or another."""
+        from verl.workers.engine_workers import TrainingWorkerConfig
+
+        return TrainingWorkerConfig(
+            model_type=MODEL_TYPE,
+            model_config=self.model_config,
+            engine_config=self.engine_config,
+            optimizer_config=self.optimizer_config,
+            checkpoint_config=self.checkpoint_config,
+            profiler_config=self.profiler_config,
+        )
+
     def _build_engine(self) -> None:
-        from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+        from verl.workers.engine_workers import TrainingWorker
         from verl.workers.utils.losses import sft_loss
 
-        self.training_client = TrainingWorker(
-            TrainingWorkerConfig(
-                model_type=MODEL_TYPE,
-                model_config=self.model_config,
-                engine_config=self.engine_config,
-                optimizer_config=self.optimizer_config,
-                checkpoint_config=self.checkpoint_config,
-                profiler_config=self.profiler_config,
-            )
-        )
+        self.training_client = TrainingWorker(self._worker_config())
         self.training_client.set_loss_fn(partial(sft_loss, config=None))
         self.engine = self.training_client.engine
         self.engine.state_cache = self.state_cache
