@@ -69,6 +69,9 @@ class SpeculatorProposer:
         if fuse:
             self._warm_up(device)
 
+    def load_model(self, target_model: Any) -> None:
+        """Nothing: the weights are here already, and none of the base's is needed. vLLM's runner for CPUs calls it."""
+
     @torch.inference_mode()
     def _warm_up(self, device: torch.device) -> None:
         for size in WARM_UP:

