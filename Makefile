@@ -10,7 +10,7 @@ else
 TORCH ?= torch>=2.11
 endif
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow test-vllm lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,9 +30,17 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# The drafter in a real vLLM: with a GPU in an environment of yours that has it (docs/rollout.md), here without one.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -m slow tests/gpu
+
+.venv-vllm/.installed: tests/gpu/cpu_environment.sh pyproject.toml
+	PYTHON=$(PYTHON) tests/gpu/cpu_environment.sh .venv-vllm
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf demo $(VENV)
+	rm -rf demo $(VENV) .venv-vllm

@@ -48,37 +48,47 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[str]:
                 yield from _leaves(value, name + ".")
 
 
+def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        if _OVERRIDE.match(override) is None and not override.startswith("~"):
+            raise UserError(f"{override!r} is not an override: expected key=value")
+    search = f"hydra.searchpath=['file://{_verl_config_directory()}']"
+    with initialize_config_dir(str(directory), version_base=None):
+        try:
+            return hydra_compose(name, overrides=[search, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            text = str(error).split("\n")[0].strip()
+            wrong = re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text)
+            if wrong:
+                known = list(_leaves(hydra_compose(name, overrides=[search])))
+                key = wrong[1]
+                text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
+            raise UserError(text) from None
+
+
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The configuration tree with `overrides` (Hydra's syntax) applied; nothing is resolved yet.
 
     Raises:
         UserError: for an override that Hydra refuses, with the nearest key there is.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    matches = filter(None, map(_OVERRIDE.match, overrides))
+    check_setting_names(match["key"].removeprefix(PREFIX) for match in matches if match["key"].startswith(PREFIX))
+    return _compose(Path(__file__).resolve().parent / "engine", CONFIG_NAME, list(map(quote_dims, overrides)))
 
-    matches = [_OVERRIDE.match(override) for override in overrides]
-    for override, match in zip(overrides, matches, strict=True):
-        if match is None and not override.startswith("~"):
-            raise UserError(f"{override!r} is not an override: expected key=value")
-    check_setting_names(
-        match["key"].removeprefix(PREFIX) for match in matches if match and match["key"].startswith(PREFIX)
-    )
-    here = Path(__file__).resolve().parent / "engine"
-    search = f"hydra.searchpath=['file://{_verl_config_directory()}']"
-    with initialize_config_dir(str(here), version_base=None):
-        try:
-            return hydra_compose(CONFIG_NAME, overrides=[search, *map(quote_dims, overrides)])
-        except (HydraException, OmegaConfBaseException) as error:
-            text = str(error).split("\n")[0].strip()
-            wrong = re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text)
-            if wrong:
-                known = list(_leaves(hydra_compose(CONFIG_NAME, overrides=[search])))
-                key = wrong[1]
-                text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
-            raise UserError(text) from None
+
+def compose_ppo(overrides: Sequence[str]) -> DictConfig:
+    """verl's configuration of PPO with `overrides` applied; nothing is resolved yet.
+
+    Raises:
+        UserError: as `compose`.
+    """
+    return _compose(_verl_config_directory(), "ppo_trainer", overrides)
 
 
 def detect_device() -> str:

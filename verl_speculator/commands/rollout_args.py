@@ -18,6 +18,9 @@ def rollout_args(
     ] = None,
     engine: Annotated[str, typer.Option(help=", ".join(ENGINES))] = "vllm",
     purpose: Annotated[str, typer.Option("--for", help=", ".join(PURPOSES))] = "ppo",
+    train: Annotated[
+        bool, typer.Option("--train", help="have PPO's actor train the speculator, and the rollout take it over")
+    ] = False,
     allow_untrained: Annotated[
         bool, typer.Option("--allow-untrained", help="a checkpoint that training never changed")
     ] = False,
@@ -26,7 +29,7 @@ def rollout_args(
     from verl_speculator.checkpoint import load_speculator, read_checkpoint_info
 
     info = read_checkpoint_info(checkpoint)
-    arguments = rollout_arguments(info, engine=engine, purpose=purpose, overrides=overrides or ())
+    arguments = rollout_arguments(info, engine=engine, purpose=purpose, train=train, overrides=overrides or ())
 
     # Last, since it reads every weight: better here than in a worker of a cluster.
     if load_speculator(info.directory).is_untrained() and not allow_untrained:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
@@ -59,6 +60,14 @@ class CpuDeviceModule(ModuleType):
         torch.manual_seed(seed)
 
     manual_seed_all = manual_seed
+
+
+def start_process_group() -> None:
+    """On the CPU start the process group, which verl would want to be "cpu:gloo,cpu:gloo"; elsewhere leave it to it."""
+    from verl.utils.device import get_device_name
+
+    if get_device_name() == "cpu" and not dist.is_initialized():
+        dist.init_process_group("gloo")
 
 
 @PlatformRegistry.register(platform="cpu")

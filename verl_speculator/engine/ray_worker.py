@@ -8,16 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
-import torch.distributed as dist
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from verl.utils.device import get_device_name
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 import verl_speculator.engine.plugin  # noqa: F401  (fails loudly in a worker, where verl's own loading fails silently)
 from verl_speculator.engine.checkpointing import RunCheckpoints
+from verl_speculator.engine.platform_cpu import start_process_group
 from verl_speculator.state_cache import StateCache
 
 
@@ -25,8 +24,7 @@ class SpeculatorWorker(TrainingWorker):
     """verl's training worker, which also keeps a run's checkpoints and cached states."""
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
-        if get_device_name() == "cpu" and not dist.is_initialized():
-            dist.init_process_group("gloo")  # verl would ask for "cpu:gloo,cpu:gloo"
+        start_process_group()
         super().__init__(config)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -21,11 +21,16 @@ from verl_speculator.rollout.vllm_contract import KEY, PROPOSER, check_version, 
 
 ENGINES = {"vllm": proposer_obstacle, "arctic": arctic_obstacle, "vllm-medusa": medusa_obstacle}
 PURPOSES = ("ppo", "generation")
+MODEL = "actor_rollout_ref.model."
 ROLLOUT = "actor_rollout_ref.rollout."
 SERVER = ROLLOUT + "engine_kwargs.vllm."
 SPECULATION = SERVER + "speculative_config."
-BASE = "actor_rollout_ref.model.path"
+BASE = MODEL + "path"
 ARCTIC_SWITCH = "ARCTIC_INFERENCE_ENABLED"
+MODEL_TYPE = "language_model_with_speculator"
+POLICY = "verl_speculator.engine.config.SpeculatorPolicyConfig"
+# Of verl's trainers, those whose actors share a machine with the rollout.
+TRAINERS = ("sync", "colocate_async")
 WORKER_EXTENSION = "verl_speculator.rollout.verl_worker.VerlSpeculatorWorkerExtension"
 # What vLLM looks for in the path of a draft model, and takes for its method whatever the method says.
 TAKEN_FOR_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
@@ -122,7 +127,7 @@ def _check_arctic(version: str) -> None:
         raise UserError(f"vllm {version}: ArcticInference 0.3.0 needs 0.26.0; expected that, or --engine vllm")
 
 
-def _needed(info: CheckpointInfo, engine: str, purpose: str) -> dict[str, Setting]:
+def _needed(info: CheckpointInfo, engine: str, purpose: str, train: bool) -> dict[str, Setting]:
     """Every setting that decides whether the trained weights draft."""
     path, own = str(info.directory.resolve()), engine == "vllm"
     method = {"vllm": "custom_class", "arctic": "arctic", "vllm-medusa": "medusa"}[engine]
@@ -150,6 +155,11 @@ def _needed(info: CheckpointInfo, engine: str, purpose: str) -> dict[str, Settin
         settings[SERVER + "worker_extension_cls"] = Setting(
             WORKER_EXTENSION, "the rollout could not take over a newer speculator", new=True
         )
+    if train:
+        settings[MODEL + "_target_"] = Setting(POLICY, "verl's own configuration refuses a speculator")
+        settings[MODEL + "model_type"] = Setting(MODEL_TYPE, "the actor would have no speculator", new=True)
+        settings[MODEL + "speculator.path"] = Setting(path, "the actor would train another speculator", new=True)
+        settings[MODEL + "speculator.train"] = Setting(True, "the speculator would not follow the policy", new=True)
     if engine == "arctic" and purpose == "ppo":
         settings[f"ray_kwargs.ray_init.runtime_env.env_vars.{ARCTIC_SWITCH}"] = Setting(
             "1", "ArcticInference would stay switched off", new=True
@@ -183,7 +193,12 @@ def _check_own(overrides: Sequence[str], needed: Mapping[str, Setting], info: Ch
 
 
 def rollout_arguments(
-    info: CheckpointInfo, *, engine: str = "vllm", purpose: str = "ppo", overrides: Sequence[str] = ()
+    info: CheckpointInfo,
+    *,
+    engine: str = "vllm",
+    purpose: str = "ppo",
+    train: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Arguments:
     """The overrides for verl's PPO trainer or its generation server, with the user's own behind them.
 
@@ -191,6 +206,7 @@ def rollout_arguments(
         info: the checkpoint.
         engine: vllm (our drafter), arctic or vllm-medusa.
         purpose: ppo (`verl.trainer.main_ppo`) or generation (`verl.trainer.main_generation_server`).
+        train: have the actor train the speculator, and the rollout take it over (`verl_speculator.train_ppo`).
         overrides: the user's own, to be held against the others.
 
     Raises:
@@ -201,12 +217,17 @@ def rollout_arguments(
         raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     if purpose not in PURPOSES:
         raise UserError(f"--for {purpose}: expected one of {', '.join(PURPOSES)}{nearest(purpose, PURPOSES)}")
+    if train and (engine, purpose) != ("vllm", "ppo"):
+        raise UserError(
+            f"--train with --engine {engine} --for {purpose}: only our own drafter takes over a newer speculator; "
+            "expected --engine vllm --for ppo"
+        )
     obstacle = ENGINES[engine](info.config)
     if obstacle is not None:
         raise UserError(f"--engine {engine}: cannot serve {info.directory}: {obstacle}")
     if engine != "vllm":
         _check_path(info, str(info.directory.resolve()), engine)
-    needed = _needed(info, engine, purpose)
+    needed = _needed(info, engine, purpose, train)
     _check_own(overrides, needed, info)
     notes = _check_installed(engine)
     if engine == "vllm":
@@ -216,6 +237,8 @@ def rollout_arguments(
         )
     if engine == "arctic" and purpose == "generation":
         notes.append(f"export {ARCTIC_SWITCH}=1: verl's generation server hands no other variables to its workers")
+    if train:
+        notes.append("start python -m verl_speculator.train_ppo in place of python -m verl.trainer.main_ppo")
     own = {match["key"].strip() for match in map(_OVERRIDE.match, overrides) if match}
     printed = [
         f"{'+' if setting.new else ''}{key}={quote(setting.value)}" for key, setting in needed.items() if key not in own

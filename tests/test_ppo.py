@@ -1,0 +1,163 @@
+"""PPO with a speculator that follows: what is refused, what an update sends, and what a step's metrics tell."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rollouts import build_actor, make_rollouts, ppo_config
+from runs import environment
+
+from verl_speculator import SpeculatorConfig, build_speculator, save_speculator, train_ppo
+from verl_speculator.checkpoint import read_checkpoint_info
+from verl_speculator.errors import UserError
+from verl_speculator.rollout.arguments import rollout_arguments
+from verl_speculator.settings import compose_ppo
+
+SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base, tmp_path_factory):
+    from transformers import AutoConfig
+
+    vocab = AutoConfig.from_pretrained(base).vocab_size
+    speculator = build_speculator(SpeculatorConfig(**SMALL), hidden_size=32, vocab_size=vocab, seed=3)
+    return save_speculator(speculator, tmp_path_factory.mktemp("spec") / "one")
+
+
+@pytest.fixture(scope="module")
+def printed(checkpoint, base):
+    """What `rollout-args --train` prints."""
+    own = [f"actor_rollout_ref.model.path={base}"]
+    return rollout_arguments(read_checkpoint_info(checkpoint), train=True, overrides=own).overrides
+
+
+def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
+    config = compose_ppo(printed)
+    train_ppo.check(config)
+    model = OmegaConf.to_container(config.actor_rollout_ref.model)
+    assert model["speculator"] == {"path": str(checkpoint), "train": True}
+    assert model["_target_"] == "verl_speculator.engine.config.SpeculatorPolicyConfig"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor_rollout_ref.model.speculator.train=false", "verl.trainer.main_ppo does that; expected True"),
+        ("actor_rollout_ref.model.model_type=language_model", "expected language_model_with_speculator"),
+        ("actor_rollout_ref.rollout.name=sglang", "rollout.name=sglang: no other engine takes a newer"),
+        ("~actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls", "worker_extension_cls=None"),
+        ("actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config.method=medusa", "expected custom_class"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "expected naive"),
+        ("trainer.v1.trainer_mode=separate_async", "expected sync or colocate_async"),
+        ("trainer.use_v1=false", "trainer.use_v1=False"),
+    ],
+)
+def test_settings_under_which_nothing_would_follow(printed, override, words):
+    with pytest.raises(UserError) as error:
+        train_ppo.check(compose_ppo([*printed, override]))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_users_error_is_one_line_and_nothing_heavy():
+    code = (
+        "import sys\nfrom verl_speculator.train_ppo import main\n"
+        "try:\n    main(['actor_rollout_ref.modl.path=x'])\n"
+        "finally:\n    assert not {'torch', 'ray', 'verl'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "did you mean 'actor_rollout_ref.model.path'" in done.stderr
+
+
+@pytest.mark.parametrize(("engine", "purpose"), [("arctic", "ppo"), ("vllm", "generation")])
+def test_only_our_drafter_follows(checkpoint, engine, purpose):
+    with pytest.raises(UserError, match="expected --engine vllm --for ppo"):
+        rollout_arguments(read_checkpoint_info(checkpoint), engine=engine, purpose=purpose, train=True)
+
+
+class Rollout:
+    """verl's rollout as the actor's worker sees it; writes down what it is asked, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+
+    async def update_weights(self, parameters, global_steps, **kwargs):
+        self.asked.append(("base", {name: tensor.clone() for name, tensor in parameters}, global_steps))
+
+
+@pytest.fixture
+def worker(base, checkpoint, monkeypatch):
+    """verl's worker, with a real actor and that rollout; the transport has tests of its own."""
+    pytest.importorskip("transfer_queue", reason="verl's PPO needs TransferQueue")
+    from verl_speculator.engine import ppo
+
+    async def push(rollout, tensors, version):
+        rollout.asked.append(("speculator", {name: tensor.clone() for name, tensor in tensors}, version))
+
+    async def collect(rollout):
+        rollout.asked.append(("account",))
+        return [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
+
+    monkeypatch.setattr(ppo, "push_speculator", push)
+    monkeypatch.setattr(ppo, "collect_accounts", collect)
+    config = ppo_config(base, path=checkpoint, train="true", lr=0.05)
+    config.actor_rollout_ref.rollout.free_cache_engine = False
+    made = object.__new__(ppo.SpeculatorActorWorker)
+    made.config, made.actor, made.rollout = config.actor_rollout_ref, build_actor(config), Rollout()
+    made.layered_summon, made.peft_merge, made.base_sync_done, made._accounts = False, False, True, []
+    return made
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.filterwarnings("ignore")
+def test_an_update_sends_both(worker, checkpoint):
+    """What the rollout gets is what the update made of either, and the account is of what drafted before."""
+    from verl.utils import tensordict_utils as tu
+
+    before = {name: p.clone() for name, p in worker.actor.engine.get_speculator_param().items()}
+    data = make_rollouts(8, worker.actor.engine.speculator.vocab_size)
+    tu.assign_non_tensor(data, global_token_num=tu.NonTensorData([1] * len(data)), update_lr_scheduler=True)
+    worker.actor.train_batch(data)
+    asyncio.run(worker.update_weights(global_steps=4, mode="naive"))
+    assert [entry[0] for entry in worker.rollout.asked] == ["account", "speculator", "base"]
+    _, sent, version = worker.rollout.asked[1]
+    speculator = worker.actor.engine.speculator
+    assert version == 4 and sent.keys() == dict(speculator.named_parameters()).keys() == before.keys()
+    for name, parameter in speculator.named_parameters():
+        assert torch.equal(sent[name], parameter.full_tensor())
+    assert any(not torch.equal(sent[name], before[name]) for name in sent), "nothing was learnt"
+    _, base, step = worker.rollout.asked[2]
+    assert step == 4 and base and not any("draft" in name or name.startswith("base.") for name in base)
+    assert worker.take_accounts() == [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
+    assert worker.take_accounts() == []
+
+
+def test_verls_trainers_are_followed():
+    """Both are registered with verl, use our worker, and add the accounts of all ranks to a step's metrics."""
+    pytest.importorskip("transfer_queue", reason="verl's PPO needs TransferQueue")
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    from verl_speculator.engine import ppo
+
+    account = {"version": 6, "rounds": 10, "drafted": 30, "accepted": 15}
+    for name, theirs in ppo.TRAINERS.items():
+        kind = get_trainer_cls(f"{name}_with_speculator")
+        assert issubclass(kind, theirs) and kind is not theirs and get_trainer_cls(name) is theirs
+        trainer = object.__new__(kind)
+        trainer.global_steps = 8
+        trainer.actor_rollout_wg = SimpleNamespace(take_accounts=lambda: [[account], [account | {"version": 7}], []])
+        trainer._pending_sync_metrics = {"sync/bytes": 1}
+        assert trainer._consume_sync_metrics() == {
+            "sync/bytes": 1,
+            "rollout/speculator_version": 6,
+            "rollout/speculator_lag": 1,
+            "rollout/accepted_length": 2.5,
+            "rollout/accept_rate": 0.5,
+        }
