@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,20 +36,34 @@ def settings(base, chat):
     return overrides(base, chat, data__val_files=chat, data__val_max_samples=7, **steps)
 
 
-def test_losses_and_checkpoints_are_torchruns(settings, base, tmp_path):
-    """Two workers; validated on 7 rows, no multiple of anything; then resumed by the other of the two."""
-    expected = train(1, tmp_path / "torchrun", settings)
-    found = train_on_ray(tmp_path / "ray", settings)
-    assert sorted(found) == sorted(expected) == [1, 2, 3]
-    for step, metrics in expected.items():
-        assert found[step].keys() == metrics.keys()
-        for name, value in metrics.items():
+def check_losses(found, expected):
+    """The same numbers at every step of `found`."""
+    for step, metrics in found.items():
+        assert metrics.keys() == expected[step].keys()
+        for name, value in expected[step].items():
             if not name.startswith("perf/"):
-                assert found[step][name] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, name)
+                assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, name)
+
+
+def test_losses_and_checkpoints_are_torchruns(settings, base, tmp_path):
+    """Two workers; validated on 7 rows, no multiple of anything; then each resumed by the other from step 2."""
+    runs = {"torchrun": tmp_path / "torchrun", "ray": tmp_path / "ray"}
+    expected, found = train(1, runs["torchrun"], settings), train_on_ray(runs["ray"], settings)
+    assert sorted(found) == sorted(expected) == [1, 2, 3]
+    check_losses(found, expected)
     for step in (2, 3):
-        mine, theirs = (tmp_path / run / f"global_step_{step}" for run in ("ray", "torchrun"))
+        mine, theirs = (runs[run] / f"global_step_{step}" for run in ("ray", "torchrun"))
         names = {"config.json", "pytorch_model.bin", "training_state"}
         assert {entry.name for entry in mine.iterdir()} == {entry.name for entry in theirs.iterdir()} == names
         mine, theirs = load_speculator(mine, base=base), load_speculator(theirs, base=base)
         for name, parameter in theirs.named_parameters():
             torch.testing.assert_close(mine.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
+
+    for run in runs.values():
+        shutil.rmtree(run / "global_step_3")
+        (run / "latest_checkpointed_iteration.txt").write_text("2")
+        run.with_suffix(".jsonl").unlink()
+    for resumed in (train_on_ray(runs["torchrun"], settings, workers=1), train(1, runs["ray"], settings)):
+        assert sorted(resumed) == [3]
+        check_losses(resumed, expected)
+    assert all((run / "global_step_3" / "pytorch_model.bin").is_file() for run in runs.values())

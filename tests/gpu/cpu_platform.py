@@ -2,9 +2,6 @@
 
 verl asks Ray for the indices of the accelerators that a rollout's server may use, and Ray knows none of CPUs. Loaded by
 `VERL_USE_EXTERNAL_MODULES=cpu_platform`, chosen by `VERL_PLATFORM=cpu_as_gpus`.
-
-In vLLM's workers it also keeps the weights of linear layers: the build for CPUs packs them and drops the parameters,
-which no newer weights could be loaded into then.
 """
 
 from __future__ import annotations
@@ -29,6 +26,6 @@ class PlatformCPUAsGPUs(PlatformCPU):
 
 
 if "vllm.v1.worker.worker_base" in sys.modules:
-    from vllm import _custom_ops
+    import cpu_vllm
 
-    _custom_ops._supports_onednn = False
+    cpu_vllm.mend()

@@ -54,6 +54,7 @@ def start(folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]]) -> 
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # what is mended is mended in this process
         }
     return subprocess.run(
         [sys.executable, HERE / "vllm_job.py", folder / "job.json", folder / "result.json"],

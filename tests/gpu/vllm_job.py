@@ -3,7 +3,7 @@
     python vllm_job.py JOB.json RESULT.json
 
 JOB: {"engine": keyword arguments of vllm.LLM, "steps": [...]}, each step one of
-    {"generate": [[token, ...], ...], "max_tokens": n}     → the tokens of every request
+    {"generate": [[token, ...], ...], "max_tokens": n, "temperature": t}     → the tokens of every request
     {"call": name, "arguments": [...]}                     → what every worker answers
     {"sleep": level} and {"wake": true}                    → null (CUDA)
 RESULT: {"version": vLLM's, "device": its, "results": [...]}
@@ -23,12 +23,18 @@ def main(job: Path, result: Path) -> None:
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        import cpu_vllm
+
+        cpu_vllm.mend()
     described = json.loads(job.read_text())
     engine = LLM(**described["engine"])
 
     def do(step: dict[str, Any]) -> Any:
         if "generate" in step:
-            settings = SamplingParams(temperature=0, max_tokens=step["max_tokens"], detokenize=False)
+            settings = SamplingParams(
+                temperature=step.get("temperature", 0), max_tokens=step["max_tokens"], detokenize=False
+            )
             prompts = [{"prompt_token_ids": tokens} for tokens in step["generate"]]
             start = time.perf_counter()
             outputs = engine.generate(prompts, settings, use_tqdm=False)
