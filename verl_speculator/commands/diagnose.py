@@ -204,6 +204,7 @@ def speculator(
     train_data: Annotated[Path | None, typer.Option(help="what it was trained on [as its config.json names]")] = None,
     num_prompts: Annotated[int, typer.Option(help="prompts of each file, at even distances")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="the most tokens of an answer")] = 64,
+    num_draft: Annotated[int | None, typer.Option(help="tokens that the engine drafts a round")] = None,
     external_lib: External = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -224,6 +225,7 @@ def speculator(
         train_data=train_data,
         num_prompts=num_prompts,
         max_new_tokens=max_new_tokens,
+        num_draft=num_draft,
         device=device,
         dtype=dtype,
     )
