@@ -9,7 +9,9 @@ import re
 import pytest
 import torch
 from drafts import load_base
+from fake_vllm import Request, engine_config, install
 from tiny import make_chat_rows, write_parquet
+from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ from verl_speculator.alignment import align, misaligned
 from verl_speculator.checkup.acceptance import Bench, answers
 from verl_speculator.checkup.subjects import Pair
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.diagnosis import trace
+from verl_speculator.diagnosis import read_trace, trace
 from verl_speculator.errors import UserError
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts, read_texts
 from verl_speculator.models.hidden_state import final_norm
@@ -293,6 +295,24 @@ def test_a_trace_of_the_engine(bench, base, files, tmp_path, method):
     assert "have the engine load this checkpoint" in found["unloaded"][2]
     assert "it was fed the pre_norm state" in found["pre"][0]
     assert "have the engine hand over the post_norm state" in found["pre"][2]
+
+
+def test_a_trace_from_inside_a_rollout_worker(good, bench, base, files, tmp_path, monkeypatch):
+    """Of the target and of our drafter in an engine's runner, limited to what answers the question."""
+    model = load_base(base, torch.float32)
+    folder, prompt = saved(good, base, tmp_path / "spec"), bench.texts[0][0][:9]
+    other = saved(train(bench, steps=5), base, tmp_path / "other")
+    for name, path, code in (("good", folder, 0), ("stale", other, 1)):
+        runner = install(monkeypatch)(engine_config(path, model, 3), model)
+        both = nn.ModuleDict({"target": model, "draft": runner.drafter.speculator})
+        with trace(both, tmp_path / name, modules=["target.model", "draft.*"]):
+            request = Request(list(prompt), 8)
+            for _ in range(2):
+                runner.step([request])
+        assert read_trace(tmp_path / name).tokens == tuple(prompt) and not read_trace(tmp_path / name).top
+        first, status, _ = diagnose(folder, base, files["seen"], "--rollout-trace", tmp_path / name, code=code)
+        assert status["serving"] == ("fault" if code else "fine"), first
+    assert "; serving: none of the checkpoint's" in first
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,13 @@ def trace(
     recorder.write(path)
 
 
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many logits a model or one of its parts makes, None where nothing says it."""
+    owners = (owner for part in model.modules() for owner in (part, getattr(part, "config", None)))
+    said = (getattr(owner, "vocab_size", None) for owner in owners)
+    return next((size for size in said if isinstance(size, int)), None)
+
+
 class Recorder:
     """Hooks on modules and what they have seen.
 
@@ -119,6 +126,7 @@ class Recorder:
         self._depth, self._entered = 0, False
         self._tokens: Tensor | None = None
         self._top: Any = None
+        self._vocabulary = _vocabulary(model)
         self._weights = self._fingerprints() if weights else {}
         self._had_weights = weights
 
@@ -231,10 +239,9 @@ class Recorder:
         return []
 
     def _take_top(self, outputs: list[tuple[str, Tensor]]) -> None:
-        vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
         for name, tensor in outputs:
             # An engine's model hands over states, and another of its modules makes logits of them.
-            is_whole = name == "output" and tensor.dim() >= 2 and vocabulary in (None, tensor.shape[-1])
+            is_whole = name == "output" and tensor.dim() >= 2 and self._vocabulary in (None, tensor.shape[-1])
             is_logits = name.endswith("logits") or is_whole
             if is_logits and tensor.is_floating_point() and tensor.shape[-1] >= TOP and tensor.numel():
                 self._top = tensor.detach().reshape(-1, tensor.shape[-1])[-1].float().topk(TOP)
