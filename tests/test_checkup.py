@@ -228,7 +228,7 @@ def test_a_type_that_is_too_coarse(good, base, files, tmp_path, dtype):
     """What all rows of a head share changes no choice, but leaves no digits for what they do not."""
     speculator = copy.deepcopy(good)
     for k in range(speculator.n_predict):
-        speculator.head(k).add_(40.0)
+        speculator.head(k).add_(400.0)
     first, status, advice = diagnose(saved(speculator, base, tmp_path), base, files["seen"], "--dtype", dtype)
     assert "; number type: " in first and "in float32" in first and status["number type"] == "fault"
     assert "run it in float32: bfloat16 is too coarse for it" in advice
