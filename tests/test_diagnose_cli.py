@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import resource
+import sys
 
 import buffered_moe
 import pandas as pd
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.__main__ import app
+from verl_speculator.checkup.subjects import import_external
 from verl_speculator.diagnosis import compare, read_trace, trace
 from verl_speculator.diagnosis.replay import bisect
 from verl_speculator.diagnosis.report import write
@@ -195,6 +197,17 @@ def test_the_case_as_commands(tmp_path):
         "The output of model.layers.0.mlp changes after another model has run; none of"
     )
     assert re.search(r"after another model has run +fresh +[\d.e+]+ +changes it", shown)
+
+
+def test_an_external_lib_is_a_file_or_a_module_and_leaves_nothing_where_it_fails(tmp_path):
+    (tmp_path / "own_kernels.py").write_text("PATCHED = True")
+    import_external(str(tmp_path / "own_kernels.py"))
+    assert sys.modules.pop("own_kernels").PATCHED
+    import_external("json")
+    (tmp_path / "broken_kernels.py").write_text("1 / 0")
+    with pytest.raises(UserError, match=r"broken_kernels.py: cannot be imported: ZeroDivisionError: division by zero"):
+        import_external(str(tmp_path / "broken_kernels.py"))
+    assert "broken_kernels" not in sys.modules
 
 
 # Bad input
