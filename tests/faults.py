@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from buffered_moe import BufferedMoE
 from tiny import base_config
 from torch import nn
 from torch.nn import functional as F
@@ -118,45 +119,10 @@ def in_another_type(module: nn.Module, dtype: torch.dtype) -> None:
     module.register_forward_hook(lambda _, args, output: cast(output, own))
 
 
-class BufferedMoE(nn.Module):
-    """Experts that are used from one buffer, which is found by the layer's name alone: the fault of the 120b case.
-
-    Whoever loads last under a name has written the buffer; a larger model writes over all of a smaller one's.
-    """
-
-    buffers: dict[str, torch.Tensor] = {}  # noqa: RUF012
-
-    def __init__(self, name: str, width: int, experts: int, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.name, self.shape = name, (experts, width, width)
-        self.router = nn.Linear(width, experts, bias=False)
-        self.experts = nn.Parameter(torch.randn(self.shape, generator=generator) / width**0.5, requires_grad=False)
-        self.router.weight = nn.Parameter(torch.randn(experts, width, generator=generator), requires_grad=False)
-        self.is_ready = False
-
-    def _prepare(self) -> None:
-        buffer = self.buffers.get(self.name)
-        if buffer is None or buffer.numel() < self.experts.numel():
-            grown = torch.zeros(self.experts.numel())
-            if buffer is not None:
-                grown[: buffer.numel()] = buffer
-            self.buffers[self.name] = buffer = grown
-        buffer[: self.experts.numel()] = self.experts.flatten()
-        self.is_ready = True
-
-    def forward(self, hidden_states):
-        if not self.is_ready:
-            self._prepare()
-        experts = self.buffers[self.name][: self.experts.numel()].view(self.shape)
-        weights = self.router(hidden_states).softmax(-1)
-        return torch.einsum("bte,btd,edf->btf", weights, hidden_states, experts)
-
-
 def with_buffers(model: nn.Module, experts: int, seed: int) -> nn.Module:
     """A dense model with a `BufferedMoE` in every layer."""
     for i, layer in enumerate(model.model.layers):
-        layer.mlp = BufferedMoE(f"layers.{i}.mlp", model.config.hidden_size, experts, seed + i)
+        layer.mlp = BufferedMoE(f"layers.{i}.mlp", model.config.hidden_size, experts).fill(seed + i)
     return model
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
 import pytest
 import torch
 from drafts import load_base
+from fake_vllm import Request, engine_config, install
 from tiny import make_chat_rows, write_parquet
+from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -18,9 +21,9 @@ from verl_speculator.alignment import align, misaligned
 from verl_speculator.checkup.acceptance import Bench, answers
 from verl_speculator.checkup.subjects import Pair
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.diagnosis import trace
+from verl_speculator.diagnosis import read_trace, trace
 from verl_speculator.errors import UserError
-from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
+from verl_speculator.evaluation.prompts import prompt_ids, read_prompts, read_texts
 from verl_speculator.models.hidden_state import final_norm
 from verl_speculator.models.initialise import copy_norm
 from verl_speculator.provenance import weights_fingerprint
@@ -212,6 +215,25 @@ def test_other_data_and_text_that_is_not_the_bases(good, base, files, tmp_path):
     assert status["data"] == "fault"
 
 
+def test_text_that_the_base_would_not_have_written(bench, base, files, tokenizer, tmp_path):
+    texts = Bench(bench.base, read_texts(files["seen"], tokenizer), bench.ends)
+    folder = saved(train(texts, steps=120), base, tmp_path)
+    first, status, advice = diagnose(folder, base, files["seen"], "--train-data", files["seen"])
+    assert "; data: " in first and "on the training text itself" in first and status["data"] == "fault"
+    assert "train on the base's own answers (verl-speculator regenerate)" in advice
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_type_that_is_too_coarse(good, base, files, tmp_path, dtype):
+    """What all rows of a head share changes no choice, but leaves no digits for what they do not."""
+    speculator = copy.deepcopy(good)
+    for k in range(speculator.n_predict):
+        speculator.head(k).add_(400.0)
+    first, status, advice = diagnose(saved(speculator, base, tmp_path), base, files["seen"], "--dtype", dtype)
+    assert "; number type: " in first and "in float32" in first and status["number type"] == "fault"
+    assert "run it in float32: bfloat16 is too coarse for it" in advice
+
+
 def test_the_depth_that_breaks_the_chain(bench, base, files, tmp_path):
     speculator = train(bench, tie_weights=False)
     speculator.heads[1].weight.copy_(speculator.heads[1].weight.flip(0))
@@ -226,6 +248,28 @@ def test_heads_that_n_predict_does_not_call_for(good, base, files, tmp_path):
     first, _, advice = diagnose(folder, base, files["seen"])
     assert first.startswith("It does not load; n_predict and heads: ") and "missing head.3.weight" in first
     assert "not those that n_predict calls for" in advice
+
+
+def test_more_drafts_than_heads(good, base, files, tmp_path):
+    folder = saved(good, base, tmp_path / "spec")
+    assert diagnose(folder, base, files["seen"], "--num-draft", 3, code=0)[1]["n_predict and heads"] == "fine"
+    first, _, advice = diagnose(folder, base, files["seen"], "--num-draft", 5)
+    assert "those of 3 depths; 5 tokens are drafted a round" in first
+    assert "have the engine draft 3 tokens (num_speculative_tokens), or train with n_predict=5" in advice
+    # A trace that says what was drafted says it too.
+    with trace(
+        Pair(load_base(base, torch.float32), good), tmp_path / "served", notes={"drafts": [1, 2, 3, 4]}
+    ) as recorder:
+        recorder.model(torch.tensor([5, 9, 23]), 3)
+    assert (
+        "4 tokens are drafted a round"
+        in diagnose(folder, base, files["seen"], "--rollout-trace", tmp_path / "served")[0]
+    )
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"top_k_tokens_per_head": [1] * 5}))
+    first, _, advice = diagnose(folder, base, files["seen"])
+    assert "its top_k_tokens_per_head speaks of 5, and that is what serving engines read" in first
+    assert "have top_k_tokens_per_head in its config.json speak of 3" in advice
 
 
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
@@ -253,9 +297,28 @@ def test_a_trace_of_the_engine(bench, base, files, tmp_path, method):
     assert "have the engine hand over the post_norm state" in found["pre"][2]
 
 
+def test_a_trace_from_inside_a_rollout_worker(good, bench, base, files, tmp_path, monkeypatch):
+    """Of the target and of our drafter in an engine's runner, limited to what answers the question."""
+    model = load_base(base, torch.float32)
+    folder, prompt = saved(good, base, tmp_path / "spec"), bench.texts[0][0][:9]
+    other = saved(train(bench, steps=5), base, tmp_path / "other")
+    for name, path, code in (("good", folder, 0), ("stale", other, 1)):
+        runner = install(monkeypatch)(engine_config(path, model, 3), model)
+        both = nn.ModuleDict({"target": model, "draft": runner.drafter.speculator})
+        with trace(both, tmp_path / name, modules=["target.model", "draft.*"]):
+            request = Request(list(prompt), 8)
+            for _ in range(2):
+                runner.step([request])
+        assert read_trace(tmp_path / name).tokens == tuple(prompt) and not read_trace(tmp_path / name).top
+        first, status, _ = diagnose(folder, base, files["seen"], "--rollout-trace", tmp_path / name, code=code)
+        assert status["serving"] == ("fault" if code else "fine"), first
+    assert "; serving: none of the checkpoint's" in first
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--num-draft", "0"), "num-draft=0: expected a number ≥ 1"),
         (("--num-prompts", "0"), "num-prompts=0: expected a number ≥ 1"),
         (("--rollout-trace", "/no/such"), "/no/such: no such file; expected a trace"),
         (("--train-data", "/no/such.parquet"), "/no/such.parquet: no such file"),

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from buffered_moe import BufferedMoE
 from faults import (
     MODELS,
     TOKENS,
-    BufferedMoE,
     FusedLayer,
     OffByOne,
     Stale,
@@ -315,7 +315,7 @@ def test_an_expert_buffer_that_a_larger_target_overwrote(tmp_path):
     seen = found.comparisons["the target"].verdict
     assert seen.kind == "module" and seen.module == "model.layers.0.mlp", seen
     assert "its 2 weights are the same" in seen.evidence
-    assert found.verdict.startswith("The draft is not the same after the target has run, but after its own weights it")
+    assert found.verdict.startswith("After the target has run the draft is not the same; after its own weights it is. ")
     assert "model.layers.0.mlp (call 0) is the first module whose inputs and weights agree" in found.verdict
     assert found.tokens["alone"] == found.tokens["its own weights"] != found.tokens["the target"]
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import resource
+import sys
 
+import buffered_moe
 import pandas as pd
 import pytest
 import torch
-from faults import TOKENS, BufferedMoE, build, copied, greedy, run, with_buffers
+from buffered_moe import DRAFT, TARGET, BufferedMoE
+from faults import TOKENS, build, copied, greedy, run, with_buffers
 from torch import nn
 from typer.testing import CliRunner
 
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.__main__ import app
+from verl_speculator.checkup.subjects import import_external
 from verl_speculator.diagnosis import compare, read_trace, trace
 from verl_speculator.diagnosis.replay import bisect
 from verl_speculator.diagnosis.report import write
@@ -165,6 +170,46 @@ def test_solo_vs_pair_as_a_command(base, bases, speculator, tmp_path):
     assert code == 0 and shown.count(" drafts [") == 3
 
 
+def test_the_case_as_commands(tmp_path):
+    """An architecture of one's own, whose experts lie in a buffer that a larger target writes over."""
+    draft, target = (
+        buffered_moe.write(tmp_path / n, s, i) for n, s, i in (("draft", DRAFT, 0), ("target", TARGET, 100))
+    )
+    BufferedMoE.buffers.clear()
+    asked = ("--tokens", "5,9,23,4,77,31,8,100", "--external-lib", buffered_moe.__file__)
+    code, shown = command("solo-vs-pair", "--draft", draft, "--target", target, "--out", tmp_path / "out", *asked)
+    assert code == 1 and shown.startswith(
+        "After target has run the draft is not the same; after own it is. model.layers.0.mlp (call 0) is the first "
+        "module whose inputs and weights agree and whose output does not: no difference at its inputs"
+    ), shown
+    drafted = dict(re.findall(r"^  (\w+) +drafts (.*)$", shown, re.M))
+    assert drafted["alone"] == drafted["own"] != drafted["target"]
+    assert "alone against own: The runs are the same, bit for bit." in shown
+    code, shown = command("compare", tmp_path / "out" / "alone.trace", tmp_path / "out" / "target.trace")
+    assert code == 1 and "its 2 weights are the same" in shown
+    BufferedMoE.buffers.clear()
+    command("trace", "--model", draft, "--out", tmp_path / "a", "--keep", "layers.0.mlp", *asked)
+    after = ("bisect", tmp_path / "a", "layers.0.mlp", "--model", draft, *asked[2:], "--after")
+    code, shown = command(*after, draft)
+    assert code == 0 and shown.startswith("Nothing changes the output of model.layers.0.mlp: ")
+    code, shown = command(*after, target)
+    assert code == 1 and shown.startswith(
+        "The output of model.layers.0.mlp changes after another model has run; none of"
+    )
+    assert re.search(r"after another model has run +fresh +[\d.e+]+ +changes it", shown)
+
+
+def test_an_external_lib_is_a_file_or_a_module_and_leaves_nothing_where_it_fails(tmp_path):
+    (tmp_path / "own_kernels.py").write_text("PATCHED = True")
+    import_external(str(tmp_path / "own_kernels.py"))
+    assert sys.modules.pop("own_kernels").PATCHED
+    import_external("json")
+    (tmp_path / "broken_kernels.py").write_text("1 / 0")
+    with pytest.raises(UserError, match=r"broken_kernels.py: cannot be imported: ZeroDivisionError: division by zero"):
+        import_external(str(tmp_path / "broken_kernels.py"))
+    assert "broken_kernels" not in sys.modules
+
+
 # Bad input
 
 
@@ -240,6 +285,11 @@ def test_an_exception_leaves_no_file_and_no_hook(tmp_path):
         (("--out", "/no/such/file"), "out=/no/such/file: /no/such does not exist"),
         (("--out", "/"), "out=/: a directory, expected the name of a file"),
         (("--num-draft", 0), "num-draft=0: expected a number ≥ 1"),
+        (
+            ("--external-lib", "no.such"),
+            "external-lib=no.such: cannot be imported: ModuleNotFoundError: No module named",
+        ),
+        (("--external-lib", "/no/such.py"), "external-lib=/no/such.py: no such file; expected a Python file"),
     ],
 )
 def test_what_is_refused_before_anything_loads(base, tmp_path, monkeypatch, arguments, message):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from verl_speculator.checkpoint import CheckpointInfo
+from verl_speculator.checkpoint import CONFIG_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkup.acceptance import Acceptance, Bench
 from verl_speculator.checkup.history import learning_rate
 from verl_speculator.errors import UserError
@@ -27,6 +27,8 @@ MARGIN, FACTOR = 0.1, 1.5
 SHIFTS = (-1, 0, 1)
 DEPTH_DROP = 0.5
 NORM_APART = 0.02
+# What engines call the number of heads: a number, or a list with an entry for each.
+HEAD_COUNTS = {"num_heads", "top_k_tokens_per_head"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Patient:
         own: the base's own answers to the prompts given.
         trained: its answers to prompts of the training data, None where those are not at hand.
         data: the training text itself, None likewise.
+        num_draft: how many tokens the engine drafts in a round, None where that is not known.
     """
 
     info: CheckpointInfo
@@ -67,6 +70,7 @@ class Patient:
     own: Bench
     trained: Bench | None = None
     data: Bench | None = None
+    num_draft: int | None = None
 
     def __post_init__(self) -> None:
         self.now = self.own.measure(self.speculator)
@@ -192,17 +196,20 @@ def shift(patient: Patient) -> Check:
 
 
 def number_type(patient: Patient) -> Check:
-    """The type that it runs in against float32."""
+    """The types that it is served in against float32; each read anew, since a narrow type rounds the weights too."""
+    name, info = "number type", patient.info
     own = str(next(patient.speculator.parameters()).dtype).removeprefix("torch.")
     found = {own: patient.now}
     for kind in ("float32", "bfloat16"):
         if kind not in found:
-            found[kind] = patient.own.measure(copy.deepcopy(patient.speculator).to(getattr(torch, kind)))
+            other = load_speculator(info.directory, device=patient.base.device, dtype=getattr(torch, kind))
+            found[kind] = patient.own.measure(other.eval())
     evidence = ", ".join(f"{percent(value)} in {kind}" for kind, value in found.items())
-    evidence += f"; on disk it is {patient.info.dtype}"
-    if explains(found["float32"], patient.now):
-        return Check("number type", FAULT, evidence, f"run it in float32: {own} is too coarse for it")
-    return Check("number type", FINE, evidence)
+    evidence += f"; on disk it is {info.dtype}"
+    for kind, value in found.items():
+        if explains(found["float32"], value):
+            return Check(name, FAULT, evidence, f"run it in float32: {kind} is too coarse for it")
+    return Check(name, FINE, evidence)
 
 
 def scale_input(patient: Patient) -> Check:
@@ -265,9 +272,23 @@ def depth(patient: Patient) -> Check:
 
 
 def heads(patient: Patient) -> Check:
-    """Heads that the file has against n_predict. What does not fit is refused before anything is measured."""
-    count = patient.info.config.n_predict
-    return Check("n_predict and heads", FINE, f"n_predict={count}, and the file's tensors are those of {count} depths")
+    """The depths of the checkpoint against what engines read elsewhere in its config.json, and what is asked of it."""
+    name, count = "n_predict and heads", patient.info.config.n_predict
+    evidence = f"n_predict={count}, and the file's tensors are those of {count} depths"
+    content = json.loads((patient.info.directory / CONFIG_FILE).read_text())
+    for key in HEAD_COUNTS & content.keys():
+        said = content[key] if isinstance(content[key], int) else len(content[key])
+        if said != count:
+            told = f"{evidence}; its {key} speaks of {said}, and that is what serving engines read"
+            return Check(name, FAULT, told, f"have {key} in its config.json speak of {count}")
+    if patient.num_draft is None:
+        return Check(name, FINE, evidence)
+    evidence += f"; {patient.num_draft} tokens are drafted a round"
+    if patient.num_draft > count:
+        more = f"train with n_predict={patient.num_draft}"
+        advice = f"have the engine draft {count} tokens (num_speculative_tokens), or {more}"
+        return Check(name, FAULT, evidence, advice)
+    return Check(name, FINE, evidence)
 
 
 def recommendation(checks: list[Check]) -> str:

@@ -44,6 +44,7 @@ def examine(
     train_data: Path | None,
     num_prompts: int,
     max_new_tokens: int,
+    num_draft: int | None,
     device: str,
     dtype: str,
 ) -> Examination:
@@ -52,13 +53,16 @@ def examine(
     Raises:
         UserError: for a file, a base or a setting that cannot be used; before the base is loaded.
     """
-    for setting, value in (("num-prompts", num_prompts), ("max-new-tokens", max_new_tokens)):
-        if value < 1:
+    asked = {"num-prompts": num_prompts, "max-new-tokens": max_new_tokens, "num-draft": num_draft}
+    for setting, value in asked.items():
+        if value is not None and value < 1:
             raise UserError(f"{setting}={value}: expected a number ≥ 1")
     info = read_checkpoint_info(checkpoint)
     info.check_base(*base_shape(base))
     served = read_trace(rollout_trace) if rollout_trace else None
-    asked = _chosen(prompts, num_prompts)
+    if num_draft is None and served is not None and "drafts" in served.notes:
+        num_draft = len(served.notes["drafts"])
+    given = _chosen(prompts, num_prompts)
     known = train_data or _training_file(info)
     trained_on = _chosen(known, num_prompts) if known else []
     place = choose_device(device)
@@ -74,13 +78,13 @@ def examine(
     speculator = load_speculator(checkpoint, device=place, dtype=kind).requires_grad_(False).eval()
     ends = end_token_ids(tokenizer, model.generation_config)
     with progress_bar() as progress:
-        own = _bench(model, asked, tokenizer, ends, max_new_tokens, progress, "prompts")
+        own = _bench(model, given, tokenizer, ends, max_new_tokens, progress, "prompts")
         trained = text = None
         if trained_on:
             trained = _bench(model, trained_on, tokenizer, ends, max_new_tokens, progress, "training prompts")
             whole = read_texts(known, tokenizer)
             text = Bench(model, [whole[i] for i in spread(len(whole), num_prompts)], ends)
-    patient = Patient(info, speculator, model, base, own, trained, text)
+    patient = Patient(info, speculator, model, base, own, trained, text, num_draft)
     if not patient.now.rows:
         raise UserError(
             f"prompts={prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, which leaves "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -24,6 +28,34 @@ def parse_tokens(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise UserError(f'tokens={text}: expected token ids joined by commas, such as "5,9,23"')
     return [int(part) for part in parts]
+
+
+def import_external(name: str | None) -> None:
+    """Import what brings own architectures, kernels or patches along, as verl's `model.external_lib` does.
+
+    Args:
+        name: of a module, or of a Python file; None for nothing.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise UserError(f"external-lib={name}: no such file; expected a Python file, or the name of a module")
+    try:
+        if not is_file:
+            importlib.import_module(name)
+        elif path.stem not in sys.modules:
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(path.stem if is_file else name, None)
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"external-lib={name}: cannot be imported: {told}") from error
 
 
 class Subject(Protocol):

@@ -23,6 +23,9 @@ Base = Annotated[str | None, typer.Option(help="a base, with --speculator")]
 Speculator = Annotated[str | None, typer.Option(help="its speculator: a checkpoint or a run")]
 Tokens = Annotated[str, typer.Option(help='token ids, such as "5,9,23"')]
 Tolerance = Annotated[float | None, typer.Option(help="what rounding may explain [by the coarsest type]")]
+External = Annotated[
+    str | None, typer.Option(help="a module or a Python file to import first: own architectures, kernels, patches")
+]
 Drafts = Annotated[int, typer.Option(help="tokens to draft")]
 
 
@@ -49,17 +52,19 @@ def trace(
     modules: Annotated[list[str] | None, typer.Option(help="only these: names, ends of names, patterns")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="keep the tensors of these modules, for bisect")] = None,
     num_draft: Drafts = 3,
+    external_lib: External = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Run a model, or a base with its speculator, on fixed tokens and write what every module made of them."""
-    from verl_speculator.checkup.subjects import load_subject, parse_tokens
+    from verl_speculator.checkup.subjects import import_external, load_subject, parse_tokens
     from verl_speculator.diagnosis.recorder import check_out
     from verl_speculator.diagnosis.recorder import trace as record
 
     ids = parse_tokens(tokens)
     check_out(out)
     _check_drafts(num_draft)
+    import_external(external_lib)
     subject = load_subject(model=model, base=base, speculator=speculator, device=device, dtype=dtype, tokens=ids)
     with record(subject.traced, out, modules=modules, keep=keep or ()) as recorder:
         recorder.notes["drafts"] = subject.draft(ids, num_draft)
@@ -101,13 +106,14 @@ def bisect(
     call: Annotated[int, typer.Option(help="which of its calls")] = 0,
     after: Annotated[str | None, typer.Option(help="a model that runs in between: does it leave a mark?")] = None,
     tolerance: Tolerance = None,
+    external_lib: External = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Replay a module's inputs: alone, twice, after another model, in float64, in a batch; and all that it calls."""
     from rich.table import Table
 
-    from verl_speculator.checkup.subjects import load_subject
+    from verl_speculator.checkup.subjects import import_external, load_subject
     from verl_speculator.diagnosis.replay import bisect as replay
     from verl_speculator.diagnosis.tracefile import read_trace
 
@@ -115,6 +121,7 @@ def bisect(
     if not recorded.kept:
         raise UserError(f"{trace}: kept no module's inputs; expected a trace made with --keep {module}")
     settings = {"device": device, "dtype": dtype, "tokens": list(recorded.tokens)}
+    import_external(external_lib)
     subject = load_subject(model=model, base=base, speculator=speculator, **settings)
     disturb = None
     if after is not None:
@@ -125,8 +132,9 @@ def bisect(
 
     found = replay(recorded, subject.traced, module, call=call, disturb=disturb, tolerance=tolerance)
     console, table = _console(), Table(box=None, pad_edge=False)
-    for name in ("module", "run", "against", "difference", ""):
+    for name in ("module", "run", "against", "difference"):
         table.add_column(name, no_wrap=True)
+    table.add_column(overflow="fold")
     for v in found.variants:
         told = "–" if v.distance is None else f"{v.distance:.1e}"
         table.add_row(v.module, v.name, v.against, told, "changes it" if v.changes else v.note)
@@ -146,11 +154,12 @@ def solo_vs_pair(
     speculator: Speculator = None,
     num_draft: Drafts = 4,
     tolerance: Tolerance = None,
+    external_lib: External = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """The draft alone, beside its own weights as target, and beside the target: is it still the same?"""
-    from verl_speculator.checkup.subjects import load_subject, parse_tokens
+    from verl_speculator.checkup.subjects import import_external, load_subject, parse_tokens
     from verl_speculator.diagnosis.beside import solo_vs_pair as experiment
     from verl_speculator.diagnosis.report import write
     from verl_speculator.files import check_writable
@@ -161,6 +170,7 @@ def solo_vs_pair(
     settings = {"device": device, "dtype": dtype, "tokens": ids}
     if draft is None and base is None:
         raise UserError("draft: expected --draft, or --base together with --speculator")
+    import_external(external_lib)
     subject = load_subject(model=draft, base=base, speculator=speculator, **settings)
     others = {"own": draft or base, "target": target}
     out.mkdir(parents=True, exist_ok=True)
@@ -194,6 +204,8 @@ def speculator(
     train_data: Annotated[Path | None, typer.Option(help="what it was trained on [as its config.json names]")] = None,
     num_prompts: Annotated[int, typer.Option(help="prompts of each file, at even distances")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="the most tokens of an answer")] = 64,
+    num_draft: Annotated[int | None, typer.Option(help="tokens that the engine drafts a round")] = None,
+    external_lib: External = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -202,7 +214,9 @@ def speculator(
 
     from verl_speculator.checkup.checks import FAULT, recommendation
     from verl_speculator.checkup.examine import examine
+    from verl_speculator.checkup.subjects import import_external
 
+    import_external(external_lib)
     found = examine(
         checkpoint,
         base,
@@ -211,6 +225,7 @@ def speculator(
         train_data=train_data,
         num_prompts=num_prompts,
         max_new_tokens=max_new_tokens,
+        num_draft=num_draft,
         device=device,
         dtype=dtype,
     )

@@ -73,7 +73,7 @@ def _verdict(found: Mapping[str, Comparison], tokens: Mapping[str, list[int]]) -
         if not comparison.agrees:
             sentence = comparison.verdict.sentence
             same = [other for other in found if found[other].agrees]
-            told = f", but after {', '.join(same)} it is" if same else ""
-            return f"The draft is not the same after {name} has run{told}. {sentence}"
+            told = f"; after {', '.join(same)} it is" if same else ""
+            return f"After {name} has run the draft is not the same{told}. {sentence}"
     drafts = ", ".join(map(str, tokens[SOLO]))
     return f"The draft is the same alone and after {', '.join(found)}: it drafts {drafts} each time."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from verl_speculator.diagnosis.evidence import about_output, name_of, same_elsewhere, some, values_of
 from verl_speculator.diagnosis.facts import TOLERANCES, TensorFacts, distance
 from verl_speculator.diagnosis.pairing import below
-from verl_speculator.diagnosis.sides import Pair, Sides, coarsest, common_name, tensor_pairs
+from verl_speculator.diagnosis.sides import Pair, Sides, coarsest, common_name, tensor_pairs, without_places
 from verl_speculator.diagnosis.tracefile import Trace
 from verl_speculator.errors import UserError
 
@@ -67,10 +67,12 @@ class Comparison:
         sides, told = self.sides, []
         if sides.unlike and self.verdict.kind not in ("weights", "type"):
             told.append(f"weights differ: {some(sides.unlike)}")
+        shared = sides.matching.shared
         only = zip("AB", sides.matching.only, strict=True)
         return [
             *told,
             *sides.surroundings(),
+            *([f"left out, for something else called it too: {some(list(shared))}"] if shared else []),
             *(f"called only in {x}: {some(list(names))}" for x, names in only if names),
         ]
 
@@ -141,7 +143,7 @@ class _Walk:
             else:
                 grown = grown or pair.outputs > self.tolerance
                 noise, last = max(noise, pair.outputs), pair
-        return None
+        return self._inputs(silent[2], "no output shows it") if silent else None
 
     def _is_tie(self, pair: Pair, noise: float) -> bool:
         """Whether only choices differ (of experts, of tokens), and rounding alone can have made them."""
@@ -154,10 +156,11 @@ class _Walk:
 
     def _first_unlike(self, pair: Pair) -> tuple[TensorFacts, TensorFacts]:
         """What it was given that differs; integers first, since numbers often follow from them."""
-        unlike = [xy for xy in tensor_pairs(pair.a.inputs, pair.b.inputs) if distance(*xy) > self.tolerance]
+        given = (without_places(call.inputs) for call in (pair.a, pair.b))
+        unlike = [xy for xy in tensor_pairs(*given) if distance(*xy) > self.tolerance]
         return min(unlike, key=lambda xy: xy[0].is_float)
 
-    def _inputs(self, pair: Pair) -> Verdict:
+    def _inputs(self, pair: Pair, *evidence: str) -> Verdict:
         x, y = self._first_unlike(pair)
         where = f"{name_of(pair.name, pair.a)} (call {pair.a.index})"
         if x.name.startswith("cache."):
@@ -166,7 +169,7 @@ class _Walk:
             default = "the positions" if "position" in x.name else f"{x.name}, given to"
             what = f"{NAMES.get(x.name, default)} of {where}".replace("to of", "to")
         sentence = f"The inputs already differ at the start: {what}: {values_of(x, y)}."
-        return Verdict("inputs", sentence, (self.sides.weights_sentence(),), pair.name)
+        return Verdict("inputs", sentence, (*evidence, self.sides.weights_sentence()), pair.name)
 
     def _culprit(self, pair: Pair) -> Verdict:
         sides, name = self.sides, f"{name_of(pair.name, pair.a)} (call {pair.a.index})"
@@ -186,6 +189,12 @@ class _Walk:
                 what = "Weights differ"
             sentence = f"{what}: {some(list(pair.weights))}; {name} is the first module whose output shows it."
             return Verdict("weights", sentence, (*evidence, *sides.about_weights(pair.weights)), pair.name)
+        if places := sides.places(pair):
+            sentence = (
+                f"{name} is given other places in the KV cache: {places[0]}; everything else that it is given and its "
+                f"weights agree, and it is the first module whose output does not."
+            )
+            return Verdict("inputs", sentence, (*evidence, *places[1:]), pair.name)
         count = sides.count_weights(pair.name)
         sentence = (
             f"{name} is the first module whose inputs and weights agree and whose output does not: "

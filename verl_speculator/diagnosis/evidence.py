@@ -21,7 +21,7 @@ def name_of(name: str, call: Call) -> str:
 
 def values_of(x: TensorFacts, y: TensorFacts) -> str:
     """Where two tensors differ, with their values."""
-    if x.shape != y.shape:
+    if x.count != y.count:
         return f"shape {list(x.shape)} in A, {list(y.shape)} in B"
     if (x.nan, x.inf) != (y.nan, y.inf):
         return f"{x.nan} NaN and {x.inf} infinite in A, {y.nan} and {y.inf} in B"

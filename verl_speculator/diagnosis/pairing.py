@@ -35,12 +35,15 @@ class Matching:
         prefixes: the module in each that is the same thing; empty for the model itself.
         pairs: positions of the same call in both, in the first one's order.
         only: names of modules that were called in one run alone.
+        shared: names of modules that something else called too, outside of the traced model, in a run; engines let
+            models share what has no weights. Those calls are left out.
         weights: (name as seen from the shared module, name in the first run, name in the second).
     """
 
     prefixes: tuple[str, str]
     pairs: tuple[tuple[int, int], ...]
     only: tuple[tuple[str, ...], tuple[str, ...]]
+    shared: tuple[str, ...]
     weights: tuple[tuple[str, str, str], ...]
 
 
@@ -62,6 +65,7 @@ def match(a: Trace, b: Trace, under: tuple[str | None, str | None] = (None, None
             raise UserError(f"under-{letter}={prefix}: no module of {trace.path} is called so{hint}")
     prefixes = _prefixes(a, b, under)
     ours, theirs = (_calls_below(trace, prefix) for trace, prefix in zip((a, b), prefixes, strict=True))
+    outside = {canonical(call.name) for trace in (a, b) for call in trace.calls if _is_foreign(trace, call)}
     pairs = sorted((ours[i][0], theirs[j][0]) for i, j in _align(a, b, ours, theirs))
     names = tuple({name for _, name in calls} for calls in (ours, theirs))
     mine, other = (_weights_below(trace, prefix) for trace, prefix in zip((a, b), prefixes, strict=True))
@@ -69,19 +73,26 @@ def match(a: Trace, b: Trace, under: tuple[str | None, str | None] = (None, None
         prefixes,
         tuple(pairs),
         (tuple(sorted(names[0] - names[1])), tuple(sorted(names[1] - names[0]))),
+        tuple(sorted(outside)),
         tuple((name, mine[name], other[name]) for name in mine if name in other),
     )
 
 
 def _calls_below(trace: Trace, prefix: str) -> list[tuple[int, str]]:
     """(position, name as seen from the prefix) of every call in it."""
-    named = ((i, below(canonical(call.name), prefix)) for i, call in enumerate(trace.calls))
+    calls = ((i, call) for i, call in enumerate(trace.calls) if not _is_foreign(trace, call))
+    named = ((i, below(canonical(call.name), prefix)) for i, call in calls)
     return [(i, name) for i, name in named if name is not None]
 
 
 def _weights_below(trace: Trace, prefix: str) -> dict[str, str]:
     named = ((below(canonical(name), prefix), name) for name in trace.weights)
     return {short: name for short, name in named if short is not None}
+
+
+def _is_foreign(trace: Trace, call: Call) -> bool:
+    """Whether something other than the traced model made this call, of a module that the model calls itself."""
+    return not call.inside and call.name in trace.called_inside
 
 
 def _prefixes(a: Trace, b: Trace, under: tuple[str | None, str | None]) -> tuple[str, str]:

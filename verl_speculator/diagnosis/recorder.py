@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from verl_speculator.diagnosis.facts import observe
-from verl_speculator.diagnosis.surroundings import (
-    cache_layout,
-    cached_tensors,
-    environment,
-    is_cache,
-    serving_inputs,
-)
+from verl_speculator.diagnosis.paged import paged_layout, paged_tensors
+from verl_speculator.diagnosis.surroundings import cache_layout, cached_tensors, environment, is_cache
 from verl_speculator.diagnosis.tracefile import Ledger, write_trace
 from verl_speculator.diagnosis.values import leaves, named_arguments, to_structure
 from verl_speculator.errors import UserError
@@ -94,6 +89,13 @@ def trace(
     recorder.write(path)
 
 
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many logits a model or one of its parts makes, None where nothing says it."""
+    owners = (owner for part in model.modules() for owner in (part, getattr(part, "config", None)))
+    said = (getattr(owner, "vocab_size", None) for owner in owners)
+    return next((size for size in said if isinstance(size, int)), None)
+
+
 class Recorder:
     """Hooks on modules and what they have seen.
 
@@ -120,8 +122,11 @@ class Recorder:
         self.kept_tensors: dict[str, Tensor] = {}
         self._clock, self._stack, self._counts = 0, [], {}
         self._caches: dict[int, Any] = {}
+        self._paged: dict[str, Any] | None = None
+        self._depth, self._entered = 0, False
         self._tokens: Tensor | None = None
         self._top: Any = None
+        self._vocabulary = _vocabulary(model)
         self._weights = self._fingerprints() if weights else {}
         self._had_weights = weights
 
@@ -141,7 +146,10 @@ class Recorder:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Listen while the block lasts."""
-        handles = []
+        handles = [
+            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.model.register_forward_hook(self._leave, always_call=True),
+        ]
         try:
             for name, module in self.modules.items():
                 before, after = self._hooks(name)
@@ -152,6 +160,21 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        self._paged = paged_layout() or self._paged
+        if not self._entered:
+            self._entered = True
+            self._take_tokens(named_arguments(model, args, kwargs))
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def _take_tokens(self, arguments: dict[str, Any]) -> None:
+        inputs = (tensor for value in arguments.values() for _, tensor in leaves("", value))
+        whole = [t for t in inputs if not t.is_floating_point() and 0 < t.numel() <= MOST_TOKENS]
+        self._tokens = whole[0].detach().reshape(-1).clone() if whole else None
+
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
@@ -161,11 +184,14 @@ class Recorder:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = named_arguments(module, args, kwargs)
+            if not self._stack and self._tokens is None:
+                self._take_tokens(arguments)
             call = {
                 "name": name,
                 "kind": type(module).__name__,
                 "index": self._counts.get(name, 0),
                 "parent": self._stack[-1] if self._stack else None,
+                "inside": self._depth > 0,
                 "start": self._tick(),
                 "end": 0,
                 "inputs": [self.ledger.add(observe(*leaf)) for leaf in self._inputs(module, arguments)],
@@ -199,14 +225,9 @@ class Recorder:
         return before, after
 
     def _inputs(self, module: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        found = [leaf for name, value in arguments.items() for leaf in leaves(name, value)]
-        if not self._stack:
-            found += serving_inputs()
-            if self._tokens is None:
-                whole = [t for _, t in found if not t.is_floating_point() and 0 < t.numel() <= MOST_TOKENS]
-                self._tokens = whole[0].detach().reshape(-1).clone() if whole else None
-        yield from found
+        yield from (leaf for name, value in arguments.items() for leaf in leaves(name, value))
         yield from self._cached(module, arguments)
+        yield from paged_tensors(module)
 
     def _cached(self, module: nn.Module, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """A layer's part of the cache, for the module that knows which layer it is."""
@@ -219,7 +240,9 @@ class Recorder:
 
     def _take_top(self, outputs: list[tuple[str, Tensor]]) -> None:
         for name, tensor in outputs:
-            is_logits = name.endswith("logits") or (name == "output" and tensor.dim() >= 2)
+            # An engine's model hands over states, and another of its modules makes logits of them.
+            is_whole = name == "output" and tensor.dim() >= 2 and self._vocabulary in (None, tensor.shape[-1])
+            is_logits = name.endswith("logits") or is_whole
             if is_logits and tensor.is_floating_point() and tensor.shape[-1] >= TOP and tensor.numel():
                 self._top = tensor.detach().reshape(-1, tensor.shape[-1])[-1].float().topk(TOP)
                 return
@@ -246,7 +269,7 @@ class Recorder:
             "tokens": [] if self._tokens is None else self._tokens.tolist(),
             "top": [list(pair) for pair in top],
             "environment": environment(self.model),
-            "caches": [cache_layout(cache) for cache in self._caches.values()],
+            "caches": [*map(cache_layout, self._caches.values()), *([self._paged] if self._paged else [])],
             "kept": self.kept,
             "notes": self.notes,
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from verl_speculator.diagnosis.evidence import some, values_of
 from verl_speculator.diagnosis.facts import ROUNDING, TOLERANCES, TensorFacts, distance
+from verl_speculator.diagnosis.paged import PLACES
 from verl_speculator.diagnosis.pairing import below, canonical, match
 from verl_speculator.diagnosis.tracefile import Call, Trace
 
@@ -21,7 +22,8 @@ class Pair:
     Attributes:
         name: of the module, as seen from the shared one.
         a, b: the calls.
-        inputs, outputs: the largest distance of what was given and made; infinite where no number says it.
+        inputs, outputs: the largest distance of what was given (slots and blocks aside) and made; infinite where no
+            number says it.
         weights: names of the module's own and inner weights that differ or were overwritten.
     """
 
@@ -38,6 +40,11 @@ def tensor_pairs(a: tuple[TensorFacts, ...], b: tuple[TensorFacts, ...]) -> list
     theirs = {fact.name: fact for fact in b}
     found = [(fact, theirs[fact.name]) for fact in a if fact.name in theirs]
     return found or [(x, y) for x, y in zip(a, b, strict=False) if x.count == y.count]
+
+
+def without_places(given: tuple[TensorFacts, ...]) -> tuple[TensorFacts, ...]:
+    """What a call was given, but not where in the cache it stands: that is the allocator's choice."""
+    return tuple(fact for fact in given if not fact.name.startswith(PLACES))
 
 
 def farthest(a: tuple[TensorFacts, ...], b: tuple[TensorFacts, ...]) -> float:
@@ -81,7 +88,14 @@ class Sides:
         a, b = self.a.calls[i], self.b.calls[j]
         name = below(canonical(a.name), self.matching.prefixes[0])
         mine = sorted(w for w in {*self.unlike, *self.changed} if below(w, name) is not None)
-        return Pair(name, a, b, farthest(a.inputs, b.inputs), farthest(a.outputs, b.outputs), tuple(mine))
+        return Pair(
+            name,
+            a,
+            b,
+            farthest(*map(without_places, (a.inputs, b.inputs))),
+            farthest(a.outputs, b.outputs),
+            tuple(mine),
+        )
 
     def outer(self, pair: Pair) -> Pair | None:
         """The innermost call around this one that both runs have."""
@@ -89,6 +103,12 @@ class Sides:
         while place is not None and place not in self._by_place:
             place = self.a.calls[place].parent
         return None if place is None else self._by_place[place]
+
+    def places(self, pair: Pair) -> list[str]:
+        """Which slots or blocks of the KV cache a call was given that are others in the other run."""
+        both = tensor_pairs(pair.a.inputs, pair.b.inputs)
+        unlike = [(x, y) for x, y in both if x.name.startswith(PLACES) and not x.same_values(y)]
+        return [f"{x.name.removeprefix('cache.')}: {values_of(x, y)}" for x, y in unlike]
 
     def count_weights(self, name: str) -> int:
         """Shared weights in a module."""

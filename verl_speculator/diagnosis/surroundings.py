@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -24,13 +23,13 @@ def environment(model: nn.Module) -> dict[str, Any]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    attention = {
-        str(config._attn_implementation)
-        for module in model.modules()
-        if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
-    }
+    attention = set()
+    for module in model.modules():
+        attention.add(getattr(getattr(module, "config", None), "_attn_implementation", None))
+        if hasattr(backend := getattr(module, "attn_backend", None), "get_name"):  # as vLLM's layers have it
+            attention.add(backend.get_name())
     return found | {
-        "attention": ", ".join(sorted(attention)) or "unknown",
+        "attention": ", ".join(sorted(map(str, attention - {None}))) or "unknown",
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
@@ -77,18 +76,3 @@ def cache_layout(cache: Any) -> dict[str, Any]:
             for (kind, shape, dtype, window, slots), layers in groups.items()
         ],
     }
-
-
-def serving_inputs() -> Iterator[tuple[str, Tensor]]:
-    """What vLLM hands to attention beside the arguments: slots and block tables, once for each KV-cache group."""
-    context = sys.modules.get("vllm.forward_context")
-    if context is None or not context.is_forward_context_available():
-        return
-    found = context.get_forward_context().attn_metadata
-    seen: set[int] = set()
-    for layer, one in found.items() if isinstance(found, dict) else [("attention", found)]:
-        for name in ("slot_mapping", "block_table", "seq_lens"):
-            tensor = getattr(one, name, None)
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{name}[{layer}]", tensor

@@ -2,7 +2,7 @@
 
 No pickle, and a file that was cut off is known by its length. `header["trace"]` is JSON:
 
-    calls:    [{name, kind, index, parent, start, end, inputs, outputs}], facts as rows of the two tensors
+    calls:    [{name, kind, index, parent, inside, start, end, inputs, outputs}], facts as rows of the two tensors
     weights:  [facts], changed: names of those that the run itself changed
     tokens, top, environment, caches, kept, notes
     numbers [n, 85] and hashes [n]; kept/<i>/<j>: the tensors that --keep asked for
@@ -10,6 +10,7 @@ No pickle, and a file that was cut off is known by its length. `header["trace"]`
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Call:
         parent: position in the trace of the call that this one was made in, None for an outermost one.
         start, end: when it began and ended, on a clock that counts beginnings and ends.
         inputs, outputs: every tensor, by the name of its argument.
+        inside: whether the traced model itself was running.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Call:
     end: int
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
+    inside: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Trace:
     caches: list[dict[str, Any]] = field(default_factory=list)
     kept: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def called_inside(self) -> frozenset[str]:
+        """Names of modules that were called while the traced model itself was running."""
+        return frozenset(call.name for call in self.calls if call.inside)
 
     def kept_tensors(self) -> dict[str, Tensor]:
         """The tensors that `kept` names."""
