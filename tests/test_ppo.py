@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from rollouts import build_actor, make_rollouts, ppo_config
+from rollouts import build_actor, make_rollouts, ppo_config, register_stock_engine
 from runs import environment
 
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator, train_ppo
@@ -137,6 +137,37 @@ def test_an_update_sends_both(worker, checkpoint):
     assert step == 4 and base and not any("draft" in name or name.startswith("base.") for name in base)
     assert worker.take_accounts() == [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
     assert worker.take_accounts() == []
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.filterwarnings("ignore")
+def test_a_reference_is_the_base_alone(base, checkpoint, monkeypatch):
+    """Built by verl's worker of all roles; its log-probabilities are those of verl's own engine, to the bit."""
+    pytest.importorskip("transfer_queue", reason="verl's PPO needs TransferQueue")
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.engine.fsdp import transformer_impl
+
+    from verl_speculator.engine import ppo
+
+    policy = transformer_impl.CPUOffloadPolicy
+    # A reference rests in pinned memory, which there is only beside an accelerator.
+    monkeypatch.setattr(transformer_impl, "CPUOffloadPolicy", lambda pin_memory: policy(pin_memory=False))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    precision = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+    own = [f"+actor_rollout_ref.ref.fsdp_config.mixed_precision={precision}"]
+    own += ["actor_rollout_ref.ref.fsdp_config.use_torch_compile=false"]
+    found = []
+    for speculator in ({"path": checkpoint, "train": "true"}, {}):
+        config = ppo_config(base, *own, **speculator).actor_rollout_ref
+        register_stock_engine()
+        worker = ppo.SpeculatorActorWorker(config, role="ref")
+        worker.init_model()
+        data = make_rollouts(8, 300)
+        tu.assign_non_tensor(data, compute_loss=False)
+        found.append(worker.compute_ref_log_prob(data)["log_probs"].values())
+        assert not any("draft" in name for name, _ in worker.ref.engine.module.named_parameters())
+    assert torch.equal(*found)
 
 
 def test_verls_trainers_are_followed():

@@ -45,25 +45,42 @@ def check_losses(found, expected):
                 assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, name)
 
 
-def test_losses_and_checkpoints_are_torchruns(settings, base, tmp_path):
-    """Two workers; validated on 7 rows, no multiple of anything; then each resumed by the other from step 2."""
-    runs = {"torchrun": tmp_path / "torchrun", "ray": tmp_path / "ray"}
-    expected, found = train(1, runs["torchrun"], settings), train_on_ray(runs["ray"], settings)
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory):
+    """By torchrun and on Ray with two workers: the folder, and the metrics of every step."""
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        "torchrun": (root / "torchrun", train(1, root / "torchrun", settings)),
+        "ray": (root / "ray", train_on_ray(root / "ray", settings)),
+    }
+
+
+def test_losses_and_checkpoints_are_torchruns(runs, base):
+    """Two workers; validated on 7 rows, no multiple of anything."""
+    (torchrun, expected), (ray, found) = runs["torchrun"], runs["ray"]
     assert sorted(found) == sorted(expected) == [1, 2, 3]
     check_losses(found, expected)
     for step in (2, 3):
-        mine, theirs = (runs[run] / f"global_step_{step}" for run in ("ray", "torchrun"))
+        mine, theirs = (run / f"global_step_{step}" for run in (ray, torchrun))
         names = {"config.json", "pytorch_model.bin", "training_state"}
         assert {entry.name for entry in mine.iterdir()} == {entry.name for entry in theirs.iterdir()} == names
         mine, theirs = load_speculator(mine, base=base), load_speculator(theirs, base=base)
         for name, parameter in theirs.named_parameters():
             torch.testing.assert_close(mine.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
 
-    for run in runs.values():
-        shutil.rmtree(run / "global_step_3")
-        (run / "latest_checkpointed_iteration.txt").write_text("2")
-        run.with_suffix(".jsonl").unlink()
-    for resumed in (train_on_ray(runs["torchrun"], settings, workers=1), train(1, runs["ray"], settings)):
+
+@pytest.mark.slow
+def test_each_resumes_what_the_other_began(runs, settings, tmp_path):
+    """From step 2, with another number of workers; the third step is what it was."""
+    expected = runs["torchrun"][1]
+    for name, (run, _) in runs.items():
+        begun = tmp_path / name
+        shutil.copytree(run, begun, ignore=shutil.ignore_patterns("global_step_3"))
+        (begun / "latest_checkpointed_iteration.txt").write_text("2")
+        if name == "torchrun":
+            resumed = train_on_ray(begun, settings, workers=1)
+        else:
+            resumed = train(1, begun, settings)
         assert sorted(resumed) == [3]
         check_losses(resumed, expected)
-    assert all((run / "global_step_3" / "pytorch_model.bin").is_file() for run in runs.values())
+        assert (begun / "global_step_3" / "pytorch_model.bin").is_file()

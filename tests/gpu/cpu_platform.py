@@ -1,12 +1,14 @@
 """Lets verl's PPO run on a CPU, rollouts included: its processes count as Ray's GPUs, of which Ray is told a number.
 
 verl asks Ray for the indices of the accelerators that a rollout's server may use, and Ray knows none of CPUs. Loaded by
-`VERL_USE_EXTERNAL_MODULES=cpu_platform`, chosen by `VERL_PLATFORM=cpu_as_gpus`.
+`VERL_USE_EXTERNAL_MODULES=cpu_platform`, chosen by `VERL_PLATFORM=cpu_as_gpus`. A reference's weights rest in pinned
+memory, which there is only beside an accelerator: here they rest in memory.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from verl.plugin.platform.platform_manager import PlatformRegistry
@@ -25,6 +27,18 @@ class PlatformCPUAsGPUs(PlatformCPU):
         return {"num_gpus": num_gpus}
 
 
+def rest_unpinned() -> None:
+    """In processes that build engines."""
+    from verl.workers.engine.fsdp import transformer_impl
+
+    transformer_impl.CPUOffloadPolicy = partial(unpinned, transformer_impl.CPUOffloadPolicy)
+
+
+def unpinned(policy: type, pin_memory: bool) -> Any:
+    return policy(pin_memory=False)
+
+
+rest_unpinned()
 if "vllm.v1.worker.worker_base" in sys.modules:
     import cpu_vllm
 
