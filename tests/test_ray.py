@@ -77,10 +77,7 @@ def test_each_resumes_what_the_other_began(runs, settings, tmp_path):
         begun = tmp_path / name
         shutil.copytree(run, begun, ignore=shutil.ignore_patterns("global_step_3"))
         (begun / "latest_checkpointed_iteration.txt").write_text("2")
-        if name == "torchrun":
-            resumed = train_on_ray(begun, settings, workers=1)
-        else:
-            resumed = train(1, begun, settings)
+        resumed = train_on_ray(begun, settings, workers=1) if name == "torchrun" else train(1, begun, settings)
         assert sorted(resumed) == [3]
         check_losses(resumed, expected)
         assert (begun / "global_step_3" / "pytorch_model.bin").is_file()
