@@ -25,7 +25,7 @@ from verl_speculator.diagnosis import read_trace, trace
 from verl_speculator.errors import UserError
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts, read_texts
 from verl_speculator.models.hidden_state import final_norm
-from verl_speculator.models.initialise import copy_norm
+from verl_speculator.models.initialise import block_shapes, copy_norm, start_from_base
 from verl_speculator.provenance import weights_fingerprint
 from verl_speculator.tokens import end_token_ids
 
@@ -77,7 +77,7 @@ def train(bench, *, reads=None, token_shift=0, target_shift=0, steps=80, **setti
         ids = torch.tensor(tokens)
         rows = align(ids, torch.tensor(mask), torch.tensor([0, len(ids)]), config.n_predict, bench.ends)
         rows = misaligned(rows, ids, token_shift=token_shift, target_shift=target_shift)
-        batches.append((states[rows.positions].clone(), rows.tokens, rows.targets, rows.valid))
+        batches.append((states[0][rows.positions].clone(), rows.tokens, rows.targets, rows.valid))
     hidden, tokens = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
     targets, valid = (torch.cat([batch[i] for batch in batches], 1) for i in (2, 3))
     optimizer = torch.optim.Adam([p for p in speculator.parameters() if p.requires_grad], lr=1e-2)
@@ -140,6 +140,24 @@ def test_acceptance_is_that_of_decoding(good, bench):
     prompt = tokens[: mask.index(1)]
     done = speculative_generate(bench.base, good, prompt, max_new_tokens=LENGTH, eos_token_id=bench.ends)
     assert prompt + done.tokens == tokens
+
+
+@pytest.mark.parametrize("trainable", ["head", "head_and_block"])
+def test_an_early_exit(bench, base, files, tmp_path, trainable):
+    """After the last block and untrained it is the base itself; after the first it is not, at every depth."""
+    model, rates = bench.base, []
+    for layer in (0, 1):
+        config = SpeculatorConfig(method="early_exit", n_predict=3, exit_layer=layer, trainable=trainable)
+        vocab, width = model.get_output_embeddings().weight.shape
+        shapes = block_shapes(model, config)
+        speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, block_shapes=shapes, seed=0)
+        start_from_base(speculator, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        copy_norm(speculator, model)
+        speculator.copy_block(model)
+        rates.append(bench.measure(speculator.requires_grad_(False)).rate)
+    assert rates[0] < 0.9 and rates[1] == 1.0
+    first, status, _ = diagnose(saved(speculator, base, tmp_path), base, files["seen"], code=0)
+    assert first.startswith("100.0% of drafts accepted") and "fault" not in status.values()
 
 
 def test_an_untrained_checkpoint(good, base, files, tmp_path):

@@ -101,21 +101,22 @@ def align(
     )
 
 
-def misaligned(rows: DraftRows, tokens: Tensor, *, token_shift: int, target_shift: int) -> DraftRows:
+def misaligned(rows: DraftRows, tokens: Tensor, *, token_shift: int, target_shift: int, ahead: int = 2) -> DraftRows:
     """The same rows as somebody has them whose tokens or targets lie a few places off. For diagnosis alone.
 
     Args:
         rows: of `align`.
         tokens: [T] the packed row they come from.
         token_shift: the tokens read become x_{t+1+s} … x_{t+K+s}.
-        target_shift: the targets become x_{t+2+k+s}.
+        target_shift: the targets become x_{t+ahead+k+s}.
+        ahead: as in `align`.
 
     Returns:
         Rows in which what would lie outside of the packed row is not valid.
     """
     depth = torch.arange(len(rows.targets), device=tokens.device)[:, None]
     seen = rows.positions + 1 + depth + token_shift
-    target = rows.positions + 2 + depth + target_shift
+    target = rows.positions + ahead + depth + target_shift
     last = tokens.numel() - 1
     inside = (seen >= 0) & (seen <= last) & (target >= 0) & (target <= last)
     return DraftRows(

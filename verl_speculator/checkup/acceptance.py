@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from verl_speculator.alignment import align, misaligned
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.decoding.target import Target, position_limit
+from verl_speculator.decoding.target import position_limit
 from verl_speculator.evaluation.metrics import acceptance
 from verl_speculator.models import Speculator
+from verl_speculator.models.hidden_state import StateTap
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,17 @@ class Bench:
         limit = position_limit(base)
         self.base, self.ends = base, ends
         self.texts = [(tokens[:limit], mask[:limit]) for tokens, mask in texts]
-        self._states: dict[str, list[Tensor]] = {}
+        self._states: dict[str, list[Any]] = {}
 
     @torch.inference_mode()
-    def states(self, reads: str) -> list[Tensor]:
-        """[T, D] of every text."""
+    def states(self, reads: str) -> list[Any]:
+        """What a speculator reads of every text: states [1, T, D], or the call of a block with them."""
         if reads not in self._states:
             found = []
             for tokens, _ in self.texts:
-                with Target(self.base, reads) as target:
-                    found.append(target.read(torch.tensor(tokens, device=self.base.device))[0])
+                with StateTap(self.base, reads) as tap:
+                    self.base(input_ids=torch.tensor([tokens], device=self.base.device), use_cache=False)
+                    found.append(tap.take())
             self._states[reads] = found
         return self._states[reads]
 
@@ -83,21 +86,41 @@ class Bench:
             reads: which state it is fed; its own by default.
             token_shift, target_shift: as in `alignment.misaligned`.
         """
-        depths = speculator.n_predict
+        depths, ahead = speculator.n_predict, speculator.config.ahead
         histogram = np.zeros(depths + 1)
-        dtype = next(speculator.parameters()).dtype
-        for (tokens, mask), states in zip(self.texts, self.states(reads or speculator.reads), strict=True):
+        speculator.attach(self.base)
+        dtype = speculator.head(0).dtype
+        for (tokens, mask), taken in zip(self.texts, self.states(reads or speculator.reads), strict=True):
+            states = speculator.contextualise(taken)[0]
             ids, produced = (torch.tensor(x, device=states.device) for x in (tokens, mask))
-            rows = align(ids, produced, torch.tensor([0, len(ids)]), depths, self.ends)
+            rows = align(ids, produced, torch.tensor([0, len(ids)]), speculator.depths, self.ends, ahead=ahead)
             if token_shift or target_shift:
-                rows = misaligned(rows, ids, token_shift=token_shift, target_shift=target_shift)
+                rows = misaligned(rows, ids, token_shift=token_shift, target_shift=target_shift, ahead=ahead)
             if not len(rows.positions):
                 continue
             outputs = speculator.unroll(states[rows.positions].to(dtype), rows.tokens)
-            drafts = torch.stack([(outputs[k] @ speculator.head(k).T).argmax(-1) for k in range(depths)])
-            right = (drafts == rows.targets).long().cumprod(0).sum(0)[rows.valid.all(0)]
-            histogram += np.bincount(right.cpu().numpy(), minlength=depths + 1)
+            drafts = torch.stack([(o @ speculator.head(k).T).argmax(-1) for k, o in enumerate(outputs)])
+            right, whole = drafts == rows.targets, rows.valid.all(0)
+            if speculator.depths < depths:
+                right, whole = _chained(right[0], whole, rows.positions, depths)
+            accepted = right.long().cumprod(0).sum(0)[whole]
+            histogram += np.bincount(accepted.cpu().numpy(), minlength=depths + 1)
         figures = acceptance(histogram, np.zeros(depths))
         rate = float(figures["accept_rate"]) if histogram.sum() else 0.0
         each = tuple(float(figures[f"accept_depth_{k}"]) for k in range(depths))
         return Acceptance(int(histogram.sum()), rate * depths, rate, each)
+
+
+def _chained(right: Tensor, valid: Tensor, positions: Tensor, depths: int) -> tuple[Tensor, Tensor]:
+    """For a draft whose every depth is its first one at the next token: [K, R'] whether the draft is right at each row
+    and at those that follow it, and [R'] whether they do follow, all of them valid.
+
+    Args:
+        right, valid, positions: [R] of its one depth.
+        depths: K.
+    """
+    count = len(right) - depths + 1
+    if count < 1:
+        return right.new_zeros(depths, 0), valid.new_zeros(0)
+    follow = positions[depths - 1 :] - positions[:count] == depths - 1
+    return right.unfold(0, depths, 1).T, valid.unfold(0, depths, 1).all(-1) & follow

@@ -119,6 +119,8 @@ def initialisation(patient: Patient) -> Check:
     broken = [n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         return Check(name, FAULT, f"{broken[0]} holds NaN or infinite values", "train anew with a lower optim.lr")
+    if not constants:
+        return Check(name, UNKNOWN, "it starts as parts of the base, and none of its tensors as constants")
     if resting:
         evidence = f"{len(resting)} of {len(constants)} constants are as initialised: {', '.join(resting[:3])}"
         whole = [n for n in resting if n.split(".")[1].isdigit() and n.split(".")[1] != "0"]
@@ -145,6 +147,8 @@ def base_weights(patient: Patient) -> Check:
 def hidden_state(patient: Patient) -> Check:
     """The state after the final norm against the one before it, and the norm's copy against the base's."""
     name, speculator = "hidden state", patient.speculator
+    if speculator.reads not in HIDDEN_STATES:
+        return Check(name, FINE, f"it reads {speculator.reads}, which has no other form")
     found = {}
     for kind in HIDDEN_STATES:
         try:
@@ -175,14 +179,15 @@ def _norms_apart(mine: FrozenNorm, base: nn.Module) -> float:
 
 
 def shift(patient: Patient) -> Check:
-    """Tokens and targets one place off."""
+    """Targets one place off, and tokens where it reads any."""
+    tokens = SHIFTS if patient.speculator.reads_tokens else (0,)
     found = {
         (token, target): patient.own.measure(patient.speculator, token_shift=token, target_shift=target)
-        for token in SHIFTS
+        for token in tokens
         for target in SHIFTS
     }
     told = [f"{percent(found[0, s])} with targets shifted by {s:+d}" for s in (-1, 1)]
-    told += [f"{percent(found[s, 0])} with tokens shifted by {s:+d}" for s in (-1, 1)]
+    told += [f"{percent(found[s, 0])} with tokens shifted by {s:+d}" for s in tokens if s]
     evidence = f"{percent(patient.now)} as aligned, {', '.join(told)}"
     best = max(found, key=lambda key: found[key].rate)
     if best != (0, 0) and explains(found[best], patient.now):
@@ -199,6 +204,8 @@ def number_type(patient: Patient) -> Check:
     """The types that it is served in against float32; each read anew, since a narrow type rounds the weights too."""
     name, info = "number type", patient.info
     own = str(next(patient.speculator.parameters()).dtype).removeprefix("torch.")
+    if patient.speculator.shared_blocks is not None:
+        return Check(name, FINE, f"it runs on the base's blocks, in their type, {own}")
     found = {own: patient.now}
     for kind in ("float32", "bfloat16"):
         if kind not in found:
