@@ -13,12 +13,14 @@ from omegaconf import OmegaConf
 from rollouts import build_actor, make_rollouts, ppo_config, register_stock_engine
 from runs import environment
 
-from verl_speculator import SpeculatorConfig, build_speculator, save_speculator, train_ppo
+from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint import read_checkpoint_info
 from verl_speculator.errors import UserError
-from verl_speculator.rollout.arguments import rollout_arguments
+from verl_speculator.rollout.arguments import SPECULATION, rollout_arguments
+from verl_speculator.rollout.following import check_following
 from verl_speculator.settings import compose_ppo
 
+PROPOSER_PATH = "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.verl_speculator.path"
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
 
 
@@ -40,7 +42,7 @@ def printed(checkpoint, base):
 
 def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
     config = compose_ppo(printed)
-    train_ppo.check(config)
+    check_following(config)
     model = OmegaConf.to_container(config.actor_rollout_ref.model)
     assert model["speculator"] == {"path": str(checkpoint), "train": True}
     assert model["_target_"] == "verl_speculator.engine.config.SpeculatorPolicyConfig"
@@ -57,11 +59,19 @@ def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "expected naive"),
         ("trainer.v1.trainer_mode=separate_async", "expected sync or colocate_async"),
         ("trainer.use_v1=false", "trainer.use_v1=False"),
+        ("actor_rollout_ref.actor.strategy=megatron", "expected fsdp2 or fsdp"),
+        ("~actor_rollout_ref.model.model_type", "expected what verl-speculator rollout-args CHECKPOINT --train prints"),
+        ("+actor_rollout_ref.model.speculator.los=kl", "is not a setting (did you mean"),
+        ("actor_rollout_ref.model.speculator.path=/no/such", "/no/such"),
+        (f"{PROPOSER_PATH}=relative/one", "expected an absolute path"),
+        (f"{PROPOSER_PATH}=/no/such", "/no/such"),
+        (SPECULATION + "num_speculative_tokens=5", "expected 3, the n_predict of"),
+        ("actor_rollout_ref.model.path=/no/such", "base=/no/such: no such directory"),
     ],
 )
 def test_settings_under_which_nothing_would_follow(printed, override, words):
     with pytest.raises(UserError) as error:
-        train_ppo.check(compose_ppo([*printed, override]))
+        check_following(compose_ppo([*printed, override]))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -74,6 +84,26 @@ def test_a_users_error_is_one_line_and_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "did you mean 'actor_rollout_ref.model.path'" in done.stderr
+
+
+def test_rollout_args_refuses_the_same(checkpoint, base):
+    for override, words in (
+        ("trainer.v1.trainer_mode=separate_async", "expected sync or colocate_async"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "expected naive"),
+    ):
+        with pytest.raises(UserError, match=words):
+            rollout_arguments(read_checkpoint_info(checkpoint), train=True, overrides=[override])
+        rollout_arguments(read_checkpoint_info(checkpoint), overrides=[override])
+
+
+def test_another_base_than_the_speculators(printed, checkpoint, bases, tmp_path):
+    other = build_speculator(SpeculatorConfig(**SMALL), hidden_size=16, vocab_size=40, seed=0)
+    path = save_speculator(other, tmp_path / "other")
+    own = [f"actor_rollout_ref.model.speculator.path={path}", f"{PROPOSER_PATH}={path}"]
+    with pytest.raises(UserError, match="trained for a base of width"):
+        check_following(compose_ppo([*printed, *own]))
+    with pytest.raises(UserError, match="the rollout begins with another"):
+        check_following(compose_ppo([*printed, own[0]]))
 
 
 @pytest.mark.parametrize(("engine", "purpose"), [("arctic", "ppo"), ("vllm", "generation")])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from verl_speculator.models import Slot, Speculator
 
 WEIGHTS_FILE = TORCH_FILE
+# A format of another program's that only it reads.
+ARCTIC_MLP = "ArcticMLPSpeculatorPreTrainedModel"
 CONFIG_FILE = "config.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_DIRECTORY = "training_state"
@@ -197,6 +199,11 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     directory = resolve_checkpoint(path)
     try:
         content = json.loads((directory / CONFIG_FILE).read_text())
+        if ARCTIC_MLP in content.get("architectures", ()):
+            raise UserError(
+                f"{directory}: an export for ArcticInference alone (arctic-mlp); expected the checkpoint that it was "
+                "made of, or an export in another format"
+            )
         settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}
         return CheckpointInfo(
             directory=directory,

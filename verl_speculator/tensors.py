@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,3 +71,6 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             ties[name] = kept
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in ties}
     save_file(kept, path, metadata={"format": "pt"} | ties)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors leaves it to its owner alone; a server may be somebody else

@@ -126,7 +126,7 @@ class PairSubject:
     """
 
     def __init__(self, base: nn.Module, speculator: Speculator) -> None:
-        self.traced = Pair(base, speculator)
+        self.traced = Pair(base, speculator).eval()
 
     @torch.no_grad()
     def draft(self, tokens: list[int], count: int) -> list[int]:

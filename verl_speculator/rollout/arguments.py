@@ -32,6 +32,19 @@ POLICY = "verl_speculator.engine.config.SpeculatorPolicyConfig"
 # Of verl's trainers, those whose actors share a machine with the rollout.
 TRAINERS = ("sync", "colocate_async")
 WORKER_EXTENSION = "verl_speculator.rollout.verl_worker.VerlSpeculatorWorkerExtension"
+# For a speculator that follows the policy: each setting with what it may be, and what another value would do.
+FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    MODEL + "model_type": ((MODEL_TYPE,), "the actor would have no speculator"),
+    MODEL + "speculator.train": ((True,), "nothing would follow, and verl.trainer.main_ppo does that"),
+    "actor_rollout_ref.actor.strategy": (("fsdp2", "fsdp"), "the speculator's engine is FSDP's"),
+    ROLLOUT + "name": (("vllm",), "no other engine takes a newer speculator"),
+    SPECULATION + "method": (("custom_class",), "no other drafter takes a newer speculator"),
+    SERVER + "worker_extension_cls": ((WORKER_EXTENSION,), "the rollout could not take over a newer speculator"),
+    ROLLOUT + "checkpoint_engine.backend": (("naive",), "the actors would not share a machine with the rollout"),
+    ROLLOUT + "disaggregation.enabled": ((False, None), "an actor would not know which server to send to"),
+    "trainer.use_v1": ((True,), "verl's older trainer is not supported"),
+    "trainer.v1.trainer_mode": (TRAINERS, "its rollouts have no actor beside them"),
+}
 # What vLLM looks for in the path of a draft model, and takes for its method whatever the method says.
 TAKEN_FOR_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 _OVERRIDE = re.compile(r"^(?P<sign>\+{0,2}|~)(?P<key>[^=~+]+)=(?P<value>.*)$", re.DOTALL)
@@ -95,7 +108,18 @@ def _check_path(info: CheckpointInfo, path: str, engine: str) -> None:
             )
 
 
-def _check_installed(engine: str) -> list[str]:
+def check_followed(name: str, value: Any) -> None:
+    """Refuse a setting under which no newer speculator would reach the rollout.
+
+    Raises:
+        UserError: naming it, and what it may be.
+    """
+    accepted, why = FOLLOWED.get(name, ((value,), ""))
+    if value not in accepted:
+        raise UserError(f"{name}={value}: {why}; expected {' or '.join(map(str, accepted))}")
+
+
+def check_installed(engine: str) -> list[str]:
     """Refuse versions here that cannot do it; say so where there are none."""
     version, needed = installed_vllm(), {"arctic": "0.26.0", "vllm-medusa": "0.24 to 0.32"}.get(engine, "0.24 to 0.33")
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
@@ -177,7 +201,7 @@ def _value(text: str) -> Any:
     return int(text) if re.fullmatch(r"\d+", text) else text
 
 
-def _check_own(overrides: Sequence[str], needed: Mapping[str, Setting], info: CheckpointInfo) -> None:
+def _check_own(overrides: Sequence[str], needed: Mapping[str, Setting], info: CheckpointInfo, train: bool) -> None:
     """Hold the user's overrides against what must be so, and the base that they name against the speculator's."""
     for override in overrides:
         match = _OVERRIDE.match(override)
@@ -187,6 +211,8 @@ def _check_own(overrides: Sequence[str], needed: Mapping[str, Setting], info: Ch
         setting = needed.get(key)
         if setting is not None and value != setting.value:
             raise UserError(f"{key}={match['value']}: {setting.why}; expected {quote(setting.value)}")
+        if train:
+            check_followed(key, value)
         if key == BASE and isinstance(value, str):
             info.check_base(*base_shape(value))
             info.check_base_weights(value)
@@ -228,8 +254,8 @@ def rollout_arguments(
     if engine != "vllm":
         _check_path(info, str(info.directory.resolve()), engine)
     needed = _needed(info, engine, purpose, train)
-    _check_own(overrides, needed, info)
-    notes = _check_installed(engine)
+    _check_own(overrides, needed, info, train)
+    notes = check_installed(engine)
     if engine == "vllm":
         notes.append(
             "vLLM 0.24 leaves the speculator out of its memory account: where memory is scarce, lower "
@@ -240,6 +266,8 @@ def rollout_arguments(
     if train:
         notes.append("start python -m verl_speculator.train_ppo in place of python -m verl.trainer.main_ppo")
     own = {match["key"].strip() for match in map(_OVERRIDE.match, overrides) if match}
+    if BASE not in own:
+        notes.append(f"no {BASE}=… among your overrides: the speculator was not held against its base")
     printed = [
         f"{'+' if setting.new else ''}{key}={quote(setting.value)}" for key, setting in needed.items() if key not in own
     ]

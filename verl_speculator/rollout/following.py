@@ -1,0 +1,72 @@
+"""What `train_ppo` holds against each other before anything starts. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_speculator.bases import base_shape
+from verl_speculator.checkpoint import read_checkpoint_info
+from verl_speculator.config import split_settings
+from verl_speculator.errors import UserError
+from verl_speculator.rollout.arguments import (
+    BASE,
+    FOLLOWED,
+    MODEL,
+    SERVER,
+    SPECULATION,
+    check_followed,
+    check_installed,
+)
+from verl_speculator.rollout.contracts import proposer_obstacle
+from verl_speculator.rollout.vllm_contract import ProposerSettings, check_drafts
+
+
+def check_following(config: DictConfig) -> list[str]:
+    """Refuse a PPO run whose speculator could not follow the policy.
+
+    Args:
+        config: verl's, with overrides.
+
+    Returns:
+        Notes.
+
+    Raises:
+        UserError: for a setting under which no newer speculator would reach the rollout; a checkpoint that the
+            proposer cannot serve, of another base or with another number of drafts; or what is not installed.
+    """
+    if OmegaConf.select(config, MODEL + "model_type") is None:
+        raise UserError(
+            f"{MODEL}model_type: the actor would have no speculator; expected what "
+            "verl-speculator rollout-args CHECKPOINT --train prints"
+        )
+    for name in FOLLOWED:
+        check_followed(name, OmegaConf.select(config, name))
+    _, training = split_settings(_plain(config, MODEL + "speculator"))
+    info = read_checkpoint_info(ProposerSettings.parse(_plain(config, SERVER + "additional_config")).path)
+    if (
+        training.path is not None
+        and read_checkpoint_info(training.path).directory.resolve() != info.directory.resolve()
+    ):
+        raise UserError(
+            f"{MODEL}speculator.path={training.path}: the rollout begins with another; expected {info.directory}"
+        )
+    if (obstacle := proposer_obstacle(info.config)) is not None:
+        raise UserError(f"{info.directory}: cannot be served: {obstacle}")
+    check_drafts(info, OmegaConf.select(config, SPECULATION + "num_speculative_tokens"))
+    base = OmegaConf.select(config, BASE)
+    info.check_base(*base_shape(base))
+    info.check_base_weights(base)
+    if importlib.util.find_spec("transfer_queue") is None:
+        raise UserError("TransferQueue is not installed, and verl's PPO needs it: pip install verl_speculator[ppo]")
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise UserError("VLLM_USE_V2_MODEL_RUNNER=1: our drafter runs in vLLM's V1 runner alone; expected 0")
+    return check_installed("vllm")
+
+
+def _plain(config: DictConfig, name: str) -> dict[str, Any]:
+    found = OmegaConf.select(config, name)
+    return OmegaConf.to_container(found, resolve=True) if isinstance(found, DictConfig) else {}
