@@ -15,7 +15,7 @@ from verl_speculator.__main__ import app
 from verl_speculator.checkpoint import read_checkpoint_info
 from verl_speculator.errors import UserError
 from verl_speculator.rollout.card import model_card
-from verl_speculator.rollout.contracts import FORMATS, contract_faults
+from verl_speculator.rollout.contracts import FORMATS, arctic_mlp_obstacle, contract_faults
 from verl_speculator.rollout.export import export_speculator
 
 D, V = 20, 61
@@ -133,6 +133,14 @@ def test_faults_that_an_engine_would_not_notice():
     ]
 
 
+def test_an_export_that_is_no_checkpoint_any_more(tmp_path):
+    """ArcticMLPSpeculator calls the base's width emb_dim: read as ours, that would be another shape."""
+    checkpoint(next(c for c in CONFIGURATIONS.values() if arctic_mlp_obstacle(c) is None), tmp_path / "spec")
+    out = export_speculator(read_checkpoint_info(tmp_path / "spec"), "arctic-mlp", tmp_path / "out")
+    with pytest.raises(UserError, match="for ArcticInference alone \\(arctic-mlp\\); expected the checkpoint"):
+        read_checkpoint_info(out)
+
+
 @pytest.mark.parametrize("one", CONFIGURATIONS)
 def test_safetensors_come_back(one, tmp_path):
     """Each tied tensor once, and every name of it again on loading."""
@@ -143,6 +151,7 @@ def test_safetensors_come_back(one, tmp_path):
         assert torch.equal(back.get_parameter(name), parameter.to(torch.bfloat16))
     own = sum(2 * p.numel() for p in speculator.parameters())
     assert own <= (out / "model.safetensors").stat().st_size < own + 20000
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     (out / "model.safetensors").write_bytes(b"\x08")
     with pytest.raises(UserError, match="truncated, or not a file of tensors"):
         load_speculator(out)
