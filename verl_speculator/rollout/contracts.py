@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from verl_speculator.checkpoint import ARCTIC_MLP
 from verl_speculator.config import SpeculatorConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -160,7 +161,7 @@ def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("base_model_archs", "n_predict", "scale_input", "top_k_tokens_per_head", "torch_dtype", "vocab_size")
     return {
         "model_type": "mlp_speculator",
-        "architectures": ["ArcticMLPSpeculatorPreTrainedModel"],
+        "architectures": [ARCTIC_MLP],
         **{key: content[key] for key in kept},
         "emb_dim": content["input_hidden_dim"],
         "inner_dim": content["inner_dim"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -62,8 +61,6 @@ def check_following(config: DictConfig) -> list[str]:
     info.check_base_weights(base)
     if importlib.util.find_spec("transfer_queue") is None:
         raise UserError("TransferQueue is not installed, and verl's PPO needs it: pip install verl_speculator[ppo]")
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise UserError("VLLM_USE_V2_MODEL_RUNNER=1: our drafter runs in vLLM's V1 runner alone; expected 0")
     return check_installed("vllm")
 
 
