@@ -155,6 +155,11 @@ def test_the_command_line_takes_the_place_of_the_file(tmp_path):
         ({"executor": "rai"}, "executor=rai: expected one of local, ray (did you mean 'ray'?)"),
         ({"evaluation": {"num_prompt": "3"}}, "num_prompt is not a key (did you mean 'num_prompts'?)"),
         ({"evaluation": {"num_prompts": "many"}}, "evaluation.num_prompts=many: Input should be a valid integer"),
+        (
+            {"evaluation": {"draft_length": "some"}},
+            "evaluation.draft_length=some: Input should be a valid integer, unable to parse string as an integer, "
+            "or Input should be 'auto'",
+        ),
         ({"evaluation": {"temperature": "-1"}}, "temperature=-1.0: expected a number ≥ 0"),
     ],
 )
@@ -429,7 +434,10 @@ def sweep_file(folder: Path, base: Path, chat: Path, points) -> Path:
         "out": str(folder / "out"),
         "settings": SMALL,
         "points": points,
-        "evaluation": {"num_prompts": "2", "num_texts": "2", "max_new_tokens": "6", "warmup_steps": "0"},
+        "evaluation": {
+            **{"num_prompts": "2", "num_texts": "2", "max_new_tokens": "6", "warmup_steps": "0"},
+            "draft_length": "auto",
+        },
     }
     (folder / "sweep.yaml").write_text(json.dumps(content))
     return folder / "sweep.yaml"
@@ -507,7 +515,13 @@ def test_a_changed_point_alone_is_trained_again(swept, base, chat):
         ([{DEPTH: "2"}], {"train_files": ("none.parquet",)}, "data.train_files=none.parquet: no such file"),
         ([{DEPTH: "2"}], {"prompts": {"a": Path("none.jsonl")}}, "none.jsonl: no such file"),
         ([{DEPTH: "2"}], {"texts": {"a": Path("none.jsonl")}}, "none.jsonl: no such file"),
-        ([{DEPTH: "2"}], {"evaluation": {"draft_length": 3}}, "evaluation.draft_length=3: the point drafts 2"),
+        (
+            [{DEPTH: "2"}],
+            {"evaluation": {"draft_length": 3}},
+            "point n_predict=2: evaluation.draft_length=3: expected 1 to 2, the speculator's n_predict",
+        ),
+        ([{DEPTH: "2"}], {"evaluation": {"dtype": "fp23"}}, "evaluation.dtype=fp23: expected auto, fp32"),
+        ([{DEPTH: "2"}], {"evaluation": {"device": "gpu0"}}, "evaluation.device=gpu0: expected auto, cpu"),
         ([{"data.train_batch_size": "9"}], {"nproc": 2}, "not divisible by 2 processes"),
     ],
 )
@@ -518,6 +532,17 @@ def test_bad_points_are_found_before_the_first_is_trained(base, chat, tmp_path, 
         check_sweep(asked(base, chat, tmp_path / "out", points, **more))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("length", ["auto", None, 2])
+def test_check_sweep_draft_length_reaches_the_evaluation(base, chat, tmp_path, length):
+    from verl_speculator.commands.evaluate import read_length
+    from verl_speculator.sweep.check import check_sweep
+
+    (job,) = check_sweep(asked(base, chat, tmp_path / "out", [{DEPTH: "2"}], evaluation={"draft_length": length}))
+    arguments = job.measurements[0].arguments
+    given = arguments[arguments.index("--draft-length") + 1] if "--draft-length" in arguments else None
+    assert read_length(given) == length
 
 
 def test_a_users_error_is_one_line_and_exit_code_2(base, chat, tmp_path):

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.bases import check_base_name
 from verl_speculator.checkpoint import WEIGHTS_FILE, resolve_checkpoint
+from verl_speculator.decoding.length import check_length
 from verl_speculator.errors import UserError
 from verl_speculator.evaluation.prompts import read_prompts, read_texts
 from verl_speculator.preflight import check_run
@@ -40,6 +41,7 @@ def check_sweep(settings: SweepSettings) -> list[Job]:
             would refuse.
     """
     check_base_name(settings.base)
+    _check_machine(settings)
     prompts = {name: read_prompts(path) for name, path in settings.prompts.items()}
     jobs: dict[str, Job] = {}
     read: set[str] = set()
@@ -132,9 +134,22 @@ def _check_training(settings: SweepSettings, config: DictConfig, read: set[str])
 
 
 def _check_drafts(settings: SweepSettings, config: DictConfig) -> None:
-    length, longest = settings.evaluation.get("draft_length"), config.model.speculator.n_predict
-    if length is not None and length > longest:
-        raise UserError(f"evaluation.draft_length={length}: the point drafts {longest} (model.speculator.n_predict)")
+    """Whether the evaluation can draft as many tokens as it is asked to with the speculator of this point."""
+    try:
+        check_length(settings.evaluation.get("draft_length"), config.model.speculator.n_predict)
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
+
+
+def _check_machine(settings: SweepSettings) -> None:
+    """Whether the evaluation's device and dtype exist here: it would refuse them only after the first training."""
+    from verl_speculator.decoding.load import choose_device, choose_dtype
+
+    options = settings.evaluation_settings()
+    try:
+        choose_dtype(options.dtype, choose_device(options.device))
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
 
 
 def _measurements(settings: SweepSettings, directory: Path, measured: Mapping[str, Any]) -> tuple[Measurement, ...]:

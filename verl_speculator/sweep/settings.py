@@ -202,5 +202,6 @@ def _evaluation(raw: Any, where: str) -> dict[str, Any]:
         try:
             found[name] = TypeAdapter(types[name]).validate_python(None if value in ("null", "~") else value)
         except ValidationError as error:
-            raise UserError(f"{where}.{name}={value}: {error.errors()[0]['msg']}") from None
+            reasons = ", or ".join(fault["msg"] for fault in error.errors())
+            raise UserError(f"{where}.{name}={value}: {reasons}") from None
     return found
