@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from harness import load_rows
 from omegaconf import OmegaConf
-from tiny import make_chat_rows, make_tokenizer, write_parquet
+from tiny import CHAT_TEMPLATE, make_chat_rows, make_tokenizer, write_parquet
 
 from verl_speculator.alignment import align
 from verl_speculator.engine.dataset import PaddedDataset, ResumableSampler, TextDataset
@@ -96,10 +98,37 @@ def test_a_global_batch_does_not_depend_on_the_ranks(ranks):
     assert batches(skip=2) == batches()[2:]
 
 
-def test_end_tokens_of_both_sources():
-    class Source:
-        def __init__(self, ids):
-            self.eos_token_id = ids
+class Ends:
+    """A generation config that names these end tokens."""
 
-    assert end_token_ids(Source(7), Source([9, 3])) == (3, 7, 9)
-    assert end_token_ids(Source(None), None) == ()
+    def __init__(self, ids):
+        self.eos_token_id = ids
+
+
+@pytest.mark.parametrize(
+    ("eos", "template", "generation", "expected"),
+    [
+        ("<|im_start|>", CHAT_TEMPLATE, "<|im_end|>", ["<|im_end|>"]),  # as a reader of GGUF files names it
+        ("<|im_start|>", CHAT_TEMPLATE, None, ["<|im_start|>", "<|im_end|>"]),
+        ("<|endoftext|>", CHAT_TEMPLATE, "<|endoftext|>", ["<|endoftext|>", "<|im_end|>"]),
+        ("<|im_end|>", "{{ messages[0]['content'] }}", "<|endoftext|>", ["<|endoftext|>"]),
+        ("<|im_end|>", "{{ raise_exception('no') }}", None, ["<|im_end|>"]),
+        ("<|im_end|>", None, None, ["<|im_end|>"]),
+        (None, None, None, []),
+    ],
+)
+def test_end_token_ids_of_generation_config_and_template(eos, template, generation, expected, caplog):
+    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer.eos_token = eos
+    named = None if generation is None else Ends(tokenizer.convert_tokens_to_ids(generation))
+    with caplog.at_level(logging.INFO, "verl_speculator.tokens"):
+        ends = end_token_ids(tokenizer, named)
+    assert list(ends) == sorted(tokenizer.convert_tokens_to_ids(expected))
+    line, *warnings = caplog.messages
+    assert all(f"{token} (" in line for token in expected) and line.count("(") == len(expected)
+    assert bool(warnings) == (bool(expected) and eos not in expected), warnings
+
+
+def test_end_token_ids_several_of_the_generation_config():
+    tokenizer = make_tokenizer(chat_template=None)
+    assert end_token_ids(tokenizer, Ends([9, 3])) == (3, 9)

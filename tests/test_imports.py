@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "train": {"engine", "errors", "leash", "settings"},
     "train_ppo": {"engine", "errors", "rollout", "settings"},
     "train_ray": {"engine", "errors", "files", "launch", "preflight", "settings"},
-    "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
+    "data": {"base_form", "decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"bases", "checkpoint", "config", "errors", "families", "files", "models", "tensors"},
     "convert": {
         *(

@@ -144,6 +144,36 @@ def test_the_tokenizer_is_the_one_of_the_file(gguf_bases, tokenizer, tmp_path):
 
 
 @needs_gguf
+def test_end_tokens_gguf_that_names_another_eos_come_from_the_template(bases, tokenizer, tmp_path):
+    """In training, in its checks and in decoding alike, whatever end token the file names."""
+    import verl_speculator.engine.plugin  # noqa: F401
+    from verl_speculator.commands.loading import load
+    from verl_speculator.engine.config import SpeculatorModelConfig
+    from verl_speculator.preflight.base import check_base
+    from verl_speculator.settings import load_settings
+
+    make_gguf(bases["qwen2_untied"], tmp_path / FILE, eos="<|im_start|>")
+    named, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    settings = [f"model.partial_pretrain={tmp_path}", f"model.gguf_file={FILE}", "trainer.default_local_dir=."]
+    decoding = load(str(tmp_path), None, device="cpu", dtype="fp32", form=GGUF).ends
+    training = SpeculatorModelConfig(path=str(tmp_path), gguf_file=FILE).end_token_ids
+    assert decoding == training == check_base(load_settings(settings)).end_token_ids == tuple(sorted((named, end)))
+
+
+def test_end_tokens_folder_with_the_gguf_readers_eos_come_from_the_generation_config(bases, tokenizer, tmp_path):
+    """A GGUF file that was saved as a folder: the tokenizer's class has an end token of its own."""
+    from transformers import AutoTokenizer
+
+    from verl_speculator.data.regenerate import _end_tokens
+
+    folder = shutil.copytree(bases["qwen2_untied"], tmp_path / "folder")
+    read = AutoTokenizer.from_pretrained(folder)
+    read.eos_token = "<|im_start|>"
+    read.save_pretrained(folder)
+    assert _end_tokens(str(folder), load_tokenizer(folder)) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+@needs_gguf
 def test_tensors_in_8_bits_are_dequantised(bases, tmp_path):
     make_gguf(bases["qwen2_tied"], tmp_path / FILE, quantised=True)
     exact = load_base(bases["qwen2_tied"], device="cpu", dtype=torch.float32).state_dict()

@@ -132,8 +132,9 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def make_gguf(source: Path, file: Path, *, quantised: bool = False) -> Path:
-    """A Qwen2 base of `make_base` with its tokenizer as one GGUF file, exactly or with its matrices in 8 bits."""
+def make_gguf(source: Path, file: Path, *, quantised: bool = False, eos: str | None = None) -> Path:
+    """A Qwen2 base of `make_base` with its tokenizer as one GGUF file, exactly or with its matrices in 8 bits; `eos`
+    is the end token that the file names instead of the tokenizer's."""
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,7 +157,7 @@ def make_gguf(source: Path, file: Path, *, quantised: bool = False) -> Path:
     writer.add_token_types([3 if token in special else 1 for token in range(len(tokenizer))])
     rules = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_token_merges([" ".join(pair) for pair in rules["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id if eos is None else tokenizer.convert_tokens_to_ids(eos))
     writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

@@ -38,6 +38,7 @@ def commands() -> None:
 def main() -> None:
     """Console entry: a user's error is one line and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("verl_speculator.tokens").setLevel(logging.INFO)  # names the tokens that end a turn
     try:
         app()
     except UserError as error:

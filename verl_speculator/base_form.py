@@ -146,6 +146,22 @@ class BaseForm:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
         return tokenizer
 
+    def read_generation_config(self, base: str | Path, hf_config: Any) -> Any:
+        """The base model's generation config without loading it: its file, else what its configuration says.
+
+        Args:
+            base: a directory or hub name.
+            hf_config: the base model's configuration, read in this form.
+        """
+        from transformers import GenerationConfig
+
+        if self.gguf_file is None:
+            try:
+                return GenerationConfig.from_pretrained(base)
+            except (OSError, ValueError):
+                pass
+        return GenerationConfig.from_model_config(hf_config)
+
     def write_description(self, base: str | Path, folder: Path) -> None:
         """Configuration and tokenizer of a GGUF file as files, for who reads folders only."""
         from transformers import AutoConfig

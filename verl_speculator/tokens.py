@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl_speculator.errors import UserError
 
+logger = logging.getLogger(__name__)
+# An assistant's content that no chat template writes by itself.
+PROBE = "Zq7 probe"
 # Every message closes with the end token, so that the turns of a conversation tokenize alike alone and together.
 DEFAULT_CHAT_TEMPLATE = (
     "{%- if bos_token %}{{- bos_token }}{%- endif %}"
@@ -26,12 +30,54 @@ def ensure_chat_template(tokenizer: Any) -> bool:
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
-    """All tokens that end a turn: those of the generation configuration and the tokenizer's own."""
-    found: set[int] = set()
-    for source in (generation_config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    return tuple(sorted(int(i) for i in found))
+    """All tokens that end a turn; one line of the log names them.
+
+    They are the end tokens of the generation configuration, and the token with which the chat template closes an
+    assistant's turn. The tokenizer's own end token counts only where the generation configuration names none: a reader
+    of GGUF files may give it that of another tokenizer (SmolLM2's becomes `<|im_start|>`).
+
+    Args:
+        tokenizer: of the base model, with the chat template that is used.
+        generation_config: of the base model, None where there is none.
+    """
+    own = _eos_ids(tokenizer)
+    ids = set(_eos_ids(generation_config) or own)
+    closing = closing_token_id(tokenizer)
+    if closing is not None:
+        ids.add(closing)
+    ends = tuple(sorted(ids))
+    logger.info("a turn ends at %s", _named(tokenizer, ends) or "no token: generation stops at its length")
+    if ends and not ids & set(own) and own:
+        logger.warning(
+            "the tokenizer's eos_token %s ends no turn: generation config and chat template say %s",
+            _named(tokenizer, own),
+            _named(tokenizer, ends),
+        )
+    return ends
+
+
+def closing_token_id(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an assistant's content, None where it writes none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    try:
+        text = _render(tokenizer, messages, add_generation_prompt=False)
+    except UserError:  # whoever renders the user's conversations says so
+        return None
+    _, found, behind = text.rpartition(PROBE)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    return next((token for token in ids if token in special), None)
+
+
+def _eos_ids(source: Any) -> list[int]:
+    ids = getattr(source, "eos_token_id", None)
+    return [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])]
+
+
+def _named(tokenizer: Any, ids: Sequence[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
 
 
 def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list[list[int]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_speculator.base_form import AS_IT_LIES
 from verl_speculator.data.backends import Backend, HuggingFaceBackend, VllmBackend
 from verl_speculator.data.regenerate_settings import RegenerateSettings
 from verl_speculator.data.shards import Shards
@@ -234,7 +235,7 @@ def _seed(seed: int, row: int, place: int) -> int:
 
 def _end_tokens(base: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a turn, without loading the base."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     from verl_speculator.tokens import end_token_ids
 
@@ -242,11 +243,7 @@ def _end_tokens(base: str, tokenizer: Any) -> tuple[int, ...]:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"base={base}: no model there: {' '.join(str(error).split())[:200]}") from None
-    try:
-        generation = GenerationConfig.from_pretrained(base)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    return end_token_ids(tokenizer, generation)
+    return end_token_ids(tokenizer, AS_IT_LIES.read_generation_config(base, config))
 
 
 def _identity(

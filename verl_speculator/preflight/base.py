@@ -78,7 +78,7 @@ def check_base(config: DictConfig) -> Base:
     if path.exists() and form.gguf_file is None:
         _check_files(setting, path)
 
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     options = {"trust_remote_code": config.model.trust_remote_code}
     if form.gguf_file is not None:
@@ -92,10 +92,6 @@ def check_base(config: DictConfig) -> Base:
         tokenizer = _load(f"model.tokenizer_path={named}", AutoTokenizer.from_pretrained, named, **options)
     else:
         tokenizer = _load(setting, form.read_tokenizer, name, **options)
-    try:
-        generation = None if form.gguf_file else GenerationConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        generation = None
     if config.model.custom_chat_template is not None:
         tokenizer.chat_template = config.model.custom_chat_template
     ensure_chat_template(tokenizer)
@@ -104,7 +100,7 @@ def check_base(config: DictConfig) -> Base:
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         tokenizer=tokenizer,
-        end_token_ids=end_token_ids(tokenizer, generation),
+        end_token_ids=end_token_ids(tokenizer, form.read_generation_config(name, hf_config)),
         block_shapes=_check_parts(config, hf_config),
     )
 
