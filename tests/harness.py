@@ -40,6 +40,7 @@ def build_engine(
     param_dtype: str = "fp32",
     forward_only: bool = False,
     initialize: bool = True,
+    strategy: str = "fsdp2",
     **model_settings: Any,
 ):
     """An engine on the CPU, initialised unless told not to be; `speculator` holds the model.speculator keys."""
@@ -55,12 +56,12 @@ def build_engine(
     precision = {"param_dtype": param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine = EngineRegistry.new(
         model_type="language_model_with_speculator",
-        backend="fsdp2",
+        backend=strategy,
         model_config=SpeculatorModelConfig(
             path=str(base), override_config={"attn_implementation": "sdpa"}, speculator=speculator, **model_settings
         ),
         engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
+            strategy=strategy,
             mixed_precision=precision,
             model_dtype=param_dtype,
             forward_only=forward_only,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import build_engine, gradients, whole
@@ -289,6 +291,45 @@ def test_a_half_precision_policy(base, vocab_size):
     compare_updates(stock, ours, vocab_size, steps=1)
     with pytest.raises(UserError, match=r"fp16: model.speculator.train=true needs a type without loss scaling"):
         build_actor(ppo_config(base, f"{key}=fp16", **LEARNING))
+
+
+def test_policy_under_fsdp1_is_refused(base):
+    """Neither a checkpoint of the policy alone nor a single tensor of the speculator can be had from its units."""
+    with pytest.raises(UserError, match=r"actor.strategy=fsdp: a policy with a speculator.*; expected fsdp2"):
+        build_actor(ppo_config(base, strategy="fsdp", **LEARNING))
+
+
+def test_optimizer_step_updates_every_parameter_once():
+    """Also what lies in the root's flat parameter under FSDP1, which belongs to neither policy nor speculator."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from verl_speculator.engine.engine import SpeculatorEngine
+
+    def shard(module):
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+
+    model = torch.nn.Module()
+    model.base = torch.nn.ModuleDict({"layer": shard(torch.nn.Linear(3, 3)), "norm": torch.nn.LayerNorm(3)})
+    model.draft = shard(torch.nn.Linear(3, 3))
+    engine = object.__new__(SpeculatorEngine)
+    engine.module, engine.scaler, engine.rests = shard(model), None, False
+    engine._qat_enabled = False
+    engine.model_config = SimpleNamespace(is_policy=True)
+    engine.engine_config = SimpleNamespace(forward_only=False)
+    engine.optimizer_config = SimpleNamespace(clip_grad=1.0)
+    parameters = list(engine.module.parameters())
+    assert len(parameters) == 3 == len([*engine.base.parameters(), *engine.draft.parameters()]) + 1
+    engine.optimizer = torch.optim.Adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    engine.optimizer_step()
+    assert [int(engine.optimizer.state[parameter]["step"]) for parameter in parameters] == [1, 1, 1]
+
+
+def test_fsdp1_keeps_the_names_that_the_losses_ask_for(base):
+    """Without them there is nothing to differentiate: verl's default is one nameless parameter a unit."""
+    engine = build_engine(base, strategy="fsdp", initialize=False)
+    assert engine.engine_config.use_orig_params
 
 
 def test_a_learning_rate_of_its_own_in_sft_too(base):

@@ -46,6 +46,7 @@ def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
     model = OmegaConf.to_container(config.actor_rollout_ref.model)
     assert model["speculator"] == {"path": str(checkpoint), "train": True}
     assert model["_target_"] == "verl_speculator.engine.config.SpeculatorPolicyConfig"
+    assert (config.actor_rollout_ref.actor.strategy, config.actor_rollout_ref.ref.strategy) == ("fsdp2", "fsdp2")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,8 @@ def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "expected naive"),
         ("trainer.v1.trainer_mode=separate_async", "expected sync or colocate_async"),
         ("trainer.use_v1=false", "trainer.use_v1=False"),
-        ("actor_rollout_ref.actor.strategy=megatron", "expected fsdp2 or fsdp"),
+        ("actor_rollout_ref.actor.strategy=megatron", "expected fsdp2"),
+        ("actor_rollout_ref.actor.strategy=fsdp", "a policy with a speculator is sharded by FSDP2 alone"),
         ("~actor_rollout_ref.model.model_type", "expected what verl-speculator rollout-args CHECKPOINT --train prints"),
         ("+actor_rollout_ref.model.speculator.los=kl", "is not a setting (did you mean"),
         ("actor_rollout_ref.model.speculator.path=/no/such", "/no/such"),
@@ -90,6 +92,7 @@ def test_rollout_args_refuses_the_same(checkpoint, base):
     for override, words in (
         ("trainer.v1.trainer_mode=separate_async", "expected sync or colocate_async"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "expected naive"),
+        ("actor_rollout_ref.actor.strategy=fsdp", "expected fsdp2"),
     ):
         with pytest.raises(UserError, match=words):
             rollout_arguments(read_checkpoint_info(checkpoint), train=True, overrides=[override])

@@ -130,11 +130,6 @@ class SpeculatorConfig:
         return parse_dims(PREFIX + "proj_dim", self.proj_dim)
 
     @property
-    def has_frozen_parts(self) -> bool:
-        """Whether some of its parameters are saved and never trained."""
-        return self.head == "frozen_shared" or self.hidden_state == "pre_norm" or self.exit_layer is not None
-
-    @property
     def reads_inside(self) -> bool:
         """Whether it copies a norm or a block of the base, and so needs a base that has one where it is looked for."""
         return self.hidden_state == "pre_norm" or self.exit_layer is not None

@@ -141,8 +141,6 @@ def resolve(config: DictConfig) -> DictConfig:
         if training.train is False:
             raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
         config.model.speculator = speculator.to_dict() | vars(training)
-        if speculator.has_frozen_parts:  # FSDP1 has no other way to train a part of a unit
-            config.engine.use_orig_params = True
         _resolve_base(config)
         if config.trainer.device == "auto":
             config.trainer.device = detect_device()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,16 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             )
         if model_config.form.whole and engine_config.forward_only:
             raise UserError(f"model.quantization={model_config.quantization}: not for a forward-only engine")
+        if engine_config.strategy == "fsdp" and not engine_config.forward_only:
+            if model_config.is_policy:
+                # Its outermost weights would lie in a unit of the whole model: no checkpoint of the policy alone, and
+                # no single tensor of the speculator to send.
+                raise UserError(
+                    "actor_rollout_ref.actor.strategy=fsdp: a policy with a speculator is sharded by FSDP2; "
+                    "expected fsdp2"
+                )
+            # The losses ask the speculator for its parameters by name; a flat parameter has no such names.
+            engine_config = replace(engine_config, use_orig_params=True)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         # A policy's speculator that no update trains is carried along; a reference has none.
         self.rests = model_config.is_policy and (
@@ -279,9 +290,13 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         """One step; a policy's norm, clipping and refusal of what is not finite are those without a speculator."""
         if self.rests or not self.model_config.is_policy:
             return super().optimizer_step()
-        with without_gradients(self.draft):
+        drafts = list(self.draft.parameters())
+        # The rest, not `self.base`: a parameter that a wrapper holds in neither still takes one step, the policy's.
+        own = {id(parameter) for parameter in drafts}
+        rest = [parameter for parameter in self.module.parameters() if id(parameter) not in own]
+        with without_gradients(drafts):
             norm = super().optimizer_step()
-        with without_gradients(self.base):
+        with without_gradients(rest):
             self._draft_norm = super().optimizer_step()
         return norm
 
@@ -329,15 +344,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     def initialize(self) -> None:
         """As verl's; a sharded policy is saved under its own names."""
         super().initialize()
-        if self._keeps_companion:
+        if self.model_config.is_policy and not self.engine_config.forward_only:
             self.checkpoint_manager.model = self.base
-
-    @property
-    def _keeps_companion(self) -> bool:
-        # FSDP1 has the policy's outermost weights in a unit that is the whole model's, and so the names too.
-        return (
-            self.model_config.is_policy and not self.engine_config.forward_only and isinstance(self.module, FSDPModule)
-        )
 
     def save_checkpoint(self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, *args, **kwargs):
         """As verl's, and the speculator in a folder of its own, if it learns."""
@@ -348,7 +356,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     def load_checkpoint(self, local_path: str, *args, **kwargs):
         """As verl's, and the speculator from its folder."""
         super().load_checkpoint(local_path, *args, **kwargs)
-        if self._keeps_companion and not self.rests:
+        if self.model_config.is_policy and not self.rests:
             load_companion(self, local_path)
 
     # Weights for others

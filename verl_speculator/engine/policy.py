@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def written_tokens(batch: TensorDict) -> Tensor:
@@ -27,9 +27,9 @@ def written_tokens(batch: TensorDict) -> Tensor:
 
 
 @contextmanager
-def without_gradients(module: nn.Module) -> Iterator[None]:
-    """While it lasts, clipping and optimizer see no gradient of the module's."""
-    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """While it lasts, clipping and optimizer see no gradient of these parameters."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in kept:
         parameter.grad = None
     yield

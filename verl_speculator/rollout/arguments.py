@@ -26,6 +26,7 @@ ROLLOUT = "actor_rollout_ref.rollout."
 SERVER = ROLLOUT + "engine_kwargs.vllm."
 SPECULATION = SERVER + "speculative_config."
 BASE = MODEL + "path"
+STRATEGY = "actor_rollout_ref.actor.strategy"
 ARCTIC_SWITCH = "ARCTIC_INFERENCE_ENABLED"
 MODEL_TYPE = "language_model_with_speculator"
 POLICY = "verl_speculator.engine.config.SpeculatorPolicyConfig"
@@ -36,7 +37,7 @@ WORKER_EXTENSION = "verl_speculator.rollout.verl_worker.VerlSpeculatorWorkerExte
 FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     MODEL + "model_type": ((MODEL_TYPE,), "the actor would have no speculator"),
     MODEL + "speculator.train": ((True,), "nothing would follow, and verl.trainer.main_ppo does that"),
-    "actor_rollout_ref.actor.strategy": (("fsdp2", "fsdp"), "the speculator's engine is FSDP's"),
+    STRATEGY: (("fsdp2",), "a policy with a speculator is sharded by FSDP2 alone"),
     ROLLOUT + "name": (("vllm",), "no other engine takes a newer speculator"),
     SPECULATION + "method": (("custom_class",), "no other drafter takes a newer speculator"),
     SERVER + "worker_extension_cls": ((WORKER_EXTENSION,), "the rollout could not take over a newer speculator"),
@@ -180,6 +181,8 @@ def _needed(info: CheckpointInfo, engine: str, purpose: str, train: bool) -> dic
             WORKER_EXTENSION, "the rollout could not take over a newer speculator", new=True
         )
     if train:
+        # The reference has the actor's, unless it is told otherwise.
+        settings[STRATEGY] = Setting("fsdp2", "a policy with a speculator is sharded by FSDP2 alone")
         settings[MODEL + "_target_"] = Setting(POLICY, "verl's own configuration refuses a speculator")
         settings[MODEL + "model_type"] = Setting(MODEL_TYPE, "the actor would have no speculator", new=True)
         settings[MODEL + "speculator.path"] = Setting(path, "the actor would train another speculator", new=True)
