@@ -243,6 +243,25 @@ def test_frozen_base_makes_no_graph_and_no_logits(engine, rows):
     assert not engine.base.training
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_validation_asks_for_no_gradient(base, rows, monkeypatch, joint):
+    """Neither of a parameter nor of a hidden state, and its loss is that of training."""
+    from verl_speculator.losses import chunked
+
+    wanted, original = [], chunked._Pass.__init__
+
+    def spy(self, *args):
+        wanted.append(args[-1])
+        original(self, *args)
+
+    monkeypatch.setattr(chunked._Pass, "__init__", spy)
+    engine = build_engine(base, freeze_base_model=not joint)
+    losses = [run_batch(engine, make_batch(rows), train=train)["loss"] for train in (False, True)]
+    assert losses[0] == pytest.approx(losses[1])
+    validation, training = wanted[: len(wanted) // 2], wanted[len(wanted) // 2 :]
+    assert not any(map(any, validation)) and all(map(any, training))
+
+
 def test_joint_training_moves_both(base, rows):
     engine = build_engine(base, freeze_base_model=False)
     before = weights(engine)

@@ -7,12 +7,14 @@ import math
 import os
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from variants import configurations
 
 from verl_speculator import SpeculatorConfig, build_speculator
@@ -90,6 +92,32 @@ def test_closed_forms(objective):
     torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
     assert found.data_ptr() == block.data_ptr()
+
+
+@pytest.mark.parametrize("loss", ["lk_pure", {"ce": 0.5, "lk_pure": 2, "lk": 1}])
+def test_loss_where_acceptance_underflows_is_finite(loss):
+    """α is 0 in float32 and log α is not: value and gradient of both forms against log α from float64, by hand."""
+    objective = Objective.parse(loss)
+    z, t, targets = rand(3, V, seed=3), rand(3, V, seed=4), torch.tensor([5, 0, 7])
+    z[0, :30] += 200.0
+    t[0, 30:] += 200.0  # α ≈ e^−200
+    z[1, 0] += 600.0
+    t[1, 1] += 600.0
+    assert not reference.acceptance(z.float(), t.float())[:2].any()
+    exact = z.clone().requires_grad_()
+    alpha = torch.minimum(t.softmax(-1), exact.softmax(-1)).sum(-1)
+    assert alpha.min() > 0
+    weights = dict(objective.weights)
+    other = Objective.parse({"ce": 1e-30} | {name: w for name, w in weights.items() if name != "lk_pure"})
+    wanted = row_losses(other, exact, targets, t) - weights["lk_pure"] * alpha.log()
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    x, narrow = z.float().requires_grad_(), t.float()
+    value = row_losses(objective, x, targets, narrow)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    fast = loss_and_gradient_(z.float(), targets, teach(narrow, objective), objective)
+    for found, slope in ((value.detach(), gradient), (fast.loss, fast.gradient)):
+        torch.testing.assert_close(found, wanted.detach().float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(slope, wanted_gradient.float(), rtol=1e-4, atol=1e-5)
 
 
 # The whole loss.
@@ -283,6 +311,65 @@ def test_half_precision_loses_no_more_than_the_plain_loop(method):
     assert max(large) < 0.97
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that run inside, and the tensors that each makes by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        self.calls[name] += 1
+        if isinstance(output, torch.Tensor):
+            self.made[name, tuple(output.shape)] += 1
+        return output
+
+
+def operations_of(speculator, batch, objective, **options):
+    """The loss, its sums, and the operations that its forward pass ran."""
+    rows, teacher = batch.arguments()
+    with Operations() as seen:
+        loss, sums = speculator_loss(speculator, *rows, **teacher, loss=objective, **options)
+    return loss, sums, seen
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_loss_without_gradients_computes_none(objective):
+    """Validation: the same value and sums from the heads' products alone, without a buffer as large as a parameter."""
+    config = SpeculatorConfig(method="medusa", n_predict=K, head="copy")
+    speculator, batch = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64), Batch()
+    batch.hidden.requires_grad_()
+    expected, sums, training = operations_of(speculator, batch, objective, chunk_rows=4)
+    with torch.no_grad():
+        loss, found, seen = operations_of(speculator, batch, objective, chunk_rows=4)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, sums, rtol=0, atol=1e-12)
+    chunks = -(-int(batch.valid.any(1).sum()) // 4)
+    backward = 2 * chunks * K  # of each head's product: by its weight, and by its input
+    products = seen.calls["mm"] + seen.calls["addmm_"]
+    assert products == chunks * (K + objective.needs_teacher)
+    assert training.calls["mm"] + training.calls["addmm_"] >= products + backward
+    shapes = [tuple(p.shape) for p in (*speculator.parameters(), batch.hidden)]
+    buffers = ("zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty")
+    assert any(training.made[name, shape] for name in buffers for shape in shapes)
+    assert not any(seen.made[name, shape] for name in buffers for shape in shapes)
+
+
+@pytest.mark.parametrize("pair_weights", [None, "reach"])
+def test_loss_without_gradients_writes_no_block_of_them(pair_weights):
+    """What cross-entropy needs of a block of logits is read, not written over: neither q nor a gradient."""
+    objective, z = Objective.parse("ce", depth_weights=pair_weights), rand(9, V, seed=3)
+    block, targets = z.clone(), torch.arange(9)
+    found = loss_and_gradient_(block, targets, {}, objective, needs_gradient=False)
+    expected = loss_and_gradient_(z.clone(), targets, {}, objective)
+    assert found.gradient is None
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
+    torch.testing.assert_close(found.acceptance, expected.acceptance, rtol=0, atol=1e-15)
+    assert torch.equal(block, z)
+
+
 def test_fake_tensors():
     """Shapes alone: no value is read, so memory can be reckoned without memory."""
     config = SpeculatorConfig(method="sum_lstm", n_predict=K, inner_dim=64, emb_dim=64, proj_dim=64, tie_lstm_embs=True)
@@ -306,6 +393,22 @@ def test_compiled_gives_the_same_for_any_number_of_rows(method):
     for rows, chunk_rows in ((25, 100), (40, 14), (14, 100)):
         compare(config, Batch(rows=rows), OBJECTIVES["mix"], compiled=True, chunk_rows=chunk_rows)
     assert graphs and counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("objective", ["mix", "ce_by_reach"])
+def test_compiled_loss_without_gradients_has_no_backward_products(objective):
+    config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
+    speculator, batch = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64), Batch()
+    rows, teacher = batch.arguments()
+    expected, sums = speculator_loss(speculator, *rows, **teacher, loss=OBJECTIVES[objective])
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        loss, found = speculator_loss(speculator, *rows, **teacher, loss=OBJECTIVES[objective], compiled=True)
+    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, sums, rtol=0, atol=1e-12)
+    assert not any("addmm_" in event.key for event in profile.key_averages())
+    made = {event.key for event in profile.key_averages(group_by_input_shape=True)}
+    assert "aten::mm" in made and "aten::index_add_" not in made
 
 
 def test_the_fastest_kernel_is_taken(monkeypatch):

@@ -36,7 +36,8 @@ Head = Callable[[Tensor], Tensor]
 
 def default_chunk_rows(vocab_size: int, depths: int, objective: Objective) -> int:
     """Rows of a chunk whose blocks of logits, the teacher's among them, have a bounded size."""
-    return max(LEAST_ROWS, BLOCK // (vocab_size * depths) // (2 if objective.needs_teacher else 1))
+    blocks = 1 + objective.needs_teacher + ("lk_pure" in dict(objective.weights))
+    return max(LEAST_ROWS, BLOCK // (vocab_size * depths) // blocks)
 
 
 def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -67,6 +68,8 @@ def speculator_loss(
     compiled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a speculator over all rows and depths, differentiable in `hidden` and in its parameters.
+
+    Where gradients are switched off (`torch.no_grad`), as in validation, none is computed and no room is made for any.
 
     The sum over each depth's valid pairs is divided by the depth's count and averaged over the depths that have any,
     by the objective's depth weights.
@@ -123,6 +126,8 @@ def speculator_loss(
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
+        # Within an autograd function gradients are always off, and `needs_input_grad` does not know whether they were.
+        training=torch.is_grad_enabled(),
         unroll=compile_once(_unroll) if compiled else _unroll,
         kernel=choose_kernel(objective, rows * valid.shape[1], speculator.vocab_size, hidden.device.type, compiled),
     )
@@ -163,6 +168,7 @@ class _Job:
     teacher_hidden: Tensor | None
     teacher_rows: Tensor | None
     base_head: Head | None
+    training: bool
     unroll: Callable[..., Tensor]
     kernel: Kernel
 
@@ -196,7 +202,8 @@ class _ChunkedLoss(torch.autograd.Function):
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
         with torch.autocast(device, enabled=False):
-            run = _Pass(job, hidden.detach(), parameters, compute, ctx.needs_input_grad[1:])
+            wanted = [job.training and want for want in ctx.needs_input_grad[1:]]
+            run = _Pass(job, hidden.detach(), parameters, compute, wanted)
             for chunk in job.chunks():
                 run.chunk(chunk)
         ctx.gradients, ctx.hidden_gradient = run.gradients, run.hidden_gradient
@@ -279,8 +286,8 @@ class _Pass:
         if self.training:
             self._backward(chunk, states, backs, state, leaves, tokens)
 
-    def _judge(self, chunk: slice, states: Tensor) -> Tensor:
-        """Heads, losses and their gradients for states [K, r, E]; [K, r, E] the gradient of the total by the states."""
+    def _judge(self, chunk: slice, states: Tensor) -> Tensor | None:
+        """Heads and losses for states [K, r, E]; [K, r, E] the gradient of the total by the states, in training."""
         job = self.job
         depths, rows, _ = states.shape
         valid, targets = job.valid[chunk].T, job.targets[chunk].T.flatten()
@@ -289,7 +296,7 @@ class _Pass:
         teacher, which = job.teacher(chunk, self.wide)
         said = {temperature: base.rows(which.T.flatten()) for temperature, base in teacher.items()}
         del teacher
-        losses, gradient, acceptance = job.kernel(logits, targets, said, job.objective)
+        losses, gradient, acceptance = job.kernel(logits, targets, said, job.objective, self.training)
         del said, logits
         losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.wide)
         if acceptance is not None:
@@ -299,15 +306,19 @@ class _Pass:
         found = (losses, losses * weights, valid, hit & valid, reached, accepted)
         for name, per_pair in zip(SUMS, found, strict=True):
             self.sums[name] += per_pair.sum(1)
+        if not self.training:
+            return None
+        weights = weights * job.scale.to(self.wide).unsqueeze(-1)
+        return self._backs(states, gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1))
+
+    def _backs(self, states: Tensor, gradient: Tensor) -> Tensor:
+        """[K, r, E] the gradient by the states from that by the logits [K, r, V]; the heads' own are added up."""
         backs = torch.empty_like(states)
-        if self.training:
-            weights = weights * job.scale.to(self.wide).unsqueeze(-1)
-            gradient = gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1)
-            for at, ks in self.heads:
-                part = gradient[ks].flatten(0, 1)
-                if self.gradients[at] is not None:
-                    add_product_(self.gradients[at], part, states[ks].flatten(0, 1))
-                torch.mm(part.to(states.dtype), self.parameters[at], out=backs[ks].flatten(0, 1))
+        for at, ks in self.heads:
+            part = gradient[ks].flatten(0, 1)
+            if self.gradients[at] is not None:
+                add_product_(self.gradients[at], part, states[ks].flatten(0, 1))
+            torch.mm(part.to(states.dtype), self.parameters[at], out=backs[ks].flatten(0, 1))
         return backs
 
     def _logits(self, states: Tensor) -> Tensor:

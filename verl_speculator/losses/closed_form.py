@@ -4,10 +4,12 @@ Shapes: R rows, V vocabulary. With q = softmax(z) and the base's p:
 
     ce     ∂/∂z = q − onehot(target)
     kl     ∂/∂z = T (q_T − p_T)
-    α      ∂/∂z = q ⊙ (1[q < p] − Σ_v q 1[q < p]),   tv = 1 − α,  lk_pure = −log α
+    α      ∂/∂z = q ⊙ (1[q < p] − Σ_v q 1[q < p]),   tv = 1 − α
     lk     λ · kl + (1 − λ) · tv with λ as a constant
+    lk_pure = −log α   ∂/∂z = q Σ_v r − r,   r = q 1[q < p] / α
 
-So every mix is  a ⊙ q − b ⊙ p + s ⊙ (q 1[q < p]) − c onehot(target)  with numbers a, b, s of each row.
+So every mix is  a ⊙ q − b ⊙ p + s ⊙ (q 1[q < p]) − c onehot(target) − d ⊙ r  with numbers a, b, s of each row. log α
+and r are taken from log p and log q: where two distributions hardly overlap, α itself underflows.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ class Distribution(NamedTuple):
     Attributes:
         p: [R, V] probabilities.
         negentropy: [R] Σ_v p log p.
+        log_p: [R, V] kept for objectives with `lk_pure` alone.
     """
 
     p: Tensor
     negentropy: Tensor
+    log_p: Tensor | None = None
 
     def rows(self, index: Tensor) -> Distribution:
         """Some of its rows."""
-        return Distribution(self.p[index], self.negentropy[index])
+        log_p = None if self.log_p is None else self.log_p[index]
+        return Distribution(self.p[index], self.negentropy[index], log_p)
 
 
 Teacher = Mapping[float, Distribution]
@@ -45,12 +50,12 @@ class Block(NamedTuple):
 
     Attributes:
         loss: [R]
-        gradient: [R, V] in the place of the logits.
+        gradient: [R, V] in the place of the logits; None where it was not asked for.
         acceptance: [R] α, if the objective weighs pairs by it.
     """
 
     loss: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     acceptance: Tensor | None
 
 
@@ -65,11 +70,14 @@ def teach(logits: Tensor, objective: Objective) -> Teacher:
     for temperature in sorted(objective.temperatures, reverse=True):
         log_p = logits.div(temperature).log_softmax(-1) if temperature != 1 else logits.log_softmax(-1)
         p = log_p.exp()
-        found[temperature] = Distribution(p, _dot(p, log_p))
+        kept = log_p if temperature == 1 and "lk_pure" in dict(objective.weights) else None
+        found[temperature] = Distribution(p, _dot(p, log_p), kept)
     return found
 
 
-def loss_and_gradient_(logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective) -> Block:
+def loss_and_gradient_(
+    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective, needs_gradient: bool = True
+) -> Block:
     """The loss of each row and its gradient.
 
     Args:
@@ -77,48 +85,66 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, teacher: Teacher, object
         targets: [R] token ids.
         teacher: what `teach` gives for the same rows; empty for an objective that does not compare with the base.
         objective: what is minimised.
+        needs_gradient: False computes the loss alone, as validation wants it.
     """
     weights = dict(objective.weights)
     loss = logits.new_zeros(logits.shape[0])
-    softened = None
+    extra = None  # [R, V] of the gradient what is not made of q, p and q 1[q < p]
     if objective.kl_temperature != 1 and "kl" in weights:
-        value, softened = _softened_kl(logits, teacher[objective.kl_temperature], objective.kl_temperature)
+        value, extra = _softened_kl(logits, teacher[objective.kl_temperature], objective.kl_temperature, needs_gradient)
         weight = weights.pop("kl")
-        loss, softened = loss + weight * value, softened.mul_(weight)
+        loss, extra = loss + weight * value, None if extra is None else extra.mul_(weight)
 
     ce, column = weights.pop("ce", 0.0), targets.unsqueeze(-1)
+    pure = weights.pop("lk_pure", 0.0)
+    compares = bool(weights.keys() - {"kl"} or (objective.pair_weights and teacher))
     normaliser = logits.logsumexp(-1, keepdim=True)
+    log_target = (logits.gather(-1, column) - normaliser).squeeze(-1)
     if ce:
-        loss = loss + ce * (normaliser - logits.gather(-1, column)).squeeze(-1)
+        loss = loss - ce * log_target
     if weights:
-        p, negentropy = teacher[1.0]
+        p, negentropy, _ = teacher[1.0]
         divergence = negentropy - _dot(p, logits) + normaliser.squeeze(-1)
-    gradient = logits.sub_(normaliser).exp_()  # q
+    if needs_gradient or compares or pure:
+        logits = logits.sub_(normaliser)  # log q
+    of_q = torch.full_like(loss, ce)
+    if pure:
+        value, ratio = _log_acceptance(logits, teacher[1.0].log_p, needs_gradient)
+        loss = loss - pure * value
+        if ratio is not None:
+            of_q = of_q + pure * ratio.sum(-1)
+            extra = ratio.mul_(-pure) if extra is None else extra.sub_(ratio, alpha=pure)
+    if needs_gradient or compares:
+        logits = logits.exp_()  # q
     alpha = None
-    if weights.keys() - {"kl"} or (objective.pair_weights and teacher):
-        alpha = torch.minimum(teacher[1.0].p, gradient).sum(-1)
+    if compares:
+        alpha = torch.minimum(teacher[1.0].p, logits).sum(-1)
     elif objective.pair_weights:
-        alpha = gradient.gather(-1, column).squeeze(-1)
-    if not weights:
-        gradient = gradient if ce == 1 else gradient.mul_(ce)
-    else:
+        alpha = log_target.exp()
+    if weights:
         share = torch.full_like(loss, weights.get("kl", 0.0))
-        rising = slope = None
+        slope = None
         if weights.keys() - {"kl"}:
             added, share, slope = _acceptance(alpha, weights, objective.lk_eta, share)
             loss = loss + added
-            rising = torch.where(gradient < p, gradient, 0)
         loss = loss + share * divergence
-        of_q = share + ce
-        if rising is not None:
+    acceptance = alpha if objective.pair_weights else None
+    if not needs_gradient:
+        return Block(loss, None, acceptance)
+    rising = None
+    if weights:
+        of_q = of_q + share
+        if slope is not None:
+            rising = torch.where(logits < p, logits, 0)
             of_q = of_q - slope * rising.sum(-1)
-        gradient.mul_(of_q.unsqueeze(-1)).addcmul_(p, share.unsqueeze(-1), value=-1)
-        if rising is not None:
-            gradient.addcmul_(rising, slope.unsqueeze(-1))
+    gradient = logits if ce == 1 and not weights and not pure else logits.mul_(of_q.unsqueeze(-1))
+    if weights:
+        gradient.addcmul_(p, share.unsqueeze(-1), value=-1)
+    if rising is not None:
+        gradient.addcmul_(rising, slope.unsqueeze(-1))
     if ce:
         gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -ce))
-    gradient = gradient if softened is None else gradient.add_(softened)
-    return Block(loss, gradient, alpha if objective.pair_weights else None)
+    return Block(loss, gradient if extra is None else gradient.add_(extra), acceptance)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -126,26 +152,35 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
 
 
-def _softened_kl(logits: Tensor, teacher: Distribution, temperature: float) -> tuple[Tensor, Tensor]:
+def _softened_kl(
+    logits: Tensor, teacher: Distribution, temperature: float, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """[R] T²·KL of the distributions at temperature T, and its gradient [R, V]."""
     z = logits / temperature
     normaliser = z.logsumexp(-1, keepdim=True)
     value = temperature**2 * (teacher.negentropy - _dot(teacher.p, z) + normaliser.squeeze(-1))
+    if not needs_gradient:
+        return value, None
     return value, z.sub_(normaliser).exp_().sub_(teacher.p).mul_(temperature)
+
+
+def _log_acceptance(log_q: Tensor, log_p: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """[R] log α = log Σ_v min(p, q), and [R, V] the part q 1[q < p] / α of each token; their sum is at most 1."""
+    value = torch.minimum(log_q, log_p).logsumexp(-1)
+    if not needs_gradient:
+        return value, None
+    return value, torch.where(log_q < log_p, log_q - value.unsqueeze(-1), -torch.inf).exp_()
 
 
 def _acceptance(
     alpha: Tensor, weights: Mapping[str, float], eta: float, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[R] the part of tv, lk and lk_pure that is no divergence; each row's weight of the divergence, `share` and what
-    lk adds to it; and ∂loss/∂α."""
+    """[R] the part of tv and lk that is no divergence; each row's weight of the divergence, `share` and what lk adds to
+    it; and ∂loss/∂α."""
     loss, slope = torch.zeros_like(alpha), torch.zeros_like(alpha)
     if weight := weights.get("tv"):
         loss = loss + weight * (1 - alpha)
         slope = slope - weight
-    if weight := weights.get("lk_pure"):
-        loss = loss - weight * alpha.log()
-        slope = slope - weight / alpha
     if weight := weights.get("lk"):
         part = torch.exp(-eta * alpha)
         share = share + weight * part

@@ -1,7 +1,7 @@
 """Who computes the loss and gradient of a block of logits: the closed forms, or a library that measures faster here.
 
-A kernel has the signature of `closed_form.loss_and_gradient_`. Only what is installed takes part, and only on an
-accelerator; on a CPU it is always the closed forms.
+A kernel has the signature of `closed_form.loss_and_gradient_`, and computes no gradient where none is asked for. Only
+what is installed takes part, and only on an accelerator; on a CPU it is always the closed forms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl_speculator.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[Tensor, Tensor, Teacher, Objective], Block]
+Kernel = Callable[[Tensor, Tensor, Teacher, Objective, bool], Block]
 ROUNDS = 5
 
 
@@ -52,13 +52,15 @@ def compile_once(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def liger_cross_entropy_(logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective) -> Block:
+def liger_cross_entropy_(
+    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective, needs_gradient: bool = True
+) -> Block:
     """Liger-Kernel's cross-entropy, which writes the gradient over the logits in one Triton kernel."""
     from liger_kernel.ops.cross_entropy import cross_entropy_forward
 
     with torch.no_grad():
         losses, *_ = cross_entropy_forward(
-            logits.requires_grad_(),  # it makes a gradient for those only
+            logits.requires_grad_(needs_gradient),  # it makes a gradient for those only
             targets,
             weight=None,
             ignore_index=-100,
@@ -68,7 +70,8 @@ def liger_cross_entropy_(logits: Tensor, targets: Tensor, teacher: Teacher, obje
             softcap=None,
             return_z_loss=False,
         )
-    return Block(losses, logits.detach(), losses.neg().exp() if objective.pair_weights else None)
+    gradient = logits.detach() if needs_gradient else None
+    return Block(losses, gradient, losses.neg().exp() if objective.pair_weights else None)
 
 
 OTHERS: dict[str, Kernel] = {"liger_kernel": liger_cross_entropy_}
@@ -89,7 +92,7 @@ def _measure(kernel: Kernel, objective: Objective, rows: int, vocab_size: int, d
         start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
         try:
             start.record()
-            kernel(block, targets, {}, objective)
+            kernel(block, targets, {}, objective, True)
             end.record()
         except Exception as error:  # a library of another version, or without support for this device
             logger.warning("%s cannot be used: %s", getattr(kernel, "__name__", kernel), " ".join(str(error).split()))

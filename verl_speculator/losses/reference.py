@@ -45,8 +45,8 @@ def tv(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def lk_pure(logits: Tensor, teacher: Tensor) -> Tensor:
-    """[R] −log α (LK losses, arXiv 2602.23881)."""
-    return -acceptance(logits, teacher).log()
+    """[R] −log α (LK losses, arXiv 2602.23881), from log p and log q: α itself underflows where they hardly overlap."""
+    return -torch.minimum(teacher.detach().log_softmax(-1), logits.log_softmax(-1)).logsumexp(-1)
 
 
 def lk(logits: Tensor, teacher: Tensor, eta: float) -> Tensor:
