@@ -52,9 +52,10 @@ MAY_IMPORT = {
     },
     "settings": {"config", "errors"},
     "state_cache": {"base_form", "errors", "files", "provenance"},
+    "run_record": {"config", "provenance", "state_cache"},
     "preflight": {
-        *("base_form", "checkpoint", "config", "errors", "models", "provenance", "selection", "settings"),
-        *("state_cache", "tokens"),
+        *("base_form", "checkpoint", "config", "errors", "models", "provenance", "run_record", "selection"),
+        *("settings", "state_cache", "tokens"),
     },
     "sweep": {
         *("bases", "checkpoint", "config", "decoding", "errors", "evaluation", "files", "preflight", "provenance"),
@@ -65,7 +66,7 @@ MAY_IMPORT = {
     "leash": set(),
     "engine": {
         *("alignment", "base_form", "checkpoint", "config", "errors", "files", "losses", "models", "provenance"),
-        *("rollout", "state_cache", "tokens"),
+        *("rollout", "run_record", "state_cache", "tokens"),
     },
     "train": {"engine", "errors", "leash", "settings"},
     "train_ppo": {"engine", "errors", "rollout", "settings"},

@@ -266,19 +266,69 @@ def test_checkpoints_refused(attempt, run_folder, tmp_path):
         "the base's weights (other, ",
         "data.train_batch_size (16, 8)",
         "trainer.seed (2, 1)",
-        "model.speculator.lr (0.5, ",
         "rows of data.train_files (41, 40)",
         "model.speculator.loss ({'kl': 1.0}, {'ce': 1.0})",
         "model.speculator.depth_weights ([1, 0.5, 0.5], equal)",
     ):
         assert words in str(error.value)
     assert "optim.lr" not in str(error.value)
+    assert "model.speculator.lr" not in str(error.value), "a run may go on with another learning rate"
     (run_folder / "config.json").write_text(json.dumps(config))
     assert_refused(attempt, "the trained base is not there", tmp_path, "model.freeze_base_model=false")
     (run_folder / "config.json").write_text(json.dumps(config | {"input_hidden_dim": 64}))
     assert_refused(attempt, "trained for a base of width (hidden_size) 64, this base has 32", tmp_path)
     (run_folder.parent / "latest_checkpointed_iteration.txt").write_text("9")
     assert_refused(attempt, "names step 9", tmp_path)
+
+
+def record(run_folder, **sections):
+    """Put sections into what a checkpoint records of its run."""
+    file = run_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"verl_speculator": sections}))
+
+
+@pytest.mark.parametrize(
+    ("training", "settings", "more", "words"),
+    [
+        ({"speculator_loss_coeff": 2.0}, {}, (), "model.speculator_loss_coeff (2.0, 1.0)"),
+        (
+            {},
+            {"model.speculator.loss": {"lk": 1.0}, "model.speculator.lk_eta": 3.0},
+            ("model.speculator.loss=lk", "model.speculator.lk_eta=5"),
+            "model.speculator.lk_eta (3.0, 5)",
+        ),
+        ({}, {"the contents of data.train_files": ["other"]}, (), "the contents of data.train_files"),
+        ({}, {"data.messages_key": "talk"}, (), "data.messages_key (talk, messages)"),
+        ({}, {"optim.optimizer": "SGD"}, (), "optim.optimizer (SGD, AdamW)"),
+    ],
+)
+def test_resume_another_objective_or_data_refused(attempt, run_folder, tmp_path, training, settings, more, words):
+    record(run_folder, training=training, settings=settings)
+    assert_refused(attempt, words, tmp_path, *more)
+
+
+def test_resume_unread_settings_not_compared(attempt, run_folder):
+    record(run_folder, training={"kl_temperature": 2.0}, settings={"model.speculator.lk_eta": 3.0})
+    with pytest.raises(Started):  # the loss is ce, which reads neither
+        attempt("model.speculator.lk_eta=5")
+
+
+def test_resume_other_optimizer_values_named_in_one_line(attempt, run_folder, caplog):
+    record(run_folder, training={"lr": 0.1}, settings={"optim.weight_decay": 0.3, "optim.min_lr_ratio": 0.5})
+    with pytest.raises(Started):
+        attempt("optim.weight_decay=0.2")
+    (message,) = [text for text in caplog.messages if "goes on with this run's values" in text]
+    for words in ("optim.lr (0.1, 0.05)", "optim.weight_decay (0.3, 0.2)", "optim.min_lr_ratio (0.5, 0.1)"):
+        assert words in message
+    assert message.startswith(f"note: resume={run_folder}: ")
+
+
+def test_resume_checkpoint_without_record_accepted_and_said(attempt, run_folder, caplog):
+    with pytest.raises(Started):
+        attempt()
+    (message,) = caplog.messages
+    assert "not compared, the checkpoint does not record" in message
+    assert "the contents of data.train_files" in message
 
 
 def test_a_base_without_a_chat_template_is_fine(attempt, bases, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import build_engine, gradients, make_batch, run_batch, weights
+from harness import build_engine, gradients, make_batch, run_batch, weights, whole
 from tiny import ARCHITECTURES
 
 from verl_speculator.checkpoint import find_resume_path
@@ -79,6 +79,26 @@ def test_without_state_there_is_nothing_to_resume_from(base, rows, tmp_path):
     assert {entry.name for entry in (tmp_path / "global_step_1").iterdir()} == {"config.json", "pytorch_model.bin"}
     with pytest.raises(UserError, match="has no training_state to resume from"):
         checkpoints(engine, tmp_path).load_checkpoint()
+
+
+@pytest.mark.parametrize("before", [None, 1e-2])
+def test_resume_group_of_the_speculator_added_or_dropped(base, rows, tmp_path, before):
+    """In joint training a learning rate of its own makes the speculator a group of its own."""
+
+    def build(lr):
+        return build_engine(base, freeze_base_model=False, speculator={"lr": lr})
+
+    engine = build(before)
+    step(engine, rows)
+    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    after = 1e-2 if before is None else None
+    again = build(after)
+    checkpoints(again, tmp_path).load_checkpoint()
+    rates = [group["initial_lr"] for group in again.optimizer.param_groups]
+    assert rates == again.lr_scheduler.base_lrs == ([1e-3] if after is None else [1e-3, 1e-2])
+    moments, saved = again.optimizer.state, engine.optimizer.state
+    for one, other in zip(again.module.parameters(), engine.module.parameters(), strict=True):
+        assert torch.equal(whole(moments[one]["exp_avg"]), whole(saved[other]["exp_avg"]))
 
 
 def test_modes(base, tmp_path):

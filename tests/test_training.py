@@ -127,6 +127,32 @@ def test_more_steps_follow_the_longer_schedule(uninterrupted, runs, settings):
     assert [found[step]["train/lr"] for step in sorted(found)] == pytest.approx(rates)
 
 
+@pytest.mark.parametrize(
+    ("replaced", "more", "words"),
+    [
+        (True, {}, "the contents of data.train_files"),
+        (False, {"model__speculator_loss_coeff": 2}, "model.speculator_loss_coeff (1.0, 2.0)"),
+    ],
+)
+def test_resume_other_data_or_objective_refused(uninterrupted, runs, settings, tmp_path, replaced, more, words):
+    data = write_parquet(tmp_path / "chat.parquet", make_chat_rows(40, seed=int(replaced)))
+    given = settings(data__train_files=data, **more)
+    result = script(1, interrupted(runs, "one", tmp_path.name), *given)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert words in result.stderr
+
+
+def test_resume_optimizer_takes_this_runs_values(uninterrupted, runs, settings):
+    changed = settings(optim__lr=1e-3, optim__weight_decay=0.5, optim__betas="[0.8,0.9]")
+    found = train(1, interrupted(runs, "one", "changed"), changed)
+    ratio = 1e-3 / 5e-2
+    for step in (4, 5, 6):
+        assert found[step]["train/lr"] == pytest.approx(ratio * uninterrupted[step]["train/lr"])
+    state = torch.load(runs / "changed" / f"global_step_{STEPS}" / "training_state" / "optimizer.pt", weights_only=True)
+    (group,) = state["param_groups"]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.8, 0.9))
+
+
 def test_joint_training_saves_the_base_and_resumes(runs, settings, bases):
     from transformers import AutoModelForCausalLM
 

@@ -176,10 +176,12 @@ class RunCheckpoints:
                 set_model_state_dict(engine.draft, weights, options=SEND)
             else:
                 set_model_state_dict(engine.module, weights, options=SEND)
-            set_optimizer_state_dict(engine.module, engine.optimizer, optimizer, options=SEND)
+            _load_optimizer(engine, optimizer)
         small = [schedule, random_states]
         dist.broadcast_object_list(small, src=0)
-        engine.lr_scheduler.load_state_dict(small[0])
+        # Where on the schedule the run is; the schedule's own peaks are this run's.
+        own = {name: engine.lr_scheduler.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
+        engine.lr_scheduler.load_state_dict(small[0] | own)
         _apply_schedule(engine.lr_scheduler)
         if len(small[1]) == dist.get_world_size():
             _set_random_state(small[1][self.rank])
@@ -204,6 +206,32 @@ def _read_base(folder: Path) -> dict[str, torch.Tensor]:
 
     state = AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
     return {BASE_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def _load_optimizer(engine: SpeculatorEngine, saved: dict[str, Any]) -> None:
+    """The moments of each parameter as they were saved; learning rates, weight decay, betas as this run sets them.
+
+    Args:
+        engine: of this run.
+        saved: an optimizer's whole state dict on the first process, nothing on the others.
+    """
+    groups = engine.optimizer.param_groups
+    options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    if saved:
+        saved = saved | {"param_groups": _regroup(saved["param_groups"], len(groups))}
+    set_optimizer_state_dict(engine.module, engine.optimizer, saved, options=SEND)
+    for group, own in zip(engine.optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+def _regroup(saved: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Saved groups in the number that this run has: one, or the base model's and the speculator's."""
+    if len(saved) == count:
+        return saved
+    names = [name for group in saved for name in group["params"]]
+    drafts = [name for name in names if name.startswith(DRAFT_PREFIX)]
+    parts = [names] if count == 1 else [[name for name in names if name not in set(drafts)], drafts]
+    return [saved[0] | {"params": part} for part in parts]
 
 
 def _apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:

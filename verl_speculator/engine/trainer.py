@@ -35,6 +35,7 @@ from verl_speculator.engine.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftSums
 from verl_speculator.provenance import git_commit, versions, weights_fingerprint
+from verl_speculator.run_record import RECORD, record_settings
 from verl_speculator.state_cache import SETTING, StateCache, check_directory, identify_states, say_size
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class SpeculatorTrainer(SFTTrainer):
         build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
         self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
         self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
+        # Of the data as they are read here, not as they may lie there by the first checkpoint; only rank 0 writes it.
+        self._record = record_settings(self.config) if dist.get_rank() == 0 else {}
         if is_text(data.train_files, data):
             model.end_token_ids = ()  # every token is a target
         self.state_cache = None
@@ -183,6 +186,7 @@ class SpeculatorTrainer(SFTTrainer):
                 "cached_states": self.state_cache is not None,
                 "processes": self.processes,
             },
+            RECORD: self._record,
             "versions": versions(),
             "git_commit": git_commit(),
         }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from verl_speculator.checkpoint import (
 from verl_speculator.config import PREFIX, SpeculatorConfig, split_settings
 from verl_speculator.errors import UserError
 from verl_speculator.provenance import weights_fingerprint
+from verl_speculator.run_record import RECORD, compare_records, earlier_record, record_settings
 from verl_speculator.tokens import end_token_ids, ensure_chat_template
+
+logger = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
@@ -137,8 +141,7 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     setting = f"resume={resumed}"
     otherwise = "; start another run in a new <save_path> (model.speculator.path takes over the weights)"
     info = _check_speculator(setting, resumed, wanted, base, otherwise)
-    if differing := _run_differences(info, config, train_rows):
-        raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(differing)}{otherwise}")
+    _check_record(setting, info, config, train_rows, otherwise)
     for name in STATE_FILES:
         file = resumed / STATE_DIRECTORY / name
         if not file.is_file():
@@ -176,34 +179,29 @@ def _check_speculator(
     return info
 
 
-def _run_differences(info: CheckpointInfo, config: DictConfig, train_rows: int) -> list[str]:
-    """What would make a resumed run another one, as far as the checkpoint records it."""
-    recorded = {key: info.provenance.get(key, {}) for key in ("base", "data", "training")}
-    joint = recorded["base"].get("trained_jointly")
-    training = split_settings(config.model.speculator)[1]
-    objective = training.objective
-    pairs = {
-        "model.freeze_base_model": (None if joint is None else not joint, config.model.freeze_base_model),
-        "the base's weights": (
-            recorded["base"].get("weights_fingerprint"),
-            weights_fingerprint(config.model.path, config.model.gguf_file),
-        ),
-        # A checkpoint that names none was trained on the states of the weights as they lie.
-        "model.quantization": (recorded["base"].get("quantization") or "null", config.model.quantization or "null"),
-        "data.train_batch_size": (recorded["training"].get("train_batch_size"), config.data.train_batch_size),
-        "optim.lr": (recorded["training"].get("lr"), config.optim.lr),
-        "trainer.seed": (recorded["training"].get("seed"), config.trainer.seed),
-        "model.speculator.loss": (recorded["training"].get("loss"), dict(objective.weights)),
-        "model.speculator.kl_temperature": (recorded["training"].get("kl_temperature"), objective.kl_temperature),
-        "model.speculator.depth_weights": (recorded["training"].get("depth_weights"), objective.weights_of_depths),
-    }
-    own = recorded["training"].get("speculator_lr"), training.lr
-    if any(own):  # without one the speculator has the optimizer's
-        pairs["model.speculator.lr"] = (own[0] or recorded["training"].get("lr"), own[1] or config.optim.lr)
-    if not config.data.custom_cls.get("path"):
-        pairs["rows of data.train_files"] = (recorded["data"].get("train_rows"), train_rows)
-    return [
-        f"{name} ({a}, {b})".replace("True", "true").replace("False", "false")  # as they are written on a command line
-        for name, (a, b) in pairs.items()
-        if a is not None and b is not None and a != b
-    ]
+def _check_record(setting: str, info: CheckpointInfo, config: DictConfig, train_rows: int, otherwise: str) -> None:
+    """Whether the run goes on as what it began; values that may change on the way are named in one line."""
+    found = compare_records(*_records(info.provenance, config, train_rows))
+    if found.refused:
+        raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(found.refused)}{otherwise}")
+    if found.adjusted:
+        adjusted = ", ".join(found.adjusted)
+        logger.warning("note: %s: goes on with this run's values (its own, this run's): %s", setting, adjusted)
+    if found.unrecorded:
+        names = ", ".join(found.unrecorded)
+        logger.warning("note: %s: not compared, the checkpoint does not record %s", setting, names)
+
+
+def _records(provenance: Mapping[str, Any], config: DictConfig, train_rows: int) -> tuple[dict[str, Any], ...]:
+    """The record of a checkpoint and that of this run, with the base model's weights and the number of rows."""
+    recorded = earlier_record(provenance) | provenance.get(RECORD, {})
+    own = record_settings(config)
+    # None of a base model that was trained: it is no longer the one that the run began with.
+    if weights := provenance.get("base", {}).get("weights_fingerprint"):
+        recorded["the base's weights"] = weights
+        own["the base's weights"] = weights_fingerprint(config.model.path, config.model.gguf_file) or weights
+    rows = provenance.get("data", {}).get("train_rows")
+    if rows and not config.data.custom_cls.get("path"):
+        recorded["rows of data.train_files"] = rows
+        own["rows of data.train_files"] = train_rows
+    return recorded, own
