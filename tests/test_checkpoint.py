@@ -95,7 +95,15 @@ def test_a_base_with_other_weights_is_refused(tmp_path, bases, caplog):
             f"{tmp_path / 'spec'}: trained for the weights of my/base, those of {other} are others; a base fine-tuned "
             "from it can be told to be fine: --allow-other-base (allow_other_base=True)"
         )
+        assert not caplog.records
         load_speculator(tmp_path / "spec", base=base, allow_other_base=True)
+        (warning,) = caplog.messages
+        assert warning == (
+            f"{tmp_path / 'spec'}: trained for the weights of my/base, those of {other} are others: expect fewer "
+            "accepted drafts"
+        )
+        caplog.clear()
+    load_speculator(tmp_path / "spec", base=mine, allow_other_base=True)
     assert not caplog.records
     save_speculator(speculator, tmp_path / "spec")
     load_speculator(tmp_path / "spec", base=mine)

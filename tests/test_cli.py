@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
+from verl_speculator.families import FAMILIES
 
 
 def command(*arguments):
@@ -59,3 +62,48 @@ def test_inspect_says_which_engine_can_serve_it(tmp_path):
     assert "no bottleneck" in serving(**medusa | {"inner_dim": 8})[vllm]
     assert "after the final norm" in serving(**medusa, hidden_state="pre_norm")[vllm]
     assert "method=sum_rnn: no released version serves it" in serving()[vllm]
+
+
+def module(name, *arguments):
+    return subprocess.run([sys.executable, "-m", name, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("launch", [*FAMILIES, "usage: run_speculator_training.sh"]),
+        ("train", [*FAMILIES, "run_speculator_training.sh", "model.partial_pretrain"]),
+        ("train_ray", [*FAMILIES, "python -m verl_speculator.train_ray", "trainer.nnodes", "model.partial_pretrain"]),
+        ("train_ppo", ["python -m verl_speculator.train_ppo", "rollout-args"]),
+    ],
+)
+def test_entry_module_help_prints_usage(name, words, option):
+    result = module(f"verl_speculator.{name}", option)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(word in result.stdout for word in words)
+
+
+def test_version_is_the_packages():
+    import verl_speculator
+
+    for arguments in (("verl_speculator", "--version"), ("verl_speculator.launch", "--version")):
+        result = module(*arguments)
+        assert (result.returncode, result.stdout) == (0, f"verl_speculator {verl_speculator.__version__}\n")
+
+
+def test_speculator_that_is_a_plain_model_says_what_is_expected(base):
+    result = command("generate", "--base", base, "--speculator", base, "--prompt", "one")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {base}: a model (Qwen2ForCausalLM), expected a speculator's checkpoint, as training writes it: a "
+        "global_step_N folder, or a run's folder for its latest step; the model itself is --base\n"
+    )
+
+
+def test_speculator_of_another_format_points_to_convert(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 3, "base_model_name_or_path": "x"}))
+    result = command("inspect", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"error: {tmp_path}: Medusa heads in another format")
+    assert f"verl-speculator convert {tmp_path}" in result.stderr

@@ -179,6 +179,11 @@ def test_the_command(tmp_path, base):
     checkpoint(CONFIGURATIONS["lstm_for_arctic"], tmp_path / "spec", base_architectures=())
     spec, out = tmp_path / "spec", tmp_path / "out"
     assert "did you mean 'arctic'" in run(spec, "--format", "arctik", "--out", out)[1]
+    assert run(spec, "--format", "vllm", "--out", out)[1] == (
+        f"--format vllm: vLLM 0.24 to 0.33 with SpeculatorProposer serves {spec} as it stands, without an export "
+        "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of arctic, "
+        "arctic-mlp, vllm-medusa, safetensors"
+    )
     assert "the checkpoint itself lies there" in run(spec, "--format", "arctic", "--out", tmp_path, "--overwrite")[1]
     assert "expected --base" in run(spec, "--format", "arctic", "--out", out)[1]
     assert "this base has 32" in run(spec, "--format", "arctic", "--out", out, "--base", base)[1]
@@ -192,6 +197,13 @@ def test_the_command(tmp_path, base):
         "no such file; expected the results.csv"
         in run(spec, "--format", "safetensors", "--out", out, "--overwrite", "--results", tmp_path / "no.csv")[1]
     )
+
+
+def test_format_vllm_of_what_it_cannot_serve_says_why(tmp_path):
+    checkpoint(SpeculatorConfig(method="early_exit", n_predict=2, exit_layer=0), tmp_path / "spec")
+    told = run(tmp_path / "spec", "--format", "vllm", "--out", tmp_path / "out")[1]
+    assert told.startswith("--format vllm: vLLM 0.24 to 0.33 with SpeculatorProposer cannot load"), told
+    assert "method=early_exit: it serves sum_rnn, sum_lstm and medusa" in told
 
 
 RESULTS = """base,speculator,method,n_predict,prompts,temperature,top_p,top_k,draft_length,seed,tau,accept_rate,speedup

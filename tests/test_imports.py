@@ -50,7 +50,7 @@ MAY_IMPORT = {
         *("alignment", "bases", "checkpoint", "decoding", "diagnosis", "errors", "evaluation", "families", "models"),
         *("progress", "provenance", "selection", "tokens"),
     },
-    "settings": {"config", "errors"},
+    "settings": {"config", "errors", "families"},
     "state_cache": {"base_form", "errors", "files", "provenance"},
     "run_record": {"config", "provenance", "state_cache"},
     "preflight": {

@@ -402,7 +402,10 @@ def test_a_base_that_never_ends(tokenizer, chat, tmp_path):
     base = make_base("llama", tmp_path / "base", tokenizer)
     with pytest.raises(UserError) as error:
         regenerate(asked(base, chat, tmp_path / "out.parquet", num_rows=2, max_new_tokens=1))
-    assert "no row is left: 2 dropped, answer did not end within max_new_tokens: rows 0, 20" in str(error.value)
+    assert str(error.value).endswith(
+        "no row is left: 2 dropped, answer did not end within max_new_tokens: rows 0, 20; expected a larger "
+        "--max-new-tokens than 1, or --keep-unfinished"
+    )
     assert not (tmp_path / "out.parquet.shards").exists()
 
 

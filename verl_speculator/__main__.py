@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
+import verl_speculator
 from verl_speculator.commands.convert import convert
 from verl_speculator.commands.diagnose import app as diagnose
 from verl_speculator.commands.evaluate import evaluate, plot
@@ -30,8 +32,18 @@ for command in (
 app.add_typer(diagnose, name="diagnose")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"verl_speculator {verl_speculator.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def commands() -> None:
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
     """Speculators for language models. Training has a launcher of its own: run_speculator_training.sh"""
 
 

@@ -106,14 +106,15 @@ class CheckpointInfo:
             return weights_fingerprint(str(self.directory / BASE_DIRECTORY))
         return self.provenance.get("base", {}).get("weights_fingerprint")
 
-    def check_base_weights(self, base: str, form: BaseForm = AS_IT_LIES) -> None:
-        """Refuse a base with other weights than the one that the speculator was trained for.
+    def check_base_weights(self, base: str, form: BaseForm = AS_IT_LIES, *, allow_other: bool = False) -> None:
+        """Refuse a base with other weights than the one that the speculator was trained for, or warn of it.
 
         The same weights in 4 bits and as they lie go with each other, at the price of some acceptance: the log says so.
 
         Args:
             base: directory or hub name. Where either fingerprint is not to be had, that is said in the log.
             form: in which it is held.
+            allow_other: warn of other weights instead of refusing them.
 
         Raises:
             UserError: naming both bases.
@@ -124,10 +125,13 @@ class CheckpointInfo:
             unknown = self.directory if mine is None else name
             logger.warning("%s: the base's weights cannot be compared: no fingerprint of %s", self.directory, unknown)
         elif mine != theirs:
-            raise UserError(
-                f"{self.directory}: trained for the weights of {self.base_name}, those of {name} are others; a base "
-                "fine-tuned from it can be told to be fine: --allow-other-base (allow_other_base=True)"
-            )
+            differ = f"{self.directory}: trained for the weights of {self.base_name}, those of {name} are others"
+            if not allow_other:
+                raise UserError(
+                    f"{differ}; a base fine-tuned from it can be told to be fine: --allow-other-base "
+                    "(allow_other_base=True)"
+                )
+            logger.warning("%s: expect fewer accepted drafts", differ)
         elif self.base_form.quantization != form.quantization:
             logger.warning("%s: trained on the states of %s, not of %s", self.directory, self.base_name, name)
 
@@ -199,11 +203,10 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     directory = resolve_checkpoint(path)
     try:
         content = json.loads((directory / CONFIG_FILE).read_text())
-        if ARCTIC_MLP in content.get("architectures", ()):
-            raise UserError(
-                f"{directory}: an export for ArcticInference alone (arctic-mlp); expected the checkpoint that it was "
-                "made of, or an export in another format"
-            )
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {error}") from None
+    _check_is_speculator(directory, content)
+    try:
         settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}
         return CheckpointInfo(
             directory=directory,
@@ -217,6 +220,34 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {reason}") from None
+
+
+def _check_is_speculator(directory: Path, content: Any) -> None:
+    """Refuse an export that another program alone reads, Medusa heads in another format, and a model, by what it is.
+
+    Raises:
+        UserError: saying what was expected.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: expected an object")
+    if ARCTIC_MLP in content.get("architectures", ()):
+        raise UserError(
+            f"{directory}: an export for ArcticInference alone (arctic-mlp); expected the checkpoint that it was "
+            "made of, or an export in another format"
+        )
+    if "input_hidden_dim" in content:
+        return
+    if "medusa_num_heads" in content or content.get("model_type") == "medusa":
+        raise UserError(
+            f"{directory}: Medusa heads in another format; expected a checkpoint of ours, which "
+            f"`verl-speculator convert {directory} --out DIR` makes of it"
+        )
+    if named := content.get("architectures") or content.get("model_type"):
+        kind = ", ".join(named) if isinstance(named, list) else named
+        raise UserError(
+            f"{directory}: a model ({kind}), expected a speculator's checkpoint, as training writes it: a "
+            "global_step_N folder, or a run's folder for its latest step; the model itself is --base"
+        )
 
 
 def config_content(
@@ -383,7 +414,7 @@ def load_speculator(
             and its weights, where they are at hand, those that it was trained for.
         device: where to put it.
         dtype: of its parameters; the one on disk by default.
-        allow_other_base: let the base have other weights, as one has that was fine-tuned from it.
+        allow_other_base: let the base have other weights, as one has that was fine-tuned from it; the log warns.
 
     Raises:
         UserError: if there is no checkpoint, it is incomplete, or the base is another one.
@@ -396,8 +427,8 @@ def load_speculator(
     if base is not None:
         info.check_base(*base_shape(base))
         name = str(base) if isinstance(base, (str, Path)) else base_path(base)
-        if name and not allow_other_base:
-            info.check_base_weights(name)
+        if name:
+            info.check_base_weights(name, allow_other=allow_other_base)
     logger.info("%s: trained for %s", info.directory, info.base_name)
     speculator = build_speculator(info.config, **info.shape, device="meta")
     state = {name: tensor.clone() for name, tensor in read_weights(info).items()}

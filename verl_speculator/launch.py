@@ -12,25 +12,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import verl_speculator
 from verl_speculator.allocator import CPU_ALLOCATOR
 from verl_speculator.errors import UserError
 from verl_speculator.files import check_writable
+from verl_speculator.settings import common_overrides
 
-USAGE = """usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
+USAGE = f"""usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
 
   nproc_per_node   processes on this machine: one per GPU
   save_path        where checkpoints go: <save_path>/global_step_N
 
   --cfg job        print the resolved configuration and stop
+  --version        print the version and stop
   -h, --help       print this and stop
 
-Common overrides (all of verl's, and those of docs/configuration.md):
-  model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
-  model.speculator.method=sum_rnn                     sum_rnn or sum_lstm
-  model.speculator.n_predict=5                        number of draft tokens
-  data.train_files=train.parquet data.val_files=test.parquet
-  optim.lr=1e-4 trainer.total_epochs=1 data.train_batch_size=256 data.micro_batch_size_per_gpu=4
-
+{common_overrides()}
 More than one machine: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or any of torchrun's
 own PET_* variables.
 """
@@ -95,6 +92,9 @@ def launch(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        sys.stdout.write(f"verl_speculator {verl_speculator.__version__}\n")
+        return
     show = [i for i, argument in enumerate(argv) if argument == "--cfg"]
     arguments = [a for i, a in enumerate(argv) if not show or i not in (show[0], show[0] + 1)]
     processes, save_path, overrides = parse_arguments(arguments)

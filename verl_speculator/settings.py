@@ -12,10 +12,23 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from verl_speculator.config import DIM_KEYS, PREFIX, check_setting_names, split_settings
 from verl_speculator.errors import UserError, nearest
+from verl_speculator.families import FAMILIES
 
 CONFIG_NAME = "speculator_sft"
 DEVICES = ("cuda", "npu", "cpu")
 _OVERRIDE = re.compile(r"^(?P<sign>[+~]{0,2})(?P<key>[^=@:]+)=(?P<value>.*)$", re.DOTALL)
+
+
+def common_overrides() -> str:
+    """The overrides that most runs need, for a usage text: the families are those of the registry."""
+    methods = list(FAMILIES)
+    return f"""Common overrides (all of verl's, and those of docs/configuration.md):
+  model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
+  model.speculator.method={methods[0]:<27} {", ".join(methods[:-1])} or {methods[-1]}
+  model.speculator.n_predict=5                        number of draft tokens
+  data.train_files=train.parquet data.val_files=test.parquet
+  optim.lr=1e-4 trainer.total_epochs=1 data.train_batch_size=256 data.micro_batch_size_per_gpu=4
+"""
 
 
 def quote_dims(override: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from verl_speculator.errors import UserError
 from verl_speculator.leash import end_with_parent
-from verl_speculator.settings import load_settings
+from verl_speculator.settings import common_overrides, load_settings
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -49,12 +49,16 @@ def train(overrides: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `train`; a user's error is one line and exit code 2."""
+    given = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(given):
+        sys.stdout.write(f"{__doc__}\n{common_overrides()}")
+        return
     end_with_parent()  # a worker whose torchrun was killed would train on, in a session of its own
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("verl_speculator").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
-        train(sys.argv[1:] if argv is None else argv)
+        train(given)
     except UserError as error:
         if rank == 0:
             sys.stderr.write(f"error: {error}\n")

@@ -21,7 +21,7 @@ from verl_speculator.errors import UserError
 from verl_speculator.files import check_writable
 from verl_speculator.launch import worker_environment
 from verl_speculator.preflight import check_run
-from verl_speculator.settings import load_settings
+from verl_speculator.settings import common_overrides, load_settings
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -64,10 +64,14 @@ def train(overrides: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `train`; a user's error is one line and exit code 2."""
+    given = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(given):
+        sys.stdout.write(f"{__doc__}\n{common_overrides()}")
+        return
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("verl_speculator").setLevel(logging.INFO)
     try:
-        train(sys.argv[1:] if argv is None else argv)
+        train(given)
     except UserError as error:
         # Of an error in a worker Ray makes one that has the traceback in its text, and the error itself as its cause.
         sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")

@@ -79,8 +79,7 @@ def check_speculator(
     if draft_tree is not None:
         draft_tree.check(info.config, info.vocab_size)
     info.check_base(*base_shape(base, form))
-    if not allow_other_base:
-        info.check_base_weights(base, form)
+    info.check_base_weights(base, form, allow_other=allow_other_base)
     typer.echo(f"{info.directory}: trained for {info.base_name}", err=True)
 
 

@@ -125,7 +125,9 @@ def regenerate(settings: RegenerateSettings) -> Account:
         total.add(Account(**found))
     if not total.written:
         shards.remove()
-        raise UserError(f"data={settings.data}: no row is left: {'; '.join(total.summary()[1:])}")
+        advice = f"; expected a larger --max-new-tokens than {settings.max_new_tokens}, or --keep-unfinished"
+        reasons = "; ".join(total.summary()[1:]) + (advice if UNFINISHED in total.dropped else "")
+        raise UserError(f"data={settings.data}: no row is left: {reasons}")
     shards.merge(source.schema, _provenance(settings, device, dtype, tokenizer, ends, total))
     return total
 

@@ -53,8 +53,7 @@ def evaluate(settings: EvaluationSettings) -> Path:
     shape = base_shape(settings.base, settings.form)
     for info in infos.values():
         info.check_base(*shape)
-        if not settings.allow_other_base:
-            info.check_base_weights(settings.base, settings.form)
+        info.check_base_weights(settings.base, settings.form, allow_other=settings.allow_other_base)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     tokenizer = load_tokenizer(settings.base, settings.form)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from verl_speculator.checkpoint import CONFIG_FILE, PROVENANCE_KEY, CheckpointInfo, config_content, read_weights
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.files import atomic_directory
-from verl_speculator.rollout.contracts import FORMATS, contract_faults
+from verl_speculator.rollout.contracts import FORMATS, PROPOSER_ENGINE, contract_faults, proposer_obstacle
 from verl_speculator.tensors import write_safetensors
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 AUTO = "auto"
 CARD = "README.md"
+VLLM = "vllm"  # no format, and what a user asks for first
 _SINGLE_LAYER = re.compile(r"^(emb|proj|ln)\.(\d+)\.0\.")
 
 
@@ -30,6 +31,8 @@ def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwri
         UserError: for a format that is none, one that cannot hold the speculator (and what to train instead), a type
             that is none, or a directory that is in the way.
     """
+    if name == VLLM:
+        raise UserError(_about_vllm(info))
     if name not in FORMATS:
         raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
     if dtype not in (AUTO, *DTYPES):
@@ -44,6 +47,17 @@ def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwri
         raise UserError(f"--out {out}: the checkpoint itself lies there; expected another directory")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; expected a new directory, or --overwrite")
+
+
+def _about_vllm(info: CheckpointInfo) -> str:
+    obstacle = proposer_obstacle(info.config)
+    if obstacle is not None:
+        return f"--format {VLLM}: {PROPOSER_ENGINE} cannot load {info.directory}: {obstacle}"
+    return (
+        f"--format {VLLM}: {PROPOSER_ENGINE} serves {info.directory} as it stands, without an export "
+        "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of "
+        f"{', '.join(FORMATS)}"
+    )
 
 
 def exported_content(
