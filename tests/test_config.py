@@ -19,6 +19,7 @@ from verl_speculator.config import (
     split_settings,
 )
 from verl_speculator.errors import UserError
+from verl_speculator.families import FAMILIES
 from verl_speculator.settings import compose, load_settings, quote_dims
 
 
@@ -64,6 +65,18 @@ def test_the_start_is_the_familys_own_unless_it_is_named():
     ]
     assert split_settings({"method": "medusa", "init": "random"})[1].init == "random"
     assert split_settings({"init": "base"})[1].init == "base"
+
+
+def test_lk_eta_unset_is_the_familys_own():
+    """arXiv 2602.23881: 3 for speculators that read tokens, 10 for Medusa's heads, which do not."""
+    eta = {m: split_settings({"method": m, "exit_layer": 0})[1].objective.lk_eta for m in FAMILIES}
+    assert eta == {"sum_rnn": 3.0, "sum_lstm": 3.0, "medusa": 10.0, "early_exit": 3.0}
+    assert split_settings({"method": "medusa", "lk_eta": 3})[1].objective.lk_eta == 3
+    overrides = ["trainer.default_local_dir=x", "model.speculator.method=medusa"]
+    assert load_settings(overrides).model.speculator.lk_eta == 10
+    assert load_settings([*overrides, "model.speculator.lk_eta=2.5"]).model.speculator.lk_eta == 2.5
+    with pytest.raises(UserError, match=r"model\.speculator\.lk_eta=0: expected a number > 0"):
+        split_settings({"method": "medusa", "lk_eta": 0})
 
 
 def test_yaml_and_dataclasses_agree():

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
-from verl_speculator.objective import LK_ETA, LOSSES, Objective
+from verl_speculator.objective import LOSSES, Objective
 
 PREFIX = "model.speculator."
 DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")
@@ -188,7 +188,9 @@ class SpeculatorTraining:
         metadata={"help": f"what is minimised: {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1.0}}"},
     )
     kl_temperature: float = _setting(1.0, "kl: softens both distributions; the loss is multiplied by its square")
-    lk_eta: float = _setting(LK_ETA, "lk: how fast it turns from KL to TV as acceptance grows")
+    lk_eta: float | None = _setting(
+        None, "lk: how fast it turns from KL to TV as acceptance grows; null: 10 for medusa, 3 for the others"
+    )
     depth_weights: Any = field(
         default=None,
         metadata={"help": "weight of each depth's loss, [w0, w1, ...], or of each pair: reach, gain"},
@@ -270,7 +272,9 @@ def split_settings(values: Mapping[str, Any]) -> tuple[SpeculatorConfig, Specula
         for cls in (SpeculatorConfig, SpeculatorTraining)
     )
     training.objective.depths(shape.depths, prefix=PREFIX)
-    training = replace(training, init=training.init or FAMILIES[shape.method].init)
+    family = FAMILIES[shape.method]
+    eta = family.lk_eta if training.lk_eta is None else training.lk_eta
+    training = replace(training, init=training.init or family.init, lk_eta=eta)
     if training.init == "random" and shape.head == "frozen_shared":
         raise UserError(f"{PREFIX}init=random: {PREFIX}head=frozen_shared never learns; expected {PREFIX}init=base")
     return shape, training

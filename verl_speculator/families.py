@@ -58,6 +58,7 @@ class Family:
         merges_widths: whether `emb_dim` and `proj_dim` meet in a sum, and so must end in the same width.
         requires: settings that must hold one particular value, for example `{"tie_weights": True}`.
         init: what `model.speculator.init` is by default.
+        lk_eta: what `model.speculator.lk_eta` is by default (arXiv 2602.23881).
         ahead: how many tokens ahead its first prediction lies: 2 where it starts from a state whose next token is
             known, 1 where it reads every token itself.
         single_depth: whether training knows one depth only, each draft token being read before the next is drafted.
@@ -72,6 +73,7 @@ class Family:
     merges_widths: bool = False
     requires: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     init: str = "random"
+    lk_eta: float = 3.0
     ahead: int = 2
     single_depth: bool = False
     serving_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing_more
@@ -106,6 +108,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             dim_defaults=MappingProxyType({"inner_dim": None}),
             single_widths=True,
             init="base",
+            lk_eta=10.0,
             serving_keys=_vllm_medusa_keys,
         ),
         "early_exit": Family(

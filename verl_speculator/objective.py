@@ -23,7 +23,7 @@ class Objective:
     Attributes:
         weights: of each loss that takes part; none negative, not all zero.
         kl_temperature: T of `kl`.
-        lk_eta: η of `lk`.
+        lk_eta: η of `lk`; what a family has by default is in its row of `FAMILIES`.
         depth_weights: of each depth; None weighs all alike.
         pair_weights: weigh each pair besides by the row's α, taken as constants: "reach" by the probability that a
             drafter gets to it, Π_{j<k} α_j; "gain" by what its α adds to the row's expected accepted length,
