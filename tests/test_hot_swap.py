@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,7 +19,8 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.errors import UserError
 from verl_speculator.rollout.account import Account, rollout_metrics
 from verl_speculator.rollout.drafting import greedy_drafts
-from verl_speculator.rollout.push import collect_accounts, push_speculator
+from verl_speculator.rollout.hot_swap import StreamedUpdate
+from verl_speculator.rollout.push import collect_accounts, push_speculator, whole_tensors
 from verl_speculator.rollout.worker import SpeculatorWorkerExtension
 
 
@@ -154,37 +156,98 @@ class Rollout:
     """verl's ServerAdapter, as far as it is used: a call that runs in the worker, and gives nothing back."""
 
     use_shm = True
-    config = SimpleNamespace(checkpoint_engine=SimpleNamespace(update_weights_bucket_megabytes=1))
+    config = SimpleNamespace(checkpoint_engine=SimpleNamespace(update_weights_bucket_megabytes=1), dtype="bfloat16")
 
     def __init__(self, worker):
         self.worker, self.zmq_handle = worker, worker.handle
 
     async def _execute_method(self, method, non_block=False, timeout=None, args=(), kwargs=None):
-        thread = threading.Thread(target=getattr(self.worker, method), args=args, kwargs=kwargs or {})
-        thread.start()
+        pool = ThreadPoolExecutor(1)
+        called = pool.submit(getattr(self.worker, method), *args, **(kwargs or {}))
 
         async def end():
-            thread.join(60)
-            assert not thread.is_alive()
+            called.result(timeout=60)
 
         return end() if non_block else await end()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_push_goes_through_verls_own_transport(served, verl_worker, tmp_path):
+@pytest.fixture
+def synced(served, verl_worker, tmp_path):
+    """A rollout whose worker is behind verl's transport, and a newer speculator."""
     extended, _, (new, _) = served
 
     class Worker(verl_worker):
         model_runner, rank, device = extended.model_runner, 3, extended.device
         handle = f"ipc://{tmp_path}/socket"
 
-    worker = Worker()
+    return Rollout(Worker()), new
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_push_goes_through_verls_own_transport(synced):
+    rollout, new = synced
+    worker = rollout.worker
     assert worker.update_weights_from_ipc() == "the base's"
-    rollout = Rollout(worker)
-    # float32, as a trainer's master weights are; the served ones are float64 here.
-    tensors = [(name, parameter.float()) for name, parameter in new.named_parameters()]
-    asyncio.run(push_speculator(rollout, tensors, version=40))
-    for name, tensor in tensors:
-        assert torch.equal(worker.model_runner.drafter.speculator.get_parameter(name), tensor.double())
+    asyncio.run(push_speculator(rollout, dict(new.named_parameters()), version=40))
+    for name, parameter in new.named_parameters():
+        # In the type that the rollout serves, whatever the trainer's is; this worker's own is float64.
+        sent = parameter.to(torch.bfloat16).double()
+        assert torch.equal(worker.model_runner.drafter.speculator.get_parameter(name), sent)
     drafts_of(worker)
     assert asyncio.run(collect_accounts(rollout)) == [{"version": 40, "rounds": 0, "drafted": 0, "accepted": 0}]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_push_of_another_speculator_leaves_the_served_one_as_it_is(synced):
+    """The sender is let through to its end, where it is told."""
+    rollout, new = synced
+    parameters, drafter = dict(new.named_parameters()), rollout.worker.model_runner.drafter
+    before = {name: p.clone() for name, p in drafter.speculator.named_parameters()}
+    *_, last = parameters
+    for other, words in (
+        ({name: p for name, p in parameters.items() if name != last}, f"missing {last}"),
+        (parameters | {"more": torch.zeros(1)}, "unexpected more"),
+        (parameters | {last: parameters[last][:1]}, f"{last} is"),
+    ):
+        with pytest.raises(UserError, match=words):
+            asyncio.run(push_speculator(rollout, other, version=40))
+    assert all(torch.equal(p, before[name]) for name, p in drafter.speculator.named_parameters())
+    assert drafter.account.version == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_push_holds_two_whole_tensors_at_most(synced, monkeypatch):
+    """The one that verl's sender has just copied into its bucket, and the next; the worker keeps none."""
+    rollout, new = synced
+    alive, most = weakref.WeakSet(), []
+
+    def watched(*args, **kwargs):
+        for name, tensor in whole_tensors(*args, **kwargs):
+            assert tensor.dtype == torch.bfloat16
+            alive.add(Watch(tensor))
+            most.append(len(alive))
+            yield name, tensor
+            del tensor
+
+    class Watch:
+        def __init__(self, tensor):
+            weakref.finalize(tensor, alive.discard, self)
+
+    monkeypatch.setattr("verl_speculator.rollout.push.whole_tensors", watched)
+    asyncio.run(push_speculator(rollout, dict(new.named_parameters()), version=40))
+    assert len(most) == len(dict(new.named_parameters())) > 4 and max(most) <= 2
+
+
+def test_streamed_update_keeps_no_tensor_and_tells_what_did_not_come(served):
+    worker, _, (new, _) = served
+    speculator, parameters = worker.model_runner.drafter.speculator, dict(new.named_parameters())
+    update = StreamedUpdate(speculator, {name: p.shape for name, p in parameters.items()})
+    (first, value), *_, (last, _) = parameters.items()
+    sent = value.clone()
+    gone = weakref.ref(sent)
+    update.copy([(first, sent)])
+    del sent
+    assert gone() is None and torch.equal(speculator.get_parameter(first), value)
+    update.copy([(name, p) for name, p in parameters.items() if name != last])
+    with pytest.raises(RuntimeError, match=f"announced and not sent: {last}"):
+        update.finish()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from rollouts import build_actor, make_rollouts, ppo_config, register_stock_engine
+from rollouts import make_rollouts, ppo_config, register_stock_engine
 from runs import environment
 
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
@@ -118,55 +118,80 @@ def test_only_our_drafter_follows(checkpoint, engine, purpose):
 class Rollout:
     """verl's rollout as the actor's worker sees it; writes down what it is asked, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, config=None, model_config=None, device_mesh=None) -> None:
+        self.config = config
         self.asked: list[tuple] = []
 
-    async def update_weights(self, parameters, global_steps, **kwargs):
-        self.asked.append(("base", {name: tensor.clone() for name, tensor in parameters}, global_steps))
+    async def resume(self, tags):
+        self.asked.append(("resume", *tags))
+
+    async def update_weights(self, weights, global_steps=None, **kwargs):
+        self.asked.append(("base", {name: tensor.clone() for name, tensor in weights}, global_steps))
 
 
 @pytest.fixture
 def worker(base, checkpoint, monkeypatch):
-    """verl's worker, with a real actor and that rollout; the transport has tests of its own."""
+    """verl's worker of actor and rollout, built by its own `init_model`; the transport has tests of its own."""
     pytest.importorskip("transfer_queue", reason="verl's PPO needs TransferQueue")
-    from verl_speculator.engine import ppo
+    from verl.workers import engine_workers
 
-    async def push(rollout, tensors, version):
-        rollout.asked.append(("speculator", {name: tensor.clone() for name, tensor in tensors}, version))
+    from verl_speculator.engine import ppo
+    from verl_speculator.engine.platform_cpu import PlatformCPU
+
+    async def push(rollout, parameters, version):
+        rollout.asked.append(("speculator", {name: p.full_tensor().clone() for name, p in parameters.items()}, version))
 
     async def collect(rollout):
         rollout.asked.append(("account",))
         return [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
 
+    def set_allocator(platform, settings):
+        made.rollout.asked.append((settings,))
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(ppo, "push_speculator", push)
     monkeypatch.setattr(ppo, "collect_accounts", collect)
-    config = ppo_config(base, path=checkpoint, train="true", lr=0.05)
-    config.actor_rollout_ref.rollout.free_cache_engine = False
-    made = object.__new__(ppo.SpeculatorActorWorker)
-    made.config, made.actor, made.rollout = config.actor_rollout_ref, build_actor(config), Rollout()
-    made.layered_summon, made.peft_merge, made.base_sync_done, made._accounts = False, False, True, []
+    monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: Rollout)
+    monkeypatch.setattr(PlatformCPU, "set_allocator_settings", set_allocator)
+    own = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"]
+    own += ["actor_rollout_ref.rollout.tensor_model_parallel_size=1"]
+    register_stock_engine()
+    made = ppo.SpeculatorActorWorker(
+        ppo_config(base, *own, path=checkpoint, train="true", lr=0.05).actor_rollout_ref, role="actor_rollout"
+    )
+    made.init_model()
     return made
 
 
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.filterwarnings("ignore")
-def test_an_update_sends_both(worker, checkpoint):
-    """What the rollout gets is what the update made of either, and the account is of what drafted before."""
+def test_weight_sync_sends_what_the_update_made_of_both(worker):
+    """The account is of what drafted before; and nothing is sent while memory is in expandable segments."""
     from verl.utils import tensordict_utils as tu
 
-    before = {name: p.clone() for name, p in worker.actor.engine.get_speculator_param().items()}
-    data = make_rollouts(8, worker.actor.engine.speculator.vocab_size)
+    speculator = worker.actor.engine.speculator
+    before = {name: p.full_tensor().clone() for name, p in speculator.named_parameters()}
+    data = make_rollouts(8, speculator.vocab_size)
     tu.assign_non_tensor(data, global_token_num=tu.NonTensorData([1] * len(data)), update_lr_scheduler=True)
     worker.actor.train_batch(data)
+    worker.rollout.asked.clear()
     asyncio.run(worker.update_weights(global_steps=4, mode="naive"))
-    assert [entry[0] for entry in worker.rollout.asked] == ["account", "speculator", "base"]
-    _, sent, version = worker.rollout.asked[1]
-    speculator = worker.actor.engine.speculator
+    asked = worker.rollout.asked
+    assert [entry[:1] if len(entry) == 3 else entry for entry in asked] == [
+        ("account",),
+        ("expandable_segments:False",),
+        ("resume", "weights"),
+        ("speculator",),
+        ("base",),
+        ("resume", "kv_cache"),
+        ("expandable_segments:True",),
+    ]
+    (_, sent, version), (_, base, step) = (entry for entry in asked if len(entry) == 3)
     assert version == 4 and sent.keys() == dict(speculator.named_parameters()).keys() == before.keys()
     for name, parameter in speculator.named_parameters():
         assert torch.equal(sent[name], parameter.full_tensor())
     assert any(not torch.equal(sent[name], before[name]) for name in sent), "nothing was learnt"
-    _, base, step = worker.rollout.asked[2]
     assert step == 4 and base and not any("draft" in name or name.startswith("base.") for name in base)
     assert worker.take_accounts() == [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
     assert worker.take_accounts() == []

@@ -12,11 +12,8 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
-from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
 from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
@@ -27,7 +24,6 @@ from verl_speculator.alignment import DraftRows, align, padded_positions, states
 from verl_speculator.base_form import AS_IT_LIES
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.base import load_base
-from verl_speculator.engine.companion import PREFIX as SPECULATOR_PREFIX
 from verl_speculator.engine.companion import load_companion, save_companion
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
 from verl_speculator.engine.policy import without_gradients, written_tokens
@@ -370,14 +366,6 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         """As `get_per_tensor_param`, each rank its own shard."""
         parameters, peft_config = super().get_per_tensor_param_shard(**kwargs)
         return self._base_only(parameters), peft_config
-
-    def get_speculator_param(self) -> dict[str, Tensor]:
-        """The speculator's parameters, whole, under its own names, on this rank's device. Every rank calls it."""
-        if not isinstance(self.module, FSDPModule) and self.is_param_offload_enabled:
-            load_fsdp_model_to_gpu(self.module)  # FSDP1 gathers on the device, FSDP2 stages each shard
-        whole = get_model_state_dict(self.draft, options=StateDictOptions(full_state_dict=True))
-        names = {SPECULATOR_PREFIX + name for name, _ in self.speculator.named_parameters()}
-        return {name.removeprefix(SPECULATOR_PREFIX): tensor for name, tensor in whole.items() if name in names}
 
     def _base_only(self, parameters: Any) -> Iterator[tuple]:
         for name, *rest in parameters:

@@ -1,7 +1,7 @@
 """PPO and GRPO whose rollouts are drafted by a speculator that follows the policy: verl's own workers and trainers.
 
-After an update each actor sends its speculator to the rollout, beside the weights of the policy, and asks what the one
-before it did. Every name of verl's configuration means what it means to verl.
+Each update of the rollout's weights brings the actor's speculator beside the policy; what the one before it did is
+asked first. Every name of verl's configuration means what it means to verl.
 """
 
 from __future__ import annotations
@@ -19,12 +19,37 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 import verl_speculator.engine.plugin  # noqa: F401  (fails loudly in a worker, where verl's own loading fails silently)
+from verl_speculator.engine.engine import SpeculatorEngine
 from verl_speculator.engine.platform_cpu import start_process_group
 from verl_speculator.rollout.account import rollout_metrics
 from verl_speculator.rollout.push import collect_accounts, push_speculator
 
 # What verl's trainers are called with a speculator that follows.
 FOLLOWED = "{}_with_speculator"
+
+
+class RolloutWithSpeculator:
+    """verl's rollout, which gets the actor's speculator with every update of the policy's weights.
+
+    verl updates the rollout with the device's expandable segments switched off, and its memory back: weights that are
+    sent to another process have to be allocated then.
+
+    Args:
+        rollout: verl's; all but updates goes to it as it is.
+        engine: the actor's.
+    """
+
+    def __init__(self, rollout: Any, engine: SpeculatorEngine) -> None:
+        self._rollout = rollout
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rollout, name)
+
+    async def update_weights(self, weights: Any, global_steps: int | None = None, **kwargs: Any) -> Any:
+        """As verl's; the speculator first."""
+        await push_speculator(self._rollout, dict(self._engine.speculator.named_parameters()), version=global_steps)
+        return await self._rollout.update_weights(weights, global_steps=global_steps, **kwargs)
 
 
 class SpeculatorActorWorker(ActorRolloutRefWorker):
@@ -35,15 +60,17 @@ class SpeculatorActorWorker(ActorRolloutRefWorker):
         super().__init__(*args, **kwargs)
         self._accounts: list[dict[str, Any]] = []
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """As verl's; the rollout gets the speculator too."""
+        super().init_model()
+        if self._is_actor and self._is_rollout:
+            self.rollout = RolloutWithSpeculator(self.rollout, self.actor.engine)
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> Any:
-        """As verl's, and the speculator with it.
-
-        The speculator goes first: it lies outside of what a sleeping engine gives back, and nothing is drafted before
-        the engine has its base again.
-        """
+        """As verl's; what drafted until now is asked before another speculator does."""
         self._accounts += await collect_accounts(self.rollout)
-        await push_speculator(self.rollout, self.actor.engine.get_speculator_param().items(), version=global_steps)
         return await super().update_weights(global_steps, mode)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
