@@ -8,11 +8,12 @@ import pytest
 import torch
 from harness import load_rows
 from omegaconf import OmegaConf
-from tiny import CHAT_TEMPLATE, make_chat_rows, make_tokenizer, write_parquet
+from tiny import CHAT_TEMPLATE, WORDS, make_chat_rows, make_tokenizer, write_parquet
 
 from verl_speculator.alignment import align
-from verl_speculator.engine.dataset import PaddedDataset, ResumableSampler, TextDataset
+from verl_speculator.engine.dataset import PaddedDataset, ResumableSampler, TextDataset, build_dataset
 from verl_speculator.errors import UserError
+from verl_speculator.settings import load_settings
 from verl_speculator.tokens import end_token_ids, ensure_chat_template, tokenize_texts
 
 
@@ -66,6 +67,19 @@ def test_text_rows(tokenizer, tmp_path):
         config.truncation = truncation
         assert len(TextDataset([str(file)], tokenizer, config)[1]["input_ids"]) == 20
     assert len(TextDataset([str(file)], tokenizer, config, max_samples=1)) == 1
+
+
+@pytest.mark.parametrize("key", ["messages", "text"])
+def test_build_dataset_max_samples_keeps_the_first_rows(tokenizer, tmp_path, key):
+    """docs/configuration.md on `data.train_max_samples`."""
+    rows = make_chat_rows(12) if key == "messages" else [{"text": f"{word} cat"} for word in WORDS[:12]]
+    config = load_settings(["trainer.default_local_dir=."]).data
+    if key == "text":
+        config.messages_key = "none"
+    file = [str(write_parquet(tmp_path / "rows.parquet", rows))]
+    whole, part = (build_dataset(file, config, tokenizer, None, count) for count in (-1, 5))
+    assert len(whole) == 12 and len(part) == 5
+    assert all(torch.equal(part[i]["input_ids"], whole[i]["input_ids"]) for i in range(5))
 
 
 def test_padding_rows_count_for_nothing():

@@ -129,6 +129,21 @@ def test_imports_go_one_way():
                 assert talks, f"{room} imports verl"
 
 
+def test_importers_of_verl_are_those_that_the_texts_name():
+    """Outside of engine/, whose docstring and docs/design.md name them all."""
+    importers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if room_of(path) != "engine" and any(name.split(".")[0] == "verl" for name in imported(path))
+    }
+    assert importers == {"train.py", "train_ppo.py", *(f"rollout/{name}" for name in TALKS_TO_VERL)}
+    docstring = ast.get_docstring(ast.parse((PACKAGE / "engine" / "__init__.py").read_text()))
+    design = (PACKAGE.parent / "docs" / "design.md").read_text()
+    (entry,) = (line for line in design.split("\n  ") if "importers of verl" in line)
+    for name in importers:
+        assert name in docstring and name in entry, name
+
+
 def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nsys.stdout.write(' '.join(sys.modules))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())

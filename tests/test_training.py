@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from runs import overrides, read_log, script, train
+from runs import SCRIPT, environment, overrides, read_log, script, train
 from tiny import WORDS, make_chat_rows, write_parquet
 
 from verl_speculator import load_speculator
@@ -217,3 +222,28 @@ def test_the_guides_commands(runs, base, chat):
     config = json.loads((runs / "speculator-lstm" / "global_step_6" / "config.json").read_text())
     assert [config[f"{dim}_dim"] for dim in ("inner", "emb", "proj")] == ["1024.2048"] * 3
     assert not Path("outputs").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its parent dies")
+def test_workers_end_when_the_launcher_is_killed(settings, tmp_path):
+    """By SIGKILL, which torchrun cannot pass on (docs/troubleshooting.md)."""
+    log = tmp_path / "log.jsonl"
+    arguments = settings(trainer__total_training_steps=100_000, trainer__save_freq=100_000, trainer__logger="file")
+    command = [SCRIPT, "2", str(tmp_path / "out"), *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment(VERL_FILE_LOGGER_PATH=str(log)), **quiet)
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    try:
+        workers = [child for child in children if "verl_speculator.train" in child.cmdline()]
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        assert len(workers) == 2
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+    finally:
+        for child in children:
+            if child.is_running():
+                child.kill()

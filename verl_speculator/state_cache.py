@@ -179,7 +179,7 @@ class StateCache:
 
         Args:
             directory: does not exist yet, or is empty.
-            identity: what `identify` says.
+            identity: what `identify_states` says.
             lengths: [N] states of each row.
             width: D.
 

@@ -1,1 +1,2 @@
-"""The glue to verl: everything that imports it lies in this folder and in `verl_speculator.train`."""
+"""The glue to verl. Outside of this folder only `train.py`, `train_ppo.py`, `rollout/push.py` and
+`rollout/verl_worker.py` import it."""
