@@ -59,6 +59,9 @@ def newest_rows(sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int
 def greedy_drafts(speculator: Speculator, hidden: Tensor, tokens: Tensor) -> Tensor:
     """The most likely token of every depth, each fed to the next.
 
+    At any temperature: a target that samples accepts such a draft with probability p(argmax q), where the objectives
+    `tv` and `lk` raise the acceptance Σ_v min(p, q) of a sampled draft.
+
     Args:
         speculator: any family that lives on one hidden state.
         hidden: [B, D] the base's states that produced `tokens`, in the speculator's type.
