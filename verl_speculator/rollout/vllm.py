@@ -2,8 +2,8 @@
 
 `speculative_config = {"method": "custom_class", "model": "verl_speculator.rollout.vllm.SpeculatorProposer",
 "num_speculative_tokens": K}` with `additional_config = {"verl_speculator": {"path": "/absolute/checkpoint"}}`;
-`verl-speculator rollout-args` prints both. Drafts are greedy at any temperature: vLLM takes tokens of such a drafter, and
-no distribution. What it stands on is written down in `vllm_contract`.
+`verl-speculator rollout-args` prints both. Drafts are greedy at any temperature: vLLM takes tokens of such a drafter,
+and no distribution. What it stands on is written down in `vllm_contract`.
 """
 
 from __future__ import annotations
