@@ -124,6 +124,9 @@ def test_a_stale_draft_is_visible():
     assert fresh.take() == {"version": 4, "rounds": 0, "drafted": 0, "accepted": 0}
     assert rollout_metrics([fresh.take()]) == {"rollout/speculator_version": 4}
     assert rollout_metrics([]) == {}
+    # A run that is taken up again asks once before it sends anything: what was only loaded has drafted nothing.
+    taken_up = {"version": 100, "rounds": 2, "drafted": 6, "accepted": 1}
+    assert rollout_metrics([Account().take(), taken_up], trainer_version=100)["rollout/speculator_lag"] == 0
 
 
 @pytest.fixture

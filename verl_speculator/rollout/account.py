@@ -57,13 +57,15 @@ def rollout_metrics(
         prefix: of the metrics' names.
 
     Returns:
-        `rollout/speculator_version`, the oldest that drafts anywhere; with `trainer_version` also
-        `rollout/speculator_lag`, how many versions it is behind. Where anything was drafted `rollout/accepted_length`
-        (τ, tokens per pass of the base) and `rollout/accept_rate` (accepted share of drafts). Empty without accounts.
+        `rollout/speculator_version`, the oldest that drafted anywhere (or could have, where none did); with
+        `trainer_version` also `rollout/speculator_lag`, how many versions it is behind. Where anything was drafted
+        `rollout/accepted_length` (τ, tokens per pass of the base) and `rollout/accept_rate` (accepted share of
+        drafts). Empty without accounts.
     """
     if not accounts:
         return {}
-    oldest = min(account["version"] for account in accounts)
+    drafting = [account for account in accounts if account["rounds"]]
+    oldest = min(account["version"] for account in drafting or accounts)
     metrics: dict[str, float] = {f"{prefix}/speculator_version": oldest}
     if trainer_version is not None:
         metrics[f"{prefix}/speculator_lag"] = trainer_version - oldest
