@@ -37,7 +37,7 @@ def arctic(directory: Path, hidden: torch.Tensor, tokens: torch.Tensor) -> torch
     config, w = read(directory)
     assert config["architectures"] == ["ArcticLSTMSpeculatorPreTrainedModel"]
     assert config["model_type"] == "mlp_speculator" and "hidden_size" not in config
-    assert len(config["top_k_tokens_per_head"]) == config["n_predict"] and config["base_model_archs"]
+    assert len(config["top_k_tokens_per_head"]) == config["n_predict"]
     int(config["emb_dim"])
     inner = [int(part) for part in str(config["inner_dim"]).split(".")]
     count = config["n_predict"]

@@ -124,6 +124,9 @@ def test_a_stale_draft_is_visible():
     assert fresh.take() == {"version": 4, "rounds": 0, "drafted": 0, "accepted": 0}
     assert rollout_metrics([fresh.take()]) == {"rollout/speculator_version": 4}
     assert rollout_metrics([]) == {}
+    # A run that is taken up again asks once before it sends anything: what was only loaded has drafted nothing.
+    taken_up = {"version": 100, "rounds": 2, "drafted": 6, "accepted": 1}
+    assert rollout_metrics([Account().take(), taken_up], trainer_version=100)["rollout/speculator_lag"] == 0
 
 
 @pytest.fixture
@@ -194,6 +197,8 @@ def test_push_goes_through_verls_own_transport(synced):
         sent = parameter.to(torch.bfloat16).double()
         assert torch.equal(worker.model_runner.drafter.speculator.get_parameter(name), sent)
     drafts_of(worker)
+    # verl also syncs at no step, in the midst of a validation: the version stays the trainer's.
+    asyncio.run(push_speculator(rollout, dict(new.named_parameters())))
     assert asyncio.run(collect_accounts(rollout)) == [{"version": 40, "rounds": 0, "drafted": 0, "accepted": 0}]
 
 

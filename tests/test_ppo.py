@@ -193,8 +193,11 @@ def test_weight_sync_sends_what_the_update_made_of_both(worker):
         assert torch.equal(sent[name], parameter.full_tensor())
     assert any(not torch.equal(sent[name], before[name]) for name in sent), "nothing was learnt"
     assert step == 4 and base and not any("draft" in name or name.startswith("base.") for name in base)
-    assert worker.take_accounts() == [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
+    account = {"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}
+    assert worker.take_accounts() == [account]
     assert worker.take_accounts() == []
+    asyncio.run(worker.collect_accounts())
+    assert worker.take_accounts() == [account]
 
 
 @pytest.mark.usefixtures("gloo")
@@ -250,3 +253,57 @@ def test_verls_trainers_are_followed():
             "rollout/accepted_length": 2.5,
             "rollout/accept_rate": 0.5,
         }
+
+
+class WorkerGroup:
+    """All ranks' workers, as a trainer calls them: what drafted since they were last asked, and what they kept."""
+
+    def __init__(self) -> None:
+        self.drafted: list[dict] = []
+        self.kept: list[dict] = []
+
+    def draft(self, version, accepted):
+        self.drafted.append({"version": version, "rounds": 10, "drafted": 30, "accepted": accepted})
+
+    def collect_accounts(self):
+        self.kept, self.drafted = self.kept + self.drafted, []
+
+    update_weights = collect_accounts  # a worker asks before it updates
+
+    def take_accounts(self):
+        taken, self.kept = self.kept, []
+        return [taken, []]
+
+
+@pytest.mark.parametrize("name", ["sync", "colocate_async"])
+def test_validation_rounds_are_not_a_steps(name, monkeypatch):
+    """Not the next step's either; and verl may send the weights again in the midst of a validation."""
+    pytest.importorskip("transfer_queue", reason="verl's PPO needs TransferQueue")
+    from verl.trainer.ppo.v1 import get_trainer_cls
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    from verl_speculator.engine import ppo
+
+    def validate(trainer):
+        for _ in range(2):
+            trainer.actor_rollout_wg.draft(7, accepted=30)
+            trainer.actor_rollout_wg.update_weights()
+        trainer.actor_rollout_wg.draft(7, accepted=0)
+        return {"val-core/reward": 1.0}
+
+    monkeypatch.setattr(PPOTrainer, "_validate", validate)
+    trainer = object.__new__(get_trainer_cls(ppo.FOLLOWED.format(name)))
+    trainer.global_steps, trainer.actor_rollout_wg, trainer._pending_sync_metrics = 8, WorkerGroup(), {}
+    trainer.actor_rollout_wg.draft(7, accepted=10)  # rollouts that had begun before the validation
+    metrics = trainer._validate()
+    assert metrics == {
+        "val-core/reward": 1.0,
+        "val/speculator_version": 7,
+        "val/accepted_length": 3.0,
+        "val/accept_rate": 60 / 90,
+    }
+    trainer.actor_rollout_wg.draft(7, accepted=20)
+    trainer.actor_rollout_wg.update_weights()
+    for expected in ({"rollout/accepted_length": 2.5, "rollout/speculator_lag": 0}, {}):
+        metrics = trainer._consume_sync_metrics()
+        assert {key: metrics.get(key) for key in expected} == expected and bool(metrics) == bool(expected)

@@ -7,6 +7,7 @@ asked first. Every name of verl's configuration means what it means to verl.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -69,13 +70,18 @@ class SpeculatorActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> Any:
-        """As verl's; what drafted until now is asked before another speculator does."""
-        self._accounts += await collect_accounts(self.rollout)
+        """As verl's; what was drafted until now is counted before another speculator drafts."""
+        await self.collect_accounts()
         return await super().update_weights(global_steps, mode)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def collect_accounts(self) -> None:
+        """Ask this rank's rollout what it drafted since it was last asked, and keep the answer."""
+        self._accounts += await collect_accounts(self.rollout)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def take_accounts(self) -> list[dict[str, Any]]:
-        """What this rank's rollout drafted between the last two updates (`rollout.account`)."""
+        """What was collected of this rank's rollout since the last call (`rollout.account`)."""
         taken, self._accounts = self._accounts, []
         return taken
 
@@ -89,10 +95,25 @@ class Followed:
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(SpeculatorActorWorker)
 
+    # Of training rollouts that a validation found under way.
+    _earlier_accounts: Sequence[dict[str, Any]] = ()
+
+    def _take_accounts(self) -> list[dict[str, Any]]:
+        return [account for taken in self.actor_rollout_wg.take_accounts() for account in taken]
+
     def _consume_sync_metrics(self) -> dict[str, float]:
-        # These rollouts were drafted before this step's update, by what the step before it had pushed.
-        accounts = [account for taken in self.actor_rollout_wg.take_accounts() for account in taken]
+        # These rollouts were drafted before this step's update, by what the step before it had sent.
+        accounts = [*self._earlier_accounts, *self._take_accounts()]
+        self._earlier_accounts = ()
         return super()._consume_sync_metrics() | rollout_metrics(accounts, trainer_version=self.global_steps - 1)
+
+    def _validate(self) -> dict[str, float]:
+        """As verl's; what was drafted meanwhile has metrics of its own (`val/…`), and is no part of the next step's."""
+        self.actor_rollout_wg.collect_accounts()
+        self._earlier_accounts = [*self._earlier_accounts, *self._take_accounts()]
+        metrics = super()._validate()
+        self.actor_rollout_wg.collect_accounts()
+        return metrics | rollout_metrics(self._take_accounts(), prefix="val")
 
 
 def follow(trainer: type[PPOTrainer]) -> type[PPOTrainer]:

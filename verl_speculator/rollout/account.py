@@ -43,8 +43,10 @@ class Account:
         return taken
 
 
-def rollout_metrics(accounts: Sequence[dict[str, Any]], *, trainer_version: int | None = None) -> dict[str, float]:
-    """Metrics of a training step from the accounts of all workers.
+def rollout_metrics(
+    accounts: Sequence[dict[str, Any]], *, trainer_version: int | None = None, prefix: str = "rollout"
+) -> dict[str, float]:
+    """Metrics of a training step, or of a validation, from the accounts of all workers.
 
     Counts are added before they are divided, so that a worker weighs as much as it decoded; those of tensor-parallel
     workers, which all count the same requests, leave the ratios as they are.
@@ -52,19 +54,22 @@ def rollout_metrics(accounts: Sequence[dict[str, Any]], *, trainer_version: int 
     Args:
         accounts: `Account.take` of every worker that drafts.
         trainer_version: the version that the trainer holds.
+        prefix: of the metrics' names.
 
     Returns:
-        `rollout/speculator_version`, the oldest that drafts anywhere; with `trainer_version` also
-        `rollout/speculator_lag`, how many versions it is behind. Where anything was drafted `rollout/accepted_length`
-        (τ, tokens per pass of the base) and `rollout/accept_rate` (accepted share of drafts). Empty without accounts.
+        `rollout/speculator_version`, the oldest that drafted anywhere (or could have, where none did); with
+        `trainer_version` also `rollout/speculator_lag`, how many versions it is behind. Where anything was drafted
+        `rollout/accepted_length` (τ, tokens per pass of the base) and `rollout/accept_rate` (accepted share of
+        drafts). Empty without accounts.
     """
     if not accounts:
         return {}
-    oldest = min(account["version"] for account in accounts)
-    metrics: dict[str, float] = {"rollout/speculator_version": oldest}
+    drafting = [account for account in accounts if account["rounds"]]
+    oldest = min(account["version"] for account in drafting or accounts)
+    metrics: dict[str, float] = {f"{prefix}/speculator_version": oldest}
     if trainer_version is not None:
-        metrics["rollout/speculator_lag"] = trainer_version - oldest
+        metrics[f"{prefix}/speculator_lag"] = trainer_version - oldest
     rounds, drafted, accepted = (sum(a[name] for a in accounts) for name in ("rounds", "drafted", "accepted"))
     if rounds:
-        metrics |= {"rollout/accepted_length": 1 + accepted / rounds, "rollout/accept_rate": accepted / drafted}
+        metrics |= {f"{prefix}/accepted_length": 1 + accepted / rounds, f"{prefix}/accept_rate": accepted / drafted}
     return metrics

@@ -5,7 +5,6 @@ Read from verl 0.9.1, whose rollout starts a vLLM server from `actor_rollout_ref
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from verl_speculator.bases import base_shape
-from verl_speculator.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointInfo
+from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.rollout.contracts import arctic_obstacle, medusa_obstacle, proposer_obstacle
 from verl_speculator.rollout.vllm_contract import KEY, PROPOSER, check_version, installed_vllm
@@ -46,6 +45,11 @@ FOLLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "trainer.use_v1": ((True,), "verl's older trainer is not supported"),
     "trainer.v1.trainer_mode": (TRAINERS, "its rollouts have no actor beside them"),
 }
+# Read from ArcticInference 0.3.0 (vllm/config.py, pyproject.toml) and verl 0.9.1.
+ARCTIC_NOTES = (
+    "ArcticInference 0.3.0 needs vLLM 0.26.0 exactly, where verl 0.9.1's own extra pins 0.24.0",
+    f"ArcticInference drafts for at most 64 requests at a time: +{SPECULATION}disable_by_batch_size=N raises that",
+)
 # What vLLM looks for in the path of a draft model, and takes for its method whatever the method says.
 TAKEN_FOR_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 _OVERRIDE = re.compile(r"^(?P<sign>\+{0,2}|~)(?P<key>[^=~+]+)=(?P<value>.*)$", re.DOTALL)
@@ -99,14 +103,8 @@ def _check_path(info: CheckpointInfo, path: str, engine: str) -> None:
             f"{path}: vLLM takes a draft model with {found!r} anywhere in its path for another method; expected a path "
             f"without {', '.join(TAKEN_FOR_METHODS)}"
         )
-    if engine == "arctic":
-        if not (info.directory / WEIGHTS_FILE).is_file():
-            raise UserError(f"{info.directory}: no {WEIGHTS_FILE}; expected verl-speculator export --format arctic")
-        if not json.loads((info.directory / CONFIG_FILE).read_text()).get("base_model_archs"):
-            raise UserError(
-                f"{info.directory}: base_model_archs is empty and ArcticInference compares it with the base; expected "
-                "verl-speculator export --format arctic --base BASE"
-            )
+    if engine == "arctic" and not (info.directory / WEIGHTS_FILE).is_file():
+        raise UserError(f"{info.directory}: no {WEIGHTS_FILE}; expected verl-speculator export --format arctic")
 
 
 def check_followed(name: str, value: Any) -> None:
@@ -173,9 +171,10 @@ def _needed(info: CheckpointInfo, engine: str, purpose: str, train: bool) -> dic
     elif not own:
         # The base gets the trainer's weights before the first rollout; a drafter in vLLM's hands never does.
         settings[ROLLOUT + "load_format"] = Setting("auto", random_draft)
-        settings[ROLLOUT + "free_cache_engine"] = Setting(
-            False, "a sleeping engine gives the speculator's weights back and wakes up with none"
-        )
+        if engine == "vllm-medusa":  # ArcticInference saves its drafter before a sleep of level 2
+            settings[ROLLOUT + "free_cache_engine"] = Setting(
+                False, "a sleeping engine gives the speculator's weights back and wakes up with none"
+            )
     if own and purpose == "ppo":
         settings[SERVER + "worker_extension_cls"] = Setting(
             WORKER_EXTENSION, "the rollout could not take over a newer speculator", new=True
@@ -264,6 +263,8 @@ def rollout_arguments(
             "vLLM 0.24 leaves the speculator out of its memory account: where memory is scarce, lower "
             f"{ROLLOUT}gpu_memory_utilization by its size"
         )
+    if engine == "arctic":
+        notes += ARCTIC_NOTES
     if engine == "arctic" and purpose == "generation":
         notes.append(f"export {ARCTIC_SWITCH}=1: verl's generation server hands no other variables to its workers")
     if train:

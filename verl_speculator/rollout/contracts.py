@@ -181,7 +181,6 @@ class Contract:
             names are the contract.
         content: from a checkpoint's `config.json` (without provenance) to that of the export.
         keys: the keys of that `config.json`; None where a checkpoint's own are the contract.
-        needs_architectures: whether the engine compares `base_model_archs` with the base that it serves.
         ours: whether `load_speculator` and `SpeculatorProposer` read it too.
     """
 
@@ -191,7 +190,6 @@ class Contract:
     tensors: Callable[[SpeculatorConfig, int, int], Shapes] | None = None
     content: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_trained
     keys: frozenset[str] | None = None
-    needs_architectures: bool = False
     ours: bool = True
 
 
@@ -217,7 +215,6 @@ FORMATS: Mapping[str, Contract] = MappingProxyType(
             obstacle=arctic_obstacle,
             tensors=_arctic_tensors,
             keys=_MLP_KEYS | {"input_hidden_dim", "method", "proj_dim", "tie_lstm_embs"},
-            needs_architectures=True,
         ),
         "arctic-mlp": Contract(
             engine=ARCTIC,
@@ -226,7 +223,6 @@ FORMATS: Mapping[str, Contract] = MappingProxyType(
             tensors=_arctic_mlp_tensors,
             content=_arctic_mlp_content,
             keys=_MLP_KEYS,
-            needs_architectures=True,
             ours=False,
         ),
         "vllm-medusa": Contract(
