@@ -182,6 +182,20 @@ def test_dims_mean_what_they_say(given, expected):
     assert (speculator.inner_dim, speculator.emb_dim, speculator.proj_dim) == (expected,) * 3
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "ratio"), [("0", -1, 0.0), ("null", -1, 0.3), ("-1", -1, 0.3), ("7", 7, 0.3)]
+)
+def test_warmup_steps_resolve_to_what_verl_reads(given, steps, ratio):
+    """verl takes any number that is not positive for "by the ratio", and fails on null."""
+    optim = load_settings(
+        [
+            *("trainer.default_local_dir=x", "trainer.device=cpu"),
+            *("optim.lr_warmup_steps_ratio=0.3", f"optim.lr_warmup_steps={given}"),
+        ]
+    ).optim
+    assert (optim.lr_warmup_steps, optim.lr_warmup_steps_ratio) == (steps, ratio)
+
+
 def test_other_overrides_are_left_alone():
     assert quote_dims("optim.lr=1e-4") == "optim.lr=1e-4"
     assert quote_dims("++model.speculator.inner_dim=64.80") == "++model.speculator.inner_dim='64.80'"

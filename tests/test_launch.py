@@ -117,6 +117,34 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         ("optim.lr=${foo.bar}", "foo"),
         ("optim.min_lr_ratio=2", "expected a number of at least 0 and at most 1"),
         ("optim.lr_scheduler_type=linear", "optim.lr_scheduler_type=linear: expected one of cosine, constant"),
+        ("optim.lr_warmup_steps=foo", "optim.lr_warmup_steps=foo: expected an integer of at least -1 or null"),
+        ("optim.lr_warmup_steps=false", "optim.lr_warmup_steps=false: expected an integer"),
+        ("optim.lr_warmup_steps=-2", "optim.lr_warmup_steps=-2: expected an integer of at least -1 or null"),
+        ("optim.num_cycles=abc", "optim.num_cycles=abc: expected a number of at least 0"),
+        ("optim.betas=0.9", "optim.betas=0.9: expected two numbers of at least 0 and below 1, such as [0.9,0.95]"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: expected two numbers"),
+        ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0]: expected two numbers"),
+        ("optim.betas=[a,b]", "optim.betas=['a', 'b']: expected two numbers"),
+        ("optim.betas=null", "optim.betas=null: expected two numbers"),
+        ("optim.zero_indexed_step=2", "optim.zero_indexed_step=2: expected one of true, false"),
+        ("optim.warmup_style=linear", "optim.warmup_style=linear: expected one of null, cosine, constant"),
+        ("+optim.grad_clip=x", "optim.grad_clip=x: expected a number above 0"),
+        ("+optim.eps=1e-6", "optim.eps is not a setting; arguments of the optimizer's own go into"),
+        ("+optim.weight_decy=1", "optim.weight_decy is not a setting (did you mean 'weight_decay'?)"),
+        ("optim.optimizer=AdamWW", "optim.optimizer=AdamWW: torch.optim has no such optimizer (did you mean 'AdamW'?)"),
+        ("optim.optimizer=LBFGS", "optim.optimizer=LBFGS: "),
+        ("optim.optimizer_impl=no.such", "optim.optimizer_impl=no.such: No module named 'no'"),
+        ("optim.override_optimizer_config={eps: -1}", "Invalid epsilon value: -1"),
+        ("optim.override_optimizer_config={epsilon: 1}", "unexpected keyword argument 'epsilon'"),
+        ("optim.override_optimizer_config=3", "optim.override_optimizer_config=3: expected settings such as"),
+        ("model.speculator.lr=nan", "model.speculator.lr=nan: expected a number > 0, or null"),
+        ("trainer.profile_interval=[3]", "trainer.profile_interval=[3]: expected two steps"),
+        ("trainer.profile_interval=[3,1]", "trainer.profile_interval=[3, 1]: expected two steps"),
+        ("trainer.profile_interval=[-1,4]", "trainer.profile_interval=[-1, 4]: expected two steps"),
+        ("checkpoint.save_contents=null", "checkpoint.save_contents=null: expected a list of some of model, optimizer"),
+        ("checkpoint.save_contents=[modle]", "did you mean 'model'"),
+        ("engine.model_dtype=bf17", "engine.model_dtype=bf17: expected one of"),
+        ("engine.mixed_precision.reduce_dtype=fp", "engine.mixed_precision.reduce_dtype=fp: expected one of"),
         ("engine.mixed_precision.param_dtype=bf17", "did you mean 'bf16'"),
         ("engine.strategy=null", "engine.strategy=null: expected one of fsdp2, fsdp"),
         ("trainer.seed=abc", "trainer.seed=abc: expected an integer"),
@@ -129,6 +157,25 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
 )
 def test_settings_refused(attempt, tmp_path, more, words):
     assert_refused(attempt, words, tmp_path, more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("optim.lr_warmup_steps=null",),
+        ("optim.lr_warmup_steps=0",),
+        ("optim.lr_warmup_steps=-1",),
+        ("optim.betas=[0.8,0.95]", "optim.override_optimizer_config={eps: 1e-6}"),
+        ("optim.override_optimizer_config={capturable: true}",),
+        ("optim.optimizer=SGD", "optim.override_optimizer_config={momentum: 0.9}"),
+        ("trainer.profile_interval=[2,3]",),
+        ("checkpoint.save_contents=[model]",),
+        ("+optim.grad_clip=0.5",),
+    ],
+)
+def test_settings_accepted(attempt, more):
+    with pytest.raises(Started):
+        attempt(*more)
 
 
 def test_sum_lstm_needs_tied_weights(attempt, tmp_path):

@@ -45,6 +45,14 @@ def check_losses(found, expected):
                 assert metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), (step, name)
 
 
+def test_ray_number_of_machines_refused(settings, tmp_path):
+    result = train_on_ray(tmp_path / "out", [*settings, "trainer.nnodes=two"], check=False)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: trainer.nnodes=two: expected an integer of at least 1\n",
+    )
+
+
 @pytest.fixture(scope="module")
 def runs(settings, tmp_path_factory):
     """By torchrun and on Ray with two workers: the folder, and the metrics of every step."""

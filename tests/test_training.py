@@ -87,6 +87,19 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth(uninterrupted):
     assert (optim.lr, optim.lr_warmup_steps_ratio, optim.min_lr_ratio) == (1e-4, 0.05, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("more", "shares"),
+    [
+        ({"optim__lr_scheduler_type": "constant", "optim__lr_warmup_steps": 3}, [1 / 3, 2 / 3, 1, 1]),
+        ({"optim__lr_scheduler_type": "constant", "optim__lr_warmup_steps": 0}, [1, 1, 1, 1]),
+    ],
+)
+def test_constant_schedule_first_step_learns(runs, settings, more, shares):
+    more |= {"trainer__total_training_steps": 4}
+    found = train(1, runs / f"constant_{more['optim__lr_warmup_steps']}", settings(**more))
+    assert [found[step]["train/lr"] for step in (1, 2, 3, 4)] == pytest.approx([5e-2 * share for share in shares])
+
+
 def test_checkpoint_holds_the_speculator_alone(uninterrupted, runs, base):
     folder = runs / "one" / f"global_step_{STEPS}"
     assert {entry.name for entry in folder.iterdir()} == {"config.json", "pytorch_model.bin", "training_state"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
-from verl_speculator.objective import LOSSES, Objective
+from verl_speculator.objective import LOSSES, Objective, is_number
 
 PREFIX = "model.speculator."
 DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")
@@ -214,7 +214,7 @@ class SpeculatorTraining:
             raise UserError(f"{PREFIX}loss_chunk_rows={rows}: expected an integer of at least 1, or null")
         if self.compile is not None and not isinstance(self.compile, bool):
             raise UserError(f"{PREFIX}compile={self.compile}: expected true, false or null")
-        if self.lr is not None and (isinstance(self.lr, bool) or not isinstance(self.lr, (int, float)) or self.lr <= 0):
+        if self.lr is not None and not (is_number(self.lr) and self.lr > 0):
             raise UserError(f"{PREFIX}lr={self.lr}: expected a number > 0, or null")
         if self.train is not None and not isinstance(self.train, bool):
             raise UserError(f"{PREFIX}train={self.train}: expected true, false or null")

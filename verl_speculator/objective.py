@@ -60,19 +60,19 @@ class Objective:
                     f"{prefix}loss={loss}: {name} is no loss{nearest(str(name), LOSSES)}; expected one of "
                     f"{', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"
                 )
-            if not _is_number(weight) or weight < 0:
+            if not is_number(weight) or weight < 0:
                 raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")
         if not any(named.values()):
             raise UserError(f"{prefix}loss={dict(named)}: all weights are 0, expected one above")
         weights = tuple((name, float(weight)) for name, weight in named.items() if weight)
         made = {name: value for name, value in more.items() if value is not None}
         for name in ("kl_temperature", "lk_eta"):
-            if name in made and not (_is_number(made[name]) and made[name] > 0):
+            if name in made and not (is_number(made[name]) and made[name] > 0):
                 raise UserError(f"{prefix}{name}={made[name]}: expected a number > 0")
         if made.get("depth_weights") in PAIR_WEIGHTS:
             made["pair_weights"] = made.pop("depth_weights")
         elif (depths := made.get("depth_weights")) is not None:
-            if isinstance(depths, str) or not all(_is_number(w) and w >= 0 for w in depths) or not any(depths):
+            if isinstance(depths, str) or not all(is_number(w) and w >= 0 for w in depths) or not any(depths):
                 raise UserError(
                     f"{prefix}depth_weights={depths}: expected numbers ≥ 0, one of them above, or "
                     + " or ".join(PAIR_WEIGHTS)
@@ -113,5 +113,6 @@ class Objective:
         return self.depth_weights
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

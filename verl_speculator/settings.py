@@ -160,6 +160,7 @@ def resolve(config: DictConfig) -> DictConfig:
         elif config.trainer.device not in DEVICES:
             raise UserError(f"trainer.device={config.trainer.device}: expected auto, {', '.join(DEVICES)}")
         _resolve_types(config)
+        _resolve_warmup(config)
         _resolve_attention(config)
         config.data.train_files = as_files(config.data.train_files)
         config.data.val_files = as_files(config.data.val_files)
@@ -187,6 +188,15 @@ def _resolve_types(config: DictConfig) -> None:
     if config.engine.model_dtype == "auto":
         compute = "bf16" if precision is None else precision.get("param_dtype", "bf16")
         config.engine.model_dtype = compute if config.model.freeze_base_model else "fp32"
+
+
+def _resolve_warmup(config: DictConfig) -> None:
+    """No steps are no warm-up, and null leaves it to the ratio: verl takes 0 for the latter, and fails on null."""
+    steps = config.optim.lr_warmup_steps
+    if type(steps) is int and steps == 0:
+        config.optim.lr_warmup_steps_ratio = 0.0
+    if steps is None or (type(steps) is int and steps == 0):
+        config.optim.lr_warmup_steps = -1
 
 
 def _resolve_attention(config: DictConfig) -> None:

@@ -21,6 +21,7 @@ from verl_speculator.errors import UserError
 from verl_speculator.files import check_writable
 from verl_speculator.launch import worker_environment
 from verl_speculator.preflight import check_run
+from verl_speculator.preflight.values import check_settings
 from verl_speculator.settings import common_overrides, load_settings
 
 
@@ -37,6 +38,7 @@ def train(overrides: Sequence[str]) -> None:
     directory = Path(settings.default_local_dir).expanduser().absolute()
     check_writable(f"trainer.default_local_dir={settings.default_local_dir}", directory)
     settings.default_local_dir = str(directory)  # workers may stand elsewhere
+    check_settings(config)  # the next line multiplies two of them
     processes = settings.nnodes * settings.n_gpus_per_node
     check_run(config, processes=processes, processes_per_node=settings.n_gpus_per_node)
     own = worker_environment(settings.device, settings.n_gpus_per_node, os.environ)

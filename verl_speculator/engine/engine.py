@@ -186,6 +186,18 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         ]
         return build_optimizer([group for group in groups if group["params"]], self.optimizer_config)
 
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        settings = self.optimizer_config
+        if self.model_config.is_policy or settings.zero_indexed_step or settings.lr_scheduler_type != "constant":
+            return super()._build_lr_scheduler(optimizer)
+        # verl's constant schedule counts from 0 whatever is asked, so that a first step of a warm-up learns nothing.
+        # A cosine of no cycles is as constant, and counts as it is told.
+        self.optimizer_config = replace(settings, lr_scheduler_type="cosine", num_cycles=0.0)
+        try:
+            return super()._build_lr_scheduler(optimizer)
+        finally:
+            self.optimizer_config = settings
+
     # One batch
 
     def _align(self, batch: TensorDict) -> DraftRows:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from verl_speculator.preflight.base import check_base, check_checkpoints
 from verl_speculator.preflight.cache import check_cache
 from verl_speculator.preflight.data import check_data, check_rows
+from verl_speculator.preflight.optimizer import check_optimizer
 from verl_speculator.preflight.values import check_batch, check_device, check_settings
 
 __all__ = ["check_run"]
@@ -31,6 +32,7 @@ def check_run(
         UserError: for the first thing that is wrong.
     """
     check_settings(config)
+    check_optimizer(config)
     check_device(config, processes_per_node)
     check_batch(config, processes)
     train, val = check_data(config)

@@ -9,10 +9,11 @@ import os
 import shutil
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from verl_speculator.base_form import BaseForm
 from verl_speculator.errors import UserError, nearest
+from verl_speculator.objective import is_number
 from verl_speculator.settings import flash_attention_installed
 
 # Features of verl's engine that change the module or the forward pass which the speculator is attached to.
@@ -27,13 +28,18 @@ UNSUPPORTED = {
 }
 
 
+TYPES = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+PRECISION = "engine.mixed_precision."
 # Settings whose value is one of a few.
 CHOICES = {
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
     "data.truncation": ("error", "left", "right"),
     "engine.strategy": ("fsdp2", "fsdp"),
     "optim.lr_scheduler_type": ("cosine", "constant"),
-    "engine.mixed_precision.param_dtype": ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32"),
+    "optim.warmup_style": (None, "cosine", "constant"),
+    "optim.zero_indexed_step": (True, False),
+    "engine.model_dtype": TYPES,
+    **{f"{PRECISION}{name}_dtype": TYPES for name in ("param", "reduce", "buffer")},
     "model.freeze_base_model": (True, False),
     "data.use_dynamic_bsz": (True, False),
     "model.use_remove_padding": (True, False),
@@ -47,12 +53,16 @@ WHOLE_NUMBERS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "data.train_max_samples": (-1, ()),
     "data.val_max_samples": (-1, ()),
     "data.num_workers": (0, ()),
+    # null and -1: by the ratio; 0 has become a ratio of 0.
+    "optim.lr_warmup_steps": (-1, (None,)),
     "trainer.seed": (0, ()),
     "trainer.total_epochs": (1, ()),
     "trainer.total_training_steps": (1, (None,)),
     "trainer.save_freq": (-1, ("after_each_epoch",)),
     "trainer.test_freq": (-1, ("after_each_epoch",)),
     "trainer.max_ckpt_to_keep": (1, (None,)),
+    "trainer.nnodes": (1, ()),
+    "trainer.n_gpus_per_node": (1, ()),
 }
 # Numbers, with the range that makes sense; the least is excluded where it stands alone.
 NUMBERS = {
@@ -61,6 +71,7 @@ NUMBERS = {
     "optim.weight_decay": (0.0, math.inf, True),
     "optim.lr_warmup_steps_ratio": (0.0, 1.0, True),
     "optim.min_lr_ratio": (0.0, 1.0, True),
+    "optim.num_cycles": (0.0, math.inf, True),
 }
 # verl's logging backends, with the package that each needs.
 LOGGERS = {
@@ -68,18 +79,20 @@ LOGGERS = {
     **{name: name for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")},
     "vemlp_wandb": "volcengine_ml_platform",
 }
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
 HALF_TYPES = ("bf16", "bfloat16", "fp16", "float16")
 
 
-def _say(value: Any) -> str:
+def say(value: Any) -> str:
+    """A value as it is written on a command line."""
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
 
 
 def _choice(config: DictConfig, key: str) -> None:
     value, known = OmegaConf.select(config, key), CHOICES[key]
     if not any(value is one or (isinstance(one, str) and value == one) for one in known):
-        names = [_say(one) for one in known]
-        raise UserError(f"{key}={_say(value)}: expected one of {', '.join(names)}" + nearest(str(value), names))
+        names = [say(one) for one in known]
+        raise UserError(f"{key}={say(value)}: expected one of {', '.join(names)}" + nearest(str(value), names))
 
 
 def _whole(config: DictConfig, key: str) -> None:
@@ -87,17 +100,16 @@ def _whole(config: DictConfig, key: str) -> None:
     if any(value is one or (isinstance(one, str) and value == one) for one in also):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        more = "".join(f" or {_say(one)}" for one in also)
-        raise UserError(f"{key}={_say(value)}: expected an integer of at least {least}{more}")
+        more = "".join(f" or {say(one)}" for one in also)
+        raise UserError(f"{key}={say(value)}: expected an integer of at least {least}{more}")
 
 
 def _number(config: DictConfig, key: str, least: float, most: float, inclusive: bool) -> None:
     value = OmegaConf.select(config, key)
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or value < least or value > most or (value == least and not inclusive):
+    if not is_number(value) or value < least or value > most or (value == least and not inclusive):
         bounds = f"of at least {least:g}" if inclusive else f"above {least:g}"
         bounds += "" if math.isinf(most) else f" and at most {most:g}"
-        raise UserError(f"{key}={_say(value)}: expected a number {bounds}")
+        raise UserError(f"{key}={say(value)}: expected a number {bounds}")
 
 
 def _loggers(config: DictConfig) -> None:
@@ -110,17 +122,42 @@ def _loggers(config: DictConfig) -> None:
             raise UserError(f"trainer.logger={name}: the package {LOGGERS[name]} is not installed")
 
 
+def _contents(config: DictConfig) -> None:
+    given = config.checkpoint.save_contents
+    if not isinstance(given, ListConfig):
+        raise UserError(f"checkpoint.save_contents={say(given)}: expected a list of some of {', '.join(CONTENTS)}")
+    for name in given:
+        if name not in CONTENTS:
+            raise UserError(
+                f"checkpoint.save_contents={list(given)}: expected some of {', '.join(CONTENTS)}"
+                + nearest(str(name), CONTENTS)
+            )
+
+
+def _profile(config: DictConfig) -> None:
+    given = config.trainer.profile_interval
+    steps = list(given) if isinstance(given, ListConfig) else []
+    whole = len(steps) == 2 and all(type(step) is int for step in steps)
+    if not whole or steps[1] < steps[0] or (steps[0] < 0 <= steps[1]):
+        shown = steps or say(given)
+        raise UserError(f"trainer.profile_interval={shown}: expected two steps, the first to the last, or [-1,-1]")
+
+
 def check_settings(config: DictConfig) -> None:
     """Values of single settings."""
     for key in CHOICES:
-        if key != "engine.mixed_precision.param_dtype" or config.engine.mixed_precision is not None:
+        if not key.startswith(PRECISION) or config.engine.mixed_precision is not None:
             _choice(config, key)
     for key in WHOLE_NUMBERS:
         _whole(config, key)
     for key, bounds in NUMBERS.items():
         _number(config, key, *bounds)
     _number(config, "model.speculator_loss_coeff", 0.0, math.inf, inclusive=not config.model.freeze_base_model)
+    if config.optim.get("grad_clip") is not None:
+        _number(config, "optim.grad_clip", 0.0, math.inf, inclusive=False)
     _loggers(config)
+    _contents(config)
+    _profile(config)
     model = config.model
     BaseForm(model.quantization, model.gguf_file).check("model.", frozen=model.freeze_base_model)
     named = config.data.cache_hidden_states
