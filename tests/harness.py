@@ -40,6 +40,7 @@ def build_engine(
     param_dtype: str = "fp32",
     forward_only: bool = False,
     initialize: bool = True,
+    attention: str = "sdpa",
     **model_settings: Any,
 ):
     """An engine on the CPU, initialised unless told not to be; `speculator` holds the model.speculator keys."""
@@ -57,7 +58,7 @@ def build_engine(
         model_type="language_model_with_speculator",
         backend="fsdp2",
         model_config=SpeculatorModelConfig(
-            path=str(base), override_config={"attn_implementation": "sdpa"}, speculator=speculator, **model_settings
+            path=str(base), override_config={"attn_implementation": attention}, speculator=speculator, **model_settings
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
