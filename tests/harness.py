@@ -41,6 +41,7 @@ def build_engine(
     forward_only: bool = False,
     initialize: bool = True,
     strategy: str = "fsdp2",
+    attention: str = "sdpa",
     **model_settings: Any,
 ):
     """An engine on the CPU, initialised unless told not to be; `speculator` holds the model.speculator keys."""
@@ -58,7 +59,7 @@ def build_engine(
         model_type="language_model_with_speculator",
         backend=strategy,
         model_config=SpeculatorModelConfig(
-            path=str(base), override_config={"attn_implementation": "sdpa"}, speculator=speculator, **model_settings
+            path=str(base), override_config={"attn_implementation": attention}, speculator=speculator, **model_settings
         ),
         engine_config=FSDPEngineConfig(
             strategy=strategy,

@@ -39,6 +39,10 @@ WORDS = [
 ]
 GGUF_FILE = "tiny.gguf"
 ARCHITECTURES = ("qwen2_tied", "qwen2_untied", "llama", "qwen2_moe", "gemma2")
+# Of single tests: types of their own inside (ernie4_5_moe, dots1), masks that ignore position_ids (opt, falcon,
+# bloom, gpt_oss), states that run through a row (lfm2, qwen3_next).
+HYBRID = {"lfm2": ["conv", "full_attention"], "qwen3_next": ["linear_attention", "full_attention"]}
+OTHERS = ("ernie4_5_moe", "dots1", "opt", "falcon", "bloom", "gpt_oss", "lfm2", "qwen3_next")
 
 
 def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
@@ -62,8 +66,11 @@ def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
 
 
 def base_config(name: str, vocab_size: int):
-    """The configuration of one of ARCHITECTURES, two layers wide 32."""
+    """The configuration of one of ARCHITECTURES or of `OTHERS`, two layers wide 32."""
     from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+
+    if name in OTHERS:
+        return _other_config(name, vocab_size)
 
     common = {
         "vocab_size": vocab_size,
@@ -92,6 +99,29 @@ def base_config(name: str, vocab_size: int):
     )
 
 
+def _other_config(name: str, vocab_size: int):
+    import transformers
+
+    layers = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = layers | {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    dots = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    ernie = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_end_index": 1}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": HYBRID["qwen3_next"]}
+    kind, settings = {
+        "ernie4_5_moe": ("Ernie4_5_Moe", common | ernie),
+        "dots1": ("Dots1", common | experts | dots),
+        "opt": ("OPT", layers | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 256}),
+        "falcon": ("Falcon", layers),
+        "bloom": ("Bloom", layers),
+        "gpt_oss": ("GptOss", common | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+        "lfm2": ("Lfm2", common | {"block_auto_adjust_ff_dim": False, "layer_types": HYBRID["lfm2"]}),
+        "qwen3_next": ("Qwen3Next", common | experts | linear | {"num_experts": 4}),
+    }[name]
+    return getattr(transformers, f"{kind}Config")(**settings, tie_word_embeddings=False)
+
+
 def make_base(name: str, folder: Path, tokenizer) -> Path:
     """A base of random weights, saved with its tokenizer."""
     from transformers import AutoModelForCausalLM
@@ -99,11 +129,14 @@ def make_base(name: str, folder: Path, tokenizer) -> Path:
     torch.manual_seed(0)
     config = base_config(name, len(tokenizer))
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = AutoModelForCausalLM.from_config(config)
+    # Some have no sdpa, and those that are not told so refuse it.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if name in OTHERS else None)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the default, so that hidden states differ
             if parameter.dim() > 1:
                 parameter.mul_(5)
+                if not parameter.any():  # routing weights that start at zero
+                    parameter.normal_()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SETTING = "data.cache_hidden_states"
-FORMAT = 1
+FORMAT = 2  # 1 had states of a base whose RoPE frequencies were in the compute type
 MANIFEST, LENGTHS, STATES, CHECKSUMS = "manifest.json", "lengths.npy", "states.bf16", "checksums.u32"
 BYTES = 2  # of a number in bf16
 READABLE = ("format", "engine.mixed_precision.param_dtype")

@@ -23,7 +23,7 @@ from verl.workers.engine.utils import detach_tree
 from verl_speculator.alignment import DraftRows, align, padded_positions, states_read
 from verl_speculator.base_form import AS_IT_LIES
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
-from verl_speculator.engine.base import load_base
+from verl_speculator.engine.base import leave_inputs_and_buffers, load_base
 from verl_speculator.engine.companion import load_companion, save_companion
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
 from verl_speculator.engine.policy import without_gradients, written_tokens
@@ -105,11 +105,12 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
 
     def _build_base(self) -> nn.Module:
         settings = self.model_config
-        if settings.form != AS_IT_LIES:
+        if not settings.is_policy or settings.form != AS_IT_LIES:
             dtype = PrecisionType.to_dtype(self.engine_config.model_dtype or torch.float32)
             # As verl has it: ties between tensors are lost where a model is made without its weights.
             sent = self.device_mesh.get_coordinate()[-1] != 0 and not settings.hf_config.tie_word_embeddings
             return load_base(settings, dtype, sent=sent)
+        # A policy is verl's own, to the bit.
         # verl's engine builds language_model and value_model only; the base is the former.
         settings.model_type = "language_model"
         try:
@@ -163,7 +164,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         if self.rests and not self.engine_config.forward_only:
             module.draft.requires_grad_(False)
+        frozen = module.base if isinstance(module, ModelWithSpeculator) and module.freeze_base else None
         module = super()._build_fsdp_module(module)
+        if frozen is not None:
+            leave_inputs_and_buffers(module, frozen)
         if self.scaler is not None and self.model_config.is_policy and not self.rests:
             # One scale for both would let a speculator's overflow skip a step of the policy.
             raise UserError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from verl_speculator.engine.base import keep_types
 from verl_speculator.engine.teacher import BaseHead
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models.hidden_state import POST_NORM, PRE_NORM, BlockCall, StateTap, final_norm
@@ -51,6 +53,8 @@ class ModelWithSpeculator(nn.Module):
         if freeze_base:
             base.requires_grad_(False)
             base.gradient_checkpointing_disable()
+            if shard_base:
+                keep_types(base)
 
     def train(self, mode: bool = True) -> ModelWithSpeculator:
         super().train(mode)
@@ -77,7 +81,8 @@ class ModelWithSpeculator(nn.Module):
             logits are never computed).
         """
         if draft is None:
-            return self.base(**base_inputs)
+            with self._types_of_base(base_inputs):
+                return self.base(**base_inputs)
         taken, taught, output = draft.get("states"), None, None
         if taken is None:
             taken, taught, output = self._run_base(base_inputs)
@@ -95,13 +100,19 @@ class ModelWithSpeculator(nn.Module):
         with self.head.whole() as head:
             return self.draft(taken, **rows, **teacher, base_head=head) | kept, output
 
+    def _types_of_base(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
+        """A frozen base computes each product in the type that its own code asks for, fp32 for some: no autocast."""
+        if not self.freeze_base:
+            return nullcontext()
+        return torch.autocast(base_inputs["input_ids"].device.type, enabled=False)
+
     def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
         """What the speculator reads, the states [B, T, D] that the base's head reads if a teacher is asked for and they
         are others, and the base's output if it is trained."""
         other = self.head is not None and self.reads not in (POST_NORM, PRE_NORM)
         with StateTap(self.base, self.reads) as tap, StateTap(self.base, POST_NORM) as final:
             if self.freeze_base:
-                with torch.no_grad():
+                with torch.no_grad(), self._types_of_base(base_inputs):
                     self.base.base_model(**base_inputs)
                 output = None
             else:
@@ -122,7 +133,7 @@ class ModelWithSpeculator(nn.Module):
             return
         self._head_checked = True
         few = {name: base_inputs[name][:, :8] for name in ("input_ids", "position_ids") if name in base_inputs}
-        with torch.no_grad():
+        with torch.no_grad(), self._types_of_base(few):
             hidden = self.base.base_model(**few, use_cache=False).last_hidden_state
             logits = self.base(**few, use_cache=False).logits
             with self.head.whole() as head:
