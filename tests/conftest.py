@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness import load_rows, process_group
-from tiny import ARCHITECTURES, GGUF_FILE, make_base, make_chat_rows, make_gguf, make_tokenizer, write_parquet
+from tiny import ARCHITECTURES, GGUF_FILE, SCALED, make_base, make_chat_rows, make_gguf, make_tokenizer, write_parquet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -39,6 +39,13 @@ def bases(tmp_path_factory, tokenizer) -> dict[str, Path]:
     """One tiny base per architecture, saved as Hugging Face folders."""
     root = tmp_path_factory.mktemp("bases")
     return {name: make_base(name, root / name, tokenizer) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def scaled(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """One tiny base per architecture that scales or caps its logits."""
+    root = tmp_path_factory.mktemp("scaled")
+    return {name: make_base(name, root / name, tokenizer) for name in SCALED}
 
 
 @pytest.fixture(scope="session")
