@@ -61,7 +61,7 @@ def main() -> None:
     untrained = build_speculator(
         trained.config, hidden_size=trained.hidden_size, vocab_size=trained.vocab_size, seed=0
     ).requires_grad_(False)
-    start_from_base(untrained, base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    start_from_base(untrained, base)
     normed = {"hidden_state": "pre_norm"}
     copy = build_speculator(
         type(trained.config)(**trained.config.to_dict() | normed),

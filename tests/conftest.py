@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 from harness import load_rows, process_group
-from tiny import ARCHITECTURES, GGUF_FILE, OTHERS, make_base, make_chat_rows, make_gguf, make_tokenizer, write_parquet
+from tiny import (
+    ARCHITECTURES,
+    GGUF_FILE,
+    OTHERS,
+    SCALED,
+    make_base,
+    make_chat_rows,
+    make_gguf,
+    make_tokenizer,
+    write_parquet,
+)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -46,6 +56,13 @@ def other_bases(tmp_path_factory, tokenizer) -> dict[str, Path]:
     """One tiny base for each of OTHERS."""
     root = tmp_path_factory.mktemp("other_bases")
     return {name: make_base(name, root / name, tokenizer) for name in OTHERS}
+
+
+@pytest.fixture(scope="session")
+def scaled(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """One tiny base per architecture that scales or caps its logits."""
+    root = tmp_path_factory.mktemp("scaled")
+    return {name: make_base(name, root / name, tokenizer) for name in SCALED}
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def test_an_early_exit(bench, base, files, tmp_path, trainable):
         vocab, width = model.get_output_embeddings().weight.shape
         shapes = block_shapes(model, config)
         speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, block_shapes=shapes, seed=0)
-        start_from_base(speculator, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        start_from_base(speculator, model)
         copy_norm(speculator, model)
         speculator.copy_block(model)
         rates.append(bench.measure(speculator.requires_grad_(False)).rate)

@@ -24,6 +24,7 @@ from verl_speculator.evaluation.quality import Document
 from verl_speculator.losses import DraftSums
 from verl_speculator.models.hidden_state import block_list, block_of
 from verl_speculator.models.initialise import block_shapes, copy_norm, start_from_base
+from verl_speculator.models.logits import logit_transform
 
 PROMPT = [5, 9, 23, 4, 77, 31, 8]
 COUNT = 24
@@ -36,9 +37,15 @@ def exit_of(model, layer, trainable="head", n_predict=3, stir=0.0):
     config = SpeculatorConfig(method="early_exit", exit_layer=layer, trainable=trainable, n_predict=n_predict)
     shapes, dtype = block_shapes(model, config), next(model.parameters()).dtype
     speculator = build_speculator(
-        config, hidden_size=width, vocab_size=vocab, block_shapes=shapes, seed=0, dtype=dtype
+        config,
+        hidden_size=width,
+        vocab_size=vocab,
+        block_shapes=shapes,
+        logit_cap=logit_transform(model.config).cap,
+        seed=0,
+        dtype=dtype,
     ).requires_grad_(False)
-    start_from_base(speculator, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    start_from_base(speculator, model)
     copy_norm(speculator, model)
     speculator.copy_block(model)
     generator = torch.Generator().manual_seed(3)
@@ -111,11 +118,12 @@ def test_no_block_runs_twice_on_a_token(bases, trainable):
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
-@pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_moe"])
-def test_the_last_block_untrained_is_the_base(bases, name, trainable):
-    """KL 0 and every draft accepted."""
-    model = load_base(bases[name])
-    speculator = exit_of(model, 1, trainable)
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_moe", "granite", "granitemoe", "gemma2"])
+def test_the_last_block_untrained_is_the_base(bases, scaled, name, trainable, tmp_path):
+    """KL 0 and every draft accepted, also of a base that scales or caps its logits, and also once it lies on disk."""
+    model = load_base(scaled.get(name, bases.get(name)))
+    save_speculator(exit_of(model, 1, trainable), tmp_path)
+    speculator = load_speculator(tmp_path)
     tokens = torch.randint(300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     found = Document(model, tokens, [0] * 5 + [1] * 35).measure(speculator, (), 1.0)
     assert found["pairs"] == [35]
@@ -140,19 +148,22 @@ def test_the_first_token_of_a_document_is_never_a_target():
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trainable", TRAINABLE)
-@pytest.mark.parametrize(("name", "joint"), [("qwen2_tied", False), ("qwen2_untied", False), ("gemma2", True)])
-def test_loss_and_gradients_against_the_definition(bases, rows, name, trainable, joint):
+@pytest.mark.parametrize(
+    ("name", "joint"), [("qwen2_tied", False), ("qwen2_untied", False), ("gemma2", True), ("granite", 0)]
+)
+def test_loss_and_gradients_against_the_definition(bases, scaled, rows, name, trainable, joint):
     """The engine, packed and padded, against each conversation read by itself with the base cut by hand."""
     mix = {"ce": 1.0, "kl": 0.5}
     settings = {"method": "early_exit", "exit_layer": 0, "trainable": trainable, "loss": mix, "kl_temperature": 2.0}
-    engine = build_engine(bases[name], speculator=settings | {"n_predict": 4}, freeze_base_model=not joint)
+    folder = bases.get(name) or scaled[name]
+    engine = build_engine(folder, speculator=settings | {"n_predict": 4}, freeze_base_model=not joint)
     found = {}
     for packed in (True, False):
         output = run_batch(engine, make_batch(rows[:6], micro=2, packed=packed))
         found[packed] = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"])), gradients(engine)
     torch.testing.assert_close(found[True][0].loss, found[False][0].loss, rtol=1e-5, atol=1e-6)
 
-    model = load_base(bases[name], torch.float32)
+    model = load_base(folder, torch.float32)
     speculator = exit_of(model, 0, trainable, n_predict=4)
     speculator.attach(model)
     learning = {n: p.requires_grad_() for n, p in speculator.named_parameters() if n not in speculator.frozen()}
@@ -169,7 +180,7 @@ def test_loss_and_gradients_against_the_definition(bases, rows, name, trainable,
         hook.remove()
         ((args, kwargs),) = calls
         state = seen.hidden_states[1] if trainable == "head" else speculator.run_block(args[0], **kwargs)
-        draft = (speculator.norm(state) @ speculator.head(0).T)[0]
+        draft = speculator.logits(0, speculator.norm(state))[0]
         aligned = align(ids, mask, torch.tensor([0, len(ids)]), 1, engine.model_config.end_token_ids, ahead=1)
         at, target = aligned.positions, aligned.targets[0]
         kl = (

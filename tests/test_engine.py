@@ -20,6 +20,7 @@ from verl_speculator.families import FAMILIES
 from verl_speculator.losses import DraftSums
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.models import Slot
+from verl_speculator.models.logits import LogitTransform
 from verl_speculator.objective import Objective
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
@@ -152,7 +153,7 @@ def test_the_teacher_is_the_base_itself(bases, rows, name, joint):
 
 def test_a_base_whose_logits_are_not_known_is_refused(bases, rows):
     engine = build_engine(bases["gemma2"], speculator={"loss": "kl"})
-    engine.module.head.scales = []
+    engine.module.head.transform = LogitTransform()
     with pytest.raises(UserError, match="does something to its logits that is not known here"):
         run_batch(engine, make_batch(rows[:4]), train=False)
 

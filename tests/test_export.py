@@ -55,7 +55,7 @@ def rows(count):
 
 def logits(speculator, hidden, tokens):
     states = speculator.unroll(hidden, tokens)
-    return torch.stack([states[k] @ speculator.head(k).T for k in range(speculator.n_predict)])
+    return torch.stack([speculator.logits(k, states[k]) for k in range(speculator.n_predict)])
 
 
 ALL = [(name, one) for name in READERS for one in CONFIGURATIONS]
@@ -70,6 +70,20 @@ def test_an_export_gives_the_training_logits(name, one, tmp_path):
     hidden, tokens = rows(speculator.n_predict)
     torch.testing.assert_close(READERS[name](out, hidden, tokens), logits(speculator, hidden, tokens))
     assert {entry.name for entry in out.iterdir()} == {"config.json", FORMATS[name].weights_file}
+
+
+def test_export_of_soft_capped_medusa_heads_keeps_tensors_and_cap(tmp_path):
+    """vLLM drafts Medusa's most likely tokens, which a cap never changes, and reads no key that it does not know."""
+    config = CONFIGURATIONS["medusa_two_blocks"]
+    speculator = build_speculator(config, hidden_size=D, vocab_size=V, logit_cap=5.0, seed=0, dtype=torch.float64)
+    save_speculator(speculator, tmp_path / "spec", base_architectures=["Gemma2ForCausalLM"])
+    out = export_speculator(read_checkpoint_info(tmp_path / "spec"), "vllm-medusa", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["logit_cap"] == 5.0
+    assert load_speculator(out).logit_cap == 5.0
+    hidden, tokens = rows(config.n_predict)
+    capped, served = logits(speculator, hidden, tokens), READERS["vllm-medusa"](out, hidden, tokens)
+    torch.testing.assert_close(torch.tanh(served / 5.0) * 5.0, capped)
+    assert torch.equal(served.argmax(-1), capped.argmax(-1))
 
 
 def test_every_family_that_an_engine_reads_has_an_export():

@@ -150,7 +150,7 @@ def plain(speculator, batch, objective, counts=None):
     weights = torch.tensor(objective.depths(batch.valid.shape[1])) * (counts > 0)
     states = speculator.unroll(batch.hidden, batch.tokens)
     wide = torch.float32 if states.dtype == torch.bfloat16 else states.dtype
-    logits = torch.stack([state @ speculator.head(k).T for k, state in enumerate(states)]).to(wide)
+    logits = torch.stack([speculator.logits(k, state) for k, state in enumerate(states)]).to(wide)
     teacher = (batch.teacher_hidden[batch.teacher_rows.T] @ batch.base_head.T).to(wide)
     share = reference.pair_weights(objective, logits, batch.targets.T, teacher, batch.valid.T)
     total = 0.0
@@ -167,8 +167,9 @@ def gradients(speculator, loss, hidden):
     return {name: p.grad for name, p in speculator.named_parameters()} | {"hidden": hidden.grad}
 
 
-def compare(config, batch, objective, **options):
-    speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+def compare(config, batch, objective, *, logit_cap=None, **options):
+    shape = {"hidden_size": D, "vocab_size": V, "logit_cap": logit_cap}
+    speculator = build_speculator(config, **shape, seed=0, dtype=torch.float64)
     batch.hidden.requires_grad_()
     expected = plain(speculator, batch, objective, options.get("counts"))
     wanted = gradients(speculator, expected, batch.hidden)
@@ -195,6 +196,28 @@ UNROLLED = {name: config for name, config in configurations().items() if config.
 def test_every_family(config):
     compare(config, Batch(depths=config.depths), OBJECTIVES["mix"], chunk_rows=4)
     compare(config, Batch(depths=config.depths), OBJECTIVES["ce"])
+
+
+@pytest.mark.parametrize("objective", ["ce", "mix", "kl_by_gain"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SpeculatorConfig(method="medusa", n_predict=K),
+        SpeculatorConfig(method="medusa", n_predict=K, head="shared"),
+        SpeculatorConfig(method="early_exit", n_predict=K, exit_layer=0),
+    ],
+    ids=["medusa", "shared", "early_exit"],
+)
+def test_soft_capped_logits_give_the_plain_loss_and_every_gradient(config, objective):
+    batch = Batch(depths=config.depths)
+    compare(config, batch, OBJECTIVES[objective], logit_cap=1.5, chunk_rows=4)
+    rows, teacher = batch.arguments()
+    shape = {"hidden_size": D, "vocab_size": V, "seed": 0, "dtype": torch.float64}
+    losses = [
+        speculator_loss(build_speculator(config, **shape, logit_cap=cap), *rows, **teacher, loss="kl")[0].item()
+        for cap in (None, 1.5)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_weighing_by_reach_keeps_the_sums_of_the_plain_loss():

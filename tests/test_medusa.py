@@ -8,17 +8,17 @@ import pytest
 import torch
 from drafts import load_base, states_of, train_quickly
 from harness import build_engine, make_batch, run_batch, weights
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, SCALED
 
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.alignment import align
 from verl_speculator.checkpoint import read_checkpoint_info, save_speculator
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.decoding.target import Target
-from verl_speculator.engine.teacher import BaseHead
 from verl_speculator.errors import UserError
 from verl_speculator.models.hidden_state import FrozenNorm, final_norm
 from verl_speculator.models.initialise import copy_norm, start_from_base
+from verl_speculator.models.logits import logit_transform
 
 PROMPT = [5, 9, 23, 4, 77, 31, 8]
 VLLM_KEYS = {"architectures", "model_type", "hidden_size", "vocab_size", "num_heads", "num_hidden_layers"}
@@ -49,8 +49,9 @@ def heads_of(model, **settings):
     vocab, width = model.get_output_embeddings().weight.shape
     config = SpeculatorConfig(**({"method": "medusa", "n_predict": 3} | settings))
     dtype = next(model.parameters()).dtype
-    speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, seed=0, dtype=dtype)
-    start_from_base(speculator, model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    cap = logit_transform(model.config).cap
+    speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, logit_cap=cap, seed=0, dtype=dtype)
+    start_from_base(speculator, model)
     copy_norm(speculator, model)
     return speculator.requires_grad_(False)
 
@@ -61,11 +62,11 @@ def overlap(model, speculator, reads, text):
     with Target(model, reads) as target:
         states, logits = target.read(torch.tensor(text))
     z = speculator.unroll(states, torch.zeros(len(text), speculator.n_predict, dtype=torch.long))[0]
-    q = (z @ speculator.head(0).T).softmax(-1)
+    q = speculator.logits(0, z).softmax(-1)
     return torch.minimum(logits.softmax(-1), q).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES, *SCALED}))
 @pytest.mark.parametrize(
     "settings",
     [
@@ -76,17 +77,17 @@ def overlap(model, speculator, reads, text):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "plain",
 )
-def test_an_untrained_head_gives_the_bases_own_logits(uneven, name, settings):
-    model = load_base(uneven[name])
+def test_an_untrained_head_gives_the_bases_own_logits(uneven, scaled, name, settings):
+    """Scale and soft cap included."""
+    if name == "cohere" and settings.get("hidden_state"):
+        pytest.skip("Cohere ends with a layer norm, which no head copies")
+    model = load_base(uneven.get(name) or scaled[name])
     speculator = heads_of(model, **settings)
     with torch.inference_mode(), Target(model, speculator.reads) as target:
         states, logits = target.read(torch.tensor(PROMPT))
         z = speculator.unroll(states, torch.zeros(len(PROMPT), 3, dtype=torch.long))
-        head = BaseHead(model)
         for k in range(3):
-            mine = z[k] @ speculator.head(k).T
-            for apply, value in head.scales:
-                mine = apply(mine, value)
+            mine = speculator.logits(k, z[k])
             torch.testing.assert_close(mine, logits, rtol=1e-6, atol=1e-6)
     assert speculator.is_untrained()
 

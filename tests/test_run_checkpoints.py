@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness import build_engine, gradients, make_batch, run_batch, weights, whole
+from runs import overrides
 from tiny import ARCHITECTURES
 
-from verl_speculator.checkpoint import find_resume_path
+from verl_speculator import launch
+from verl_speculator.checkpoint import find_resume_path, load_speculator
 from verl_speculator.errors import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
@@ -125,6 +127,27 @@ def test_old_checkpoints_go_and_leftovers_too(base, tmp_path):
         "global_step_3",
         "latest_checkpointed_iteration.txt",
     }
+
+
+@pytest.mark.parametrize("method", ["medusa", "early_exit"])
+def test_soft_cap_of_the_base_is_saved_and_compared(bases, chat, tmp_path, method):
+    """Gemma 2 caps its logits, and so does a draft with heads like its own; one without a cap is another objective."""
+    speculator = {"method": method, "exit_layer": 1}
+    engine = build_engine(bases["gemma2"], speculator=speculator)
+    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    folder = tmp_path / "global_step_1"
+    content = json.loads((folder / "config.json").read_text())
+    assert content["logit_cap"] == 5.0 and load_speculator(folder).logit_cap == 5.0
+    del content["logit_cap"]
+    (folder / "config.json").write_text(json.dumps(content))  # as written before caps were known
+    with pytest.raises(UserError, match=r"cannot resume from .*: logit_cap \(None, 5\.0\)"):
+        checkpoints(engine, tmp_path).load_checkpoint()
+    arguments = ["1", str(tmp_path), *overrides(bases["gemma2"], chat, model__speculator__method=method)]
+    with pytest.raises(UserError, match=r"the run differs .*: logit_cap \(None, 5\.0\)"):
+        launch.launch([*arguments, "model.speculator.exit_layer=1"])
+    again = build_engine(bases["gemma2"], speculator=speculator | {"path": str(folder)})
+    assert again.speculator.logit_cap is None
+    assert build_engine(bases["gemma2"]).speculator.logit_cap is None  # sum_rnn has heads of its own
 
 
 def test_another_speculator_is_not_resumed(base, tmp_path):

@@ -43,6 +43,8 @@ ARCHITECTURES = ("qwen2_tied", "qwen2_untied", "llama", "qwen2_moe", "gemma2")
 # bloom, gpt_oss), states that run through a row (lfm2, qwen3_next).
 HYBRID = {"lfm2": ["conv", "full_attention"], "qwen3_next": ["linear_attention", "full_attention"]}
 OTHERS = ("ernie4_5_moe", "dots1", "opt", "falcon", "bloom", "gpt_oss", "lfm2", "qwen3_next")
+# Whose logits are not the product of state and head alone: scaled, or capped.
+SCALED = ("granite", "granitemoe", "cohere", "gemma2")
 
 
 def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
@@ -66,8 +68,16 @@ def make_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE):
 
 
 def base_config(name: str, vocab_size: int):
-    """The configuration of one of ARCHITECTURES or of `OTHERS`, two layers wide 32."""
-    from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+    """The configuration of one of ARCHITECTURES, OTHERS or SCALED, two layers wide 32."""
+    from transformers import (
+        CohereConfig,
+        Gemma2Config,
+        GraniteConfig,
+        GraniteMoeConfig,
+        LlamaConfig,
+        Qwen2Config,
+        Qwen2MoeConfig,
+    )
 
     if name in OTHERS:
         return _other_config(name, vocab_size)
@@ -89,6 +99,12 @@ def base_config(name: str, vocab_size: int):
         return LlamaConfig(**common, tie_word_embeddings=False)
     if name == "gemma2":
         return Gemma2Config(**common, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=5.0)
+    if name == "granite":
+        return GraniteConfig(**common, logits_scaling=6.0, residual_multiplier=0.5, embedding_multiplier=3.0)
+    if name == "granitemoe":
+        return GraniteMoeConfig(**common, logits_scaling=6.0, num_local_experts=4, num_experts_per_tok=2)
+    if name == "cohere":
+        return CohereConfig(**common, logit_scale=0.25)
     return Qwen2MoeConfig(
         **common,
         num_experts=4,

@@ -40,6 +40,7 @@ STEP_DIRECTORY = re.compile(r"^global_step_(\d+)$")
 PROVENANCE_KEY = "verl_speculator"
 BLOCK_KEY = "block_shapes"
 BLOCK_PREFIX = "block."
+CAP_KEY = "logit_cap"
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class CheckpointInfo:
         dtype: of the tensors on disk, as in `torch.<dtype>`.
         block_shapes: of the parameters of the base's block that it holds a trained copy of; empty where it has none.
         provenance: base, data, step, seed and versions; empty for checkpoints made elsewhere.
+        logit_cap: the soft cap of its logits, None where it has none.
     """
 
     directory: Path
@@ -65,11 +67,22 @@ class CheckpointInfo:
     dtype: str
     block_shapes: dict[str, list[int]]
     provenance: dict[str, Any]
+    logit_cap: float | None = None
 
     @property
     def shape(self) -> dict[str, Any]:
         """What `build_speculator` needs to know of the base."""
-        return {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size, "block_shapes": self.block_shapes}
+        return {
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "block_shapes": self.block_shapes,
+            "logit_cap": self.logit_cap,
+        }
+
+    def differences(self, config: SpeculatorConfig, logit_cap: float | None) -> list[str]:
+        """Where it differs from a speculator of this configuration and soft cap, as `SpeculatorConfig.differences`."""
+        capped = [] if self.logit_cap == logit_cap else [f"{CAP_KEY} ({self.logit_cap}, {logit_cap})"]
+        return self.config.differences(config) + capped
 
     def check_base(self, hidden_size: int, vocab_size: int) -> None:
         """Refuse a base of another width or vocabulary.
@@ -216,6 +229,7 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
             dtype=str(content.get("torch_dtype", "float32")).removeprefix("torch."),
             block_shapes={str(k): [int(n) for n in v] for k, v in content.get(BLOCK_KEY, {}).items()},
             provenance=dict(content.get(PROVENANCE_KEY, {})),
+            logit_cap=None if content.get(CAP_KEY) is None else float(content[CAP_KEY]),
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
@@ -257,6 +271,7 @@ def config_content(
     vocab_size: int,
     dtype: str,
     block_shapes: Mapping[str, Sequence[int]] | None = None,
+    logit_cap: float | None = None,
     base_architectures: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -269,6 +284,8 @@ def config_content(
     } | config.to_dict()
     if block_shapes:
         facts[BLOCK_KEY] = dict(block_shapes)
+    if logit_cap is not None:
+        facts[CAP_KEY] = logit_cap
     return FAMILIES[config.method].serving_keys(facts) | facts | {PROVENANCE_KEY: dict(provenance or {})}
 
 
@@ -279,6 +296,7 @@ def write_checkpoint(
     *,
     hidden_size: int,
     vocab_size: int,
+    logit_cap: float | None = None,
     base_architectures: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -290,6 +308,7 @@ def write_checkpoint(
         state: every parameter of the module, whole and on the CPU, under the module's own names.
         hidden_size: D.
         vocab_size: V.
+        logit_cap: the soft cap of the speculator's logits, `Speculator.logit_cap`.
         base_architectures: as in the base's own `config.json`.
         provenance: kept under the key `verl_speculator`.
 
@@ -310,6 +329,7 @@ def write_checkpoint(
     content = config_content(
         config,
         **shape,
+        logit_cap=logit_cap,
         dtype=str(dtype).removeprefix("torch."),
         base_architectures=base_architectures,
         provenance=provenance,
@@ -347,6 +367,7 @@ def save_speculator(
         {name: parameter.detach().cpu() for name, parameter in speculator.named_parameters()},
         hidden_size=speculator.hidden_size,
         vocab_size=speculator.vocab_size,
+        logit_cap=speculator.logit_cap,
         base_architectures=base_architectures,
         provenance=provenance,
     )

@@ -99,7 +99,7 @@ class Bench:
             if not len(rows.positions):
                 continue
             outputs = speculator.unroll(states[rows.positions].to(dtype), rows.tokens)
-            drafts = torch.stack([(o @ speculator.head(k).T).argmax(-1) for k, o in enumerate(outputs)])
+            drafts = torch.stack([speculator.logits(k, o).argmax(-1) for k, o in enumerate(outputs)])
             right, whole = drafts == rows.targets, rows.valid.all(0)
             if speculator.depths < depths:
                 right, whole = _chained(right[0], whole, rows.positions, depths)

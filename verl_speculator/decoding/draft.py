@@ -94,4 +94,4 @@ class SpeculatorDrafter(ChainDrafter):
 
     def logits(self, depth: int, token: Tensor) -> Tensor:
         self.state = self.speculator.step(self.state, token)
-        return self.state.output @ self.speculator.head(depth).T
+        return self.speculator.logits(depth, self.state.output)

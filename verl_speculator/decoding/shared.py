@@ -145,4 +145,4 @@ class EarlyExitDrafter(ChainDrafter):
 
     def logits(self, depth: int, token: Tensor) -> Tensor:
         state = self.speculator.start(self.target.read_ahead(token).to(self.dtype))
-        return self.speculator.step(state, token).output @ self.speculator.head(0).T
+        return self.speculator.logits(0, self.speculator.step(state, token).output)

@@ -78,7 +78,7 @@ class TreeDrafter:
         for depth, level in enumerate(self.levels):
             state = DraftState(*(x[level.states] if isinstance(x, Tensor) else x for x in state))
             state = self.speculator.step(state, tokens[level.tokens])
-            logits = state.output @ self.speculator.head(depth).T
+            logits = self.speculator.logits(depth, state.output)
             tokens = logits.topk(level.widest).indices[level.rows, level.ranks]
             drafted.append(tokens)
         return torch.cat(drafted)

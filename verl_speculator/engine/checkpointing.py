@@ -107,6 +107,7 @@ class RunCheckpoints:
                     speculator,
                     hidden_size=engine.speculator.hidden_size,
                     vocab_size=engine.speculator.vocab_size,
+                    logit_cap=engine.speculator.logit_cap,
                     base_architectures=engine.model_config.architectures,
                     provenance=self.provenance(step),
                 )
@@ -190,7 +191,8 @@ class RunCheckpoints:
 
     def _read(self, folder: Path) -> tuple[dict, dict, dict, list]:
         info = read_checkpoint_info(folder)
-        if differing := info.config.differences(self.engine.model_config.speculator_config):
+        speculator = self.engine.speculator
+        if differing := info.differences(speculator.config, speculator.logit_cap):
             raise UserError(f"cannot resume from {folder}: {', '.join(differing)}")
         weights = {SPECULATOR_PREFIX + name: tensor for name, tensor in read_weights(info).items()}
         if not self.engine.model_config.freeze_base_model:

@@ -39,6 +39,7 @@ def save_companion(engine: SpeculatorEngine, folder: str, step: int) -> None:
                 {name.removeprefix(PREFIX): tensor for name, tensor in state.items()},
                 hidden_size=engine.speculator.hidden_size,
                 vocab_size=engine.speculator.vocab_size,
+                logit_cap=engine.speculator.logit_cap,
                 base_architectures=model.architectures,
                 provenance={
                     "base": {"name": model.path, "trained_jointly": True, "weights_fingerprint": None},
@@ -60,7 +61,7 @@ def load_companion(engine: SpeculatorEngine, folder: str) -> None:
     found = [(Path(folder) / DIRECTORY).is_dir()] if dist.get_rank() == 0 else [None]
     if found[0]:
         info = read_checkpoint_info(Path(folder) / DIRECTORY)
-        if differing := info.config.differences(engine.model_config.speculator_config):
+        if differing := info.differences(engine.speculator.config, engine.speculator.logit_cap):
             refused = [f"cannot resume from {info.directory}: {', '.join(differing)}"]
         else:
             weights = {PREFIX + name: tensor for name, tensor in read_weights(info).items()}

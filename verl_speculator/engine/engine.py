@@ -31,6 +31,7 @@ from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.models.initialise import block_shapes, copy_norm, start_from_base
+from verl_speculator.models.logits import logit_transform
 from verl_speculator.state_cache import StateCache
 
 logger = logging.getLogger(__name__)
@@ -129,15 +130,17 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             self.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = [*named, DraftLoss.__name__]
         head = base.get_output_embeddings().weight
         training = self.model_config.speculator_training
+        info = None if training.path is None else read_checkpoint_info(training.path)
         speculator = build_speculator(
             self.model_config.speculator_config,
             hidden_size=base.config.get_text_config().hidden_size,
             vocab_size=head.shape[0],
             block_shapes=block_shapes(base, self.model_config.speculator_config),
+            # A trained speculator keeps the cap that it was trained with.
+            logit_cap=logit_transform(base.config).cap if info is None else info.logit_cap,
             seed=self.engine_config.seed,
         )
-        if training.path is not None and self.rank == 0:  # the other ranks are sent rank 0's weights
-            info = read_checkpoint_info(training.path)
+        if info is not None and self.rank == 0:  # the other ranks are sent rank 0's weights
             info.check_base(speculator.hidden_size, speculator.vocab_size)
             if differing := info.config.differences(speculator.config):
                 raise UserError(f"model.speculator.path={training.path} differs: {', '.join(differing)}")
@@ -145,7 +148,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             logger.info("speculator starts from %s", info.directory)
         elif not head.is_meta:  # verl loads the weights on rank 0 alone, and sends them
             if training.init == "base":
-                start_from_base(speculator, base.get_input_embeddings().weight, head)
+                start_from_base(speculator, base)
             copy_norm(speculator, base)
             speculator.copy_block(base)
         return ModelWithSpeculator(

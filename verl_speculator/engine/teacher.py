@@ -11,13 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from verl_speculator.errors import UserError
+from verl_speculator.models.logits import logit_transform
 
-# What some architectures do to the product of state and head: the setting in their configuration, and the function.
-SCALES = {
-    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
-    "logit_scale": lambda logits, scale: logits * scale,
-    "logits_scaling": lambda logits, scale: logits / scale,
-}
 TOLERANCE = 1e-2
 
 
@@ -30,17 +25,14 @@ class BaseHead:
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
-        settings = base.config.get_text_config().to_dict()
-        self.scales = [(apply, settings[name]) for name, apply in SCALES.items() if settings.get(name) is not None]
+        self.transform = logit_transform(base.config)
 
     def __call__(self, states: Tensor) -> Tensor:
         """[r, V] logits of the token behind each of the states [r, D] after the final norm."""
         head = self.base.get_output_embeddings()
         weight = head.weight.detach()
-        logits = F.linear(states.to(weight.dtype), weight, None if head.bias is None else head.bias.detach())
-        for apply, value in self.scales:
-            logits = apply(logits, value)
-        return logits
+        products = F.linear(states.to(weight.dtype), weight, None if head.bias is None else head.bias.detach())
+        return self.transform(products)
 
     @contextmanager
     def whole(self) -> Iterator[BaseHead]:

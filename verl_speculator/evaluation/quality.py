@@ -61,7 +61,7 @@ class Document:
         for k, state in enumerate(states):
             valid = rows.valid[k]
             target = rows.targets[k][valid]
-            draft = (state[valid] @ speculator.head(k).T).float()
+            draft = speculator.logits(k, state[valid]).float()
             teacher = self.logits[rows.teachers[k][valid]].float()
             best = draft.topk(min(5, draft.shape[-1])).indices == target[:, None]
             values = {
@@ -89,7 +89,7 @@ class Document:
         whole = rows.valid.all(0)
         found = []
         for k, state in enumerate(states):
-            draft = state[whole] @ speculator.head(k).T
+            draft = speculator.logits(k, state[whole])
             own = draft.gather(-1, rows.targets[k][whole][:, None])
             found.append((draft > own).sum(-1))
         return torch.stack(found, dim=1)

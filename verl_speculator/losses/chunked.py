@@ -34,9 +34,9 @@ LEAST_ROWS = 16
 Head = Callable[[Tensor], Tensor]
 
 
-def default_chunk_rows(vocab_size: int, depths: int, objective: Objective) -> int:
-    """Rows of a chunk whose blocks of logits, the teacher's among them, have a bounded size."""
-    blocks = 1 + objective.needs_teacher + ("lk_pure" in dict(objective.weights))
+def default_chunk_rows(vocab_size: int, depths: int, objective: Objective, *, capped: bool = False) -> int:
+    """Rows of a chunk whose blocks of logits, the teacher's and a soft cap's slopes among them, have a bounded size."""
+    blocks = 1 + objective.needs_teacher + ("lk_pure" in dict(objective.weights)) + capped
     return max(LEAST_ROWS, BLOCK // (vocab_size * depths) // blocks)
 
 
@@ -111,7 +111,8 @@ def speculator_loss(
         kept = valid.any(1).nonzero().squeeze(-1)
         hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
         teacher_rows = None if teacher_rows is None else teacher_rows[kept]
-    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, valid.shape[1], objective)
+    capped = speculator.logit_cap is not None
+    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, valid.shape[1], objective, capped=capped)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
@@ -256,6 +257,7 @@ class _Pass:
         self.job, self.hidden = job, hidden
         self.wide = torch.float32 if compute in (torch.bfloat16, torch.float16) else compute
         self.training = any(wanted)
+        self.cap = job.speculator.logit_cap
         self.parameters = [p.detach().to(compute) for p in parameters]
         self.hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
         self.gradients = [
@@ -291,7 +293,11 @@ class _Pass:
         job = self.job
         depths, rows, _ = states.shape
         valid, targets = job.valid[chunk].T, job.targets[chunk].T.flatten()
-        logits = self._logits(states)
+        logits, slope = self._logits(states), None
+        if self.cap is not None:
+            logits = logits.div_(self.cap).tanh_()
+            slope = 1 - logits * logits if self.training else None
+            logits.mul_(self.cap)
         hit = (logits.argmax(-1) == targets).view(depths, rows)
         teacher, which = job.teacher(chunk, self.wide)
         said = {temperature: base.rows(which.T.flatten()) for temperature, base in teacher.items()}
@@ -309,6 +315,7 @@ class _Pass:
         if not self.training:
             return None
         weights = weights * job.scale.to(self.wide).unsqueeze(-1)
+        gradient = gradient if slope is None else gradient.mul_(slope)
         return self._backs(states, gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1))
 
     def _backs(self, states: Tensor, gradient: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def build_speculator(
     hidden_size: int,
     vocab_size: int,
     block_shapes: Mapping[str, Sequence[int]] | None = None,
+    logit_cap: float | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -37,6 +38,7 @@ def build_speculator(
         hidden_size: width D of the base's hidden states.
         vocab_size: V, the rows of the base's output head.
         block_shapes: of the parameters of the base's block that an early exit trains, by name.
+        logit_cap: the base's soft cap of its logits; ignored by families whose heads read states unlike the base's.
         seed: of the initialisation; None draws from torch's global generator.
         device: where the parameters live; `"meta"` skips the initialisation.
         dtype: of the parameters, float32 by default.
@@ -48,6 +50,7 @@ def build_speculator(
     more = {"block_shapes": block_shapes} if block_shapes else {}
     with torch.device("meta"):
         speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size, **more)
+    speculator.logit_cap = logit_cap if speculator.copies_scale else None
     device, dtype = torch.device(device or "cpu"), dtype or torch.float32
     frozen = speculator.frozen()
     # By hand: `nn.Module.to` cannot convert where tensors are only reckoned with (FakeTensorMode).

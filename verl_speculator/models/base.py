@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.models.hidden_state import POST_NORM
+from verl_speculator.models.logits import soft_cap
 
 
 class Slot(NamedTuple):
@@ -60,8 +61,11 @@ class Speculator(nn.Module, abc.ABC):
     method: ClassVar[str]
     # Whether a depth's state depends on the tokens before it.
     reads_tokens: ClassVar[bool] = True
-    # Whether a head that starts from the base's own keeps its scale, because it reads states like the base's.
+    # Whether its heads read states like the base's: one that starts from the base's own keeps its scale, the base's
+    # logit scale included, and its logits have the base's soft cap.
     copies_scale: ClassVar[bool] = False
+    # The soft cap of its logits, of families with `copies_scale` alone. A cap is not linear: no head can hold it.
+    logit_cap: float | None = None
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -114,7 +118,11 @@ class Speculator(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def head(self, depth: int) -> Tensor:
-        """[V, E] the weight whose product with the depth's state gives its logits."""
+        """[V, E] the weight whose product with the depth's state gives its logits, before a soft cap."""
+
+    def logits(self, depth: int, states: Tensor) -> Tensor:
+        """[..., V] logits of a depth's states [..., E], for decoding and measuring; `unroll` never gives any."""
+        return soft_cap(states @ self.head(depth).T, self.logit_cap)
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """All depths at once, for training.

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.errors import UserError
 from verl_speculator.models.base import Slot, Speculator
 from verl_speculator.models.hidden_state import FrozenNorm, block_of, final_norm
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
+from verl_speculator.models.logits import logit_transform
 
 
 def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]:
@@ -38,25 +39,29 @@ def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]
 
 
 @torch.no_grad()
-def start_from_base(speculator: Speculator, embedding: Tensor, head: Tensor) -> None:
+def start_from_base(speculator: Speculator, base: nn.Module) -> None:
     """Every token table from the base's embedding, every head from its output head: most of a speculator's parameters
     then know the vocabulary before the first step.
 
-    They are scaled to the spread that `reset_parameters` gives, unless the family reads states like the base's.
+    They are scaled to the spread that `reset_parameters` gives, unless the family reads states like the base's: then a
+    head is the base's own times the scale that the base gives its logits.
 
     Args:
         speculator: initialised; its other parameters stay as they are.
-        embedding: [V, D] the base's.
-        head: [V, D] the base's.
+        base: a Hugging Face causal language model.
 
     Raises:
         UserError: where a table or head has another width than the base.
     """
-    state = dict(speculator.named_parameters())
+    state, logit_scale = dict(speculator.named_parameters()), logit_transform(base.config).scale
     for _, slot, is_table in vocabulary_slots(speculator):
-        own, source = slot.of(state), (embedding if is_table else head).float()
-        scale = 1.0 if speculator.copies_scale else 1 / math.sqrt(min(own.shape)) / source.std()
-        own.copy_(source * scale)
+        own, source = slot.of(state), base.get_input_embeddings() if is_table else base.get_output_embeddings()
+        weight = source.weight.to(torch.promote_types(source.weight.dtype, torch.float32))
+        if speculator.copies_scale:
+            scale = 1.0 if is_table else logit_scale
+        else:
+            scale = 1 / math.sqrt(min(own.shape)) / weight.std()
+        own.copy_(weight * scale)
 
 
 def block_shapes(base: nn.Module, config: SpeculatorConfig) -> dict[str, list[int]]:

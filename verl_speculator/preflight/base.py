@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,15 @@ HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$")
 
 @dataclass(frozen=True)
 class Base:
-    """What the checks need of the base: its shape, tokenizer and end tokens, and the shapes of the parameters of the
-    block that an early exit trains, none without one."""
+    """What the checks need of the base: its shape, tokenizer and end tokens, the shapes of the parameters of the block
+    that an early exit trains, none without one, and the soft cap of the logits of a speculator that starts from it."""
 
     hidden_size: int
     vocab_size: int
     tokenizer: Any
     end_token_ids: tuple[int, ...]
     block_shapes: dict[str, list[int]]
+    logit_cap: float | None
 
 
 def _load(setting: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -106,7 +107,17 @@ def check_base(config: DictConfig) -> Base:
         tokenizer=tokenizer,
         end_token_ids=end_token_ids(tokenizer, form.read_generation_config(name, hf_config)),
         block_shapes=_check_parts(config, hf_config),
+        logit_cap=_logit_cap(config, hf_config),
     )
+
+
+def _logit_cap(config: DictConfig, hf_config: Any) -> float | None:
+    """The soft cap of the speculator's logits, where its heads are like the base's."""
+    from verl_speculator.models import family_class
+    from verl_speculator.models.logits import logit_transform
+
+    copies = family_class(config.model.speculator.method).copies_scale
+    return logit_transform(hf_config).cap if copies else None
 
 
 def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
@@ -131,8 +142,9 @@ def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
 def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     """Whether the checkpoints to start from and to resume are whole, and of the speculator that is asked for."""
     wanted, training = split_settings(dict(config.model.speculator))
-    if training.path is not None:
-        _check_speculator(f"{PREFIX}path={training.path}", training.path, wanted, base)
+    logit_cap = base.logit_cap
+    if training.path is not None:  # it keeps the cap that it was trained with
+        logit_cap = _check_speculator(f"{PREFIX}path={training.path}", training.path, wanted, base).logit_cap
     resumed = find_resume_path(Path(config.trainer.default_local_dir), config.trainer)
     if resumed is None:
         if training.init == "base" and training.path is None:
@@ -141,7 +153,7 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     setting = f"resume={resumed}"
     otherwise = "; start another run in a new <save_path> (model.speculator.path takes over the weights)"
     info = _check_speculator(setting, resumed, wanted, base, otherwise)
-    _check_record(setting, info, config, train_rows, otherwise)
+    _check_record(setting, info, config, train_rows, otherwise, info.differences(wanted, logit_cap))
     for name in STATE_FILES:
         file = resumed / STATE_DIRECTORY / name
         if not file.is_file():
@@ -179,11 +191,17 @@ def _check_speculator(
     return info
 
 
-def _check_record(setting: str, info: CheckpointInfo, config: DictConfig, train_rows: int, otherwise: str) -> None:
-    """Whether the run goes on as what it began; values that may change on the way are named in one line."""
+def _check_record(
+    setting: str, info: CheckpointInfo, config: DictConfig, train_rows: int, otherwise: str, others: Sequence[str]
+) -> None:
+    """Whether the run goes on as what it began; values that may change on the way are named in one line.
+
+    Args:
+        others: differences between checkpoint and run that the record does not hold.
+    """
     found = compare_records(*_records(info.provenance, config, train_rows))
-    if found.refused:
-        raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(found.refused)}{otherwise}")
+    if refused := (*found.refused, *others):
+        raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(refused)}{otherwise}")
     if found.adjusted:
         adjusted = ", ".join(found.adjusted)
         logger.warning("note: %s: goes on with this run's values (its own, this run's): %s", setting, adjusted)

@@ -73,7 +73,7 @@ def greedy_drafts(speculator: Speculator, hidden: Tensor, tokens: Tensor) -> Ten
     state, drafts = speculator.start(hidden), []
     for depth in range(speculator.n_predict):
         state = speculator.step(state, tokens)
-        tokens = (state.output @ speculator.head(depth).T).argmax(-1)
+        tokens = speculator.logits(depth, state.output).argmax(-1)
         drafts.append(tokens)
     return torch.stack(drafts, dim=1)
 
