@@ -36,7 +36,7 @@ CHOICES = {
     "engine.mixed_precision.param_dtype": ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32"),
     "model.freeze_base_model": (True, False),
     "data.use_dynamic_bsz": (True, False),
-    "model.use_remove_padding": (True, False),
+    "model.use_remove_padding": ("auto", True, False),
 }
 # Whole numbers, with the least that makes sense and what else is accepted.
 WHOLE_NUMBERS: dict[str, tuple[int, tuple[Any, ...]]] = {
