@@ -32,6 +32,10 @@ class SpeculatorModelConfig(HFModelConfig):
         quantization: None, or `bnb4`: the base in 4 bits.
         gguf_file: None, or the file inside `path` that the base is read from.
         form: what the last two say, checked.
+        use_remove_padding: whether rows are packed without padding. `auto`: unless the base does not keep packed
+            documents apart. It becomes a bool here.
+        packing_required: whether such a base is refused, packing having been asked for by name. verl's own settings of
+            a policy say true without anybody asking.
         speculator_config: what `speculator` says, validated: the shape.
         speculator_training: what `speculator` says, validated: how to train it.
         end_token_ids: tokens that end an assistant's turn. The trainer empties it for plain text.
@@ -39,6 +43,8 @@ class SpeculatorModelConfig(HFModelConfig):
 
     _mutable_fields = HFModelConfig._mutable_fields | {
         "form",
+        "packing_required",
+        "use_remove_padding",
         "speculator_config",
         "speculator_training",
         "end_token_ids",
@@ -53,6 +59,8 @@ class SpeculatorModelConfig(HFModelConfig):
     quantization: str | None = None
     gguf_file: str | None = None
     form: BaseForm | None = None
+    use_remove_padding: bool | str = "auto"
+    packing_required: bool = False
     speculator_config: SpeculatorConfig | None = None
     speculator_training: SpeculatorTraining | None = None
     end_token_ids: tuple[int, ...] = ()
@@ -60,6 +68,8 @@ class SpeculatorModelConfig(HFModelConfig):
     def __post_init__(self) -> None:
         self.form = BaseForm(self.quantization, self.gguf_file)
         self.form.check("model.", frozen=self.freeze_base_model)
+        self.packing_required = self.use_remove_padding is True and not self.is_policy
+        self.use_remove_padding = self.use_remove_padding in (True, "auto")
         self._describe_base()
         settings: Mapping[str, Any] = dict(self.speculator)
         if settings.get("path"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode, SFTTensorCollator
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
@@ -26,10 +28,12 @@ from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.base import leave_inputs_and_buffers, load_base
 from verl_speculator.engine.companion import load_companion, save_companion
 from verl_speculator.engine.model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
+from verl_speculator.engine.packing import TOLERANCE, packing_error, probe_documents
 from verl_speculator.engine.policy import without_gradients, written_tokens
 from verl_speculator.errors import UserError
 from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.models.hidden_state import POST_NORM, StateTap
 from verl_speculator.models.initialise import block_shapes, copy_norm, start_from_base
 from verl_speculator.models.logits import logit_transform
 from verl_speculator.state_cache import StateCache
@@ -83,6 +87,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         self.rests = model_config.is_policy and (
             engine_config.forward_only or not model_config.speculator_training.train
         )
+        # Whether rows are packed without padding; with padding where the base does not keep packed documents apart.
+        self.packs: bool = model_config.use_remove_padding
         # Set by whoever numbers the rows of its data: batches with `row` are then kept there, or read.
         self.state_cache: StateCache | None = None
 
@@ -205,6 +211,52 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         finally:
             self.optimizer_config = settings
 
+    # Packing
+
+    def initialize(self) -> None:
+        """As verl's. A base that does not keep packed documents apart is given padded rows, on all ranks; a sharded
+        policy is saved under its own names.
+
+        Raises:
+            UserError: for such a base where packing is asked for by name.
+        """
+        super().initialize()
+        if self.model_config.is_policy and not self.engine_config.forward_only:
+            self.checkpoint_manager.model = self.base
+        if self.packs:
+            self._check_packing()
+
+    def _check_packing(self) -> None:
+        settings = self.model_config
+        documents = probe_documents(settings.tokenizer, settings.hf_config.get_text_config())
+        with self.eval_mode():
+            error = torch.tensor(packing_error(self._packed_states, documents), device=get_device_id())
+        torch.distributed.all_reduce(error, torch.distributed.ReduceOp.MAX)
+        # What is not a number is no reason to pack.
+        if error <= TOLERANCE:
+            return
+        reason = f"{type(self.base).__name__} does not keep the documents of a packed row apart"
+        if settings.packing_required:
+            raise UserError(f"model.use_remove_padding=true: {reason}; expected auto or false, which pad the rows")
+        self.packs = False
+        if self.rank == 0:
+            logger.warning("%s (their states differ by %.0f %%): rows are padded instead", reason, 100 * error)
+
+    def _packed_states(self, documents: Sequence[Tensor]) -> Tensor:
+        """[T, D] the states of documents in one packed row, prepared as any batch is."""
+        rows = [
+            {"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(ids)}
+            for ids in documents
+        ]
+        packed = {"use_remove_padding": True, "pad_mode": DatasetPadMode.NO_PADDING, "temperature": 1.0}
+        batch = tu.get_tensordict(SFTTensorCollator(DatasetPadMode.NO_PADDING)(rows), packed).to(get_device_id())
+        inputs, _ = self.prepare_model_inputs(micro_batch=batch)
+        if "logits_to_keep" in signature(self.base.forward).parameters:  # nobody reads them
+            inputs["logits_to_keep"] = 1
+        with self._autocast(), StateTap(self.base, POST_NORM) as tap:
+            self.module(**inputs, use_cache=False)
+            return tap.take().flatten(0, 1)[: sum(map(len, documents))]
+
     # One batch
 
     def _align(self, batch: TensorDict) -> DraftRows:
@@ -229,6 +281,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         return loss_function is not None and not self.engine_config.forward_only
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False):
+        if not self.packs:
+            tu.assign_non_tensor(data, use_remove_padding=False)
         if not self._drafts(loss_function, forward_only):
             return super().forward_backward_batch(data, loss_function, forward_only)
         if "response_mask" in data and not self.model_config.is_policy:
@@ -355,12 +409,6 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         return torch.stack([share, tokens]).float()
 
     # A policy on disk
-
-    def initialize(self) -> None:
-        """As verl's; a sharded policy is saved under its own names."""
-        super().initialize()
-        if self.model_config.is_policy and not self.engine_config.forward_only:
-            self.checkpoint_manager.model = self.base
 
     def save_checkpoint(self, local_path: str, hdfs_path: str | None = None, global_step: int = 0, *args, **kwargs):
         """As verl's, and the speculator in a folder of its own, if it learns."""

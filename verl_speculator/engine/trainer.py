@@ -219,7 +219,7 @@ class SpeculatorTrainer(SFTTrainer):
     def _batch_settings(self) -> dict[str, Any]:
         data = self.config.data
         return {
-            "use_remove_padding": self.config.model.use_remove_padding,
+            "use_remove_padding": self.model_config.use_remove_padding,
             "use_dynamic_bsz": data.use_dynamic_bsz,
             "max_token_len_per_gpu": data.max_token_len_per_gpu,
             "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,

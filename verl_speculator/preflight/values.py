@@ -42,7 +42,7 @@ CHOICES = {
     **{f"{PRECISION}{name}_dtype": TYPES for name in ("param", "reduce", "buffer")},
     "model.freeze_base_model": (True, False),
     "data.use_dynamic_bsz": (True, False),
-    "model.use_remove_padding": (True, False),
+    "model.use_remove_padding": ("auto", True, False),
 }
 # Whole numbers, with the least that makes sense and what else is accepted.
 WHOLE_NUMBERS: dict[str, tuple[int, tuple[Any, ...]]] = {
