@@ -176,6 +176,24 @@ class BaseForm:
 AS_IT_LIES = BaseForm()
 
 
+def supported_attention(config: Any, wanted: str) -> str:
+    """The implementation of attention that a base has: the one wanted, or else sdpa, or eager, which all have.
+
+    Args:
+        config: a Hugging Face configuration. What transformers does not know keeps what is wanted.
+        wanted: as in `attn_implementation`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return wanted
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    supported = {"flash_attention_2": model_class._supports_flash_attn, "sdpa": model_class._supports_sdpa}
+    if supported.get(wanted, True):
+        return wanted
+    return "sdpa" if supported["sdpa"] else "eager"
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 

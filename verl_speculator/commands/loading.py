@@ -87,15 +87,16 @@ def load(base: str, speculator: str | None, *, device: str, dtype: str, form: Ba
     """Load what `check_speculator` has let through; an untrained speculator is warned of.
 
     Raises:
-        UserError: for a device or dtype that is none, or a base that cannot be loaded.
+        UserError: for a device or dtype that is none, or a base that cannot be loaded or decoded with.
     """
     from verl_speculator.checkpoint import load_speculator
-    from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
+    from verl_speculator.decoding.load import check_base, choose_device, choose_dtype, load_base, load_tokenizer
     from verl_speculator.tokens import end_token_ids
 
     device = choose_device(device)
     kind = choose_dtype(dtype, device)
     tokenizer = load_tokenizer(base, form)
+    check_base(base, form)
     model = load_base(base, device=device, dtype=kind, form=form)
     draft = None
     if speculator is not None:

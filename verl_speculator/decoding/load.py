@@ -50,6 +50,25 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
     return getattr(torch, DTYPES[dtype])
 
 
+def check_base(path: str | Path, form: BaseForm = AS_IT_LIES) -> None:
+    """Whether a base can be decoded with, by its configuration: before its weights are read.
+
+    Raises:
+        UserError: for one with recurrent layers.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from verl_speculator.decoding.target import check_rollback
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **form.reading)
+    except (OSError, ValueError, KeyError):  # `load_base` says what is the matter
+        return
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        check_rollback(str(path), MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+
+
 def load_base(path: str | Path, *, device: str, dtype: torch.dtype, form: BaseForm = AS_IT_LIES) -> nn.Module:
     """A Hugging Face causal language model in evaluation mode. No code from the model's folder is run.
 

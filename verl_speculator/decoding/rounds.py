@@ -60,8 +60,13 @@ class Rounds(abc.ABC):
 
     @torch.inference_mode()
     def prefill(self, prompt: Tensor) -> int:
-        """Read the prompt; the first token."""
+        """Read the prompt; the first token.
+
+        Raises:
+            UserError: for a base that keeps no KV cache.
+        """
         self.hidden, logits = self.target.read(prompt, last_only=True)
+        self.target.check_cache(len(prompt))
         if self.policy.greedy:
             self.token = logits.argmax(-1)
         else:

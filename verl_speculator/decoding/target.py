@@ -14,11 +14,40 @@ from verl_speculator.decoding.cache import keep_rows, roll_back, rollback_cache
 from verl_speculator.errors import UserError
 from verl_speculator.models.hidden_state import POST_NORM, StateTap
 
+# Kinds of layers, as configurations list them, that keep keys and values or nothing at all. All others keep a state.
+ROLLED_BACK = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "attention", "sparse", "dense", "moe"}
+)
+
 
 def position_limit(base: nn.Module) -> int | None:
     """The longest sequence that a Hugging Face model was made for, None where its configuration names none."""
     # As an attribute: older architectures call it otherwise, and have it under this name as an alias.
-    return getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def check_rollback(base: str, model_class: type, config: Any) -> None:
+    """Whether a base keeps nothing of what it has read but keys and values. Reads no weight.
+
+    Args:
+        base: its name in the error.
+        model_class: of transformers.
+        config: its Hugging Face configuration.
+
+    Raises:
+        UserError: for a base with recurrent layers, whose state cannot be rolled back.
+    """
+    settings = config.get_text_config()
+    # Not every architecture with recurrent layers is marked as stateful.
+    kinds = getattr(settings, "layer_types", None) or getattr(settings, "layers_block_type", None) or ()
+    recurrent = sorted(set(kinds) - ROLLED_BACK)
+    if getattr(model_class, "_is_stateful", False) or recurrent:
+        layers = f" (layers of {recurrent[0]})" if recurrent else ""
+        raise UserError(
+            f"base={base} ({model_class.__name__}): its recurrent state cannot be rolled back after a rejected "
+            f"draft{layers}; expected a base with attention layers only"
+        )
 
 
 class Target:
@@ -35,11 +64,7 @@ class Target:
     """
 
     def __init__(self, base: nn.Module, reads: str = POST_NORM) -> None:
-        if base._is_stateful:
-            raise UserError(
-                f"base={base.name_or_path} ({type(base).__name__}): its recurrent state cannot be rolled back after a "
-                "rejected draft; expected a base with attention layers only"
-            )
+        check_rollback(base.name_or_path, type(base), base.config)
         self.base = base
         self.cache = rollback_cache()
         self._last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -76,6 +101,20 @@ class Target:
         logits = self.base(input_ids=tokens.unsqueeze(0), **settings).logits[0]
         hidden = self._tap.take()[0]
         return (hidden[-1:], logits[-1:]) if last_only else (hidden, logits)
+
+    def check_cache(self, count: int) -> None:
+        """Whether the cache holds all of `count` tokens that were read: a base that ignores it would go on without
+        them, and say something else.
+
+        Raises:
+            UserError: with both numbers.
+        """
+        kept = {layer.get_seq_length() for layer in self.cache.layers} - {0}  # some layers use those of another
+        if kept != {count}:
+            raise UserError(
+                f"base={self.base.name_or_path} ({type(self.base).__name__}): read {count} tokens and keeps "
+                f"{max(kept, default=0)} in its KV cache; expected a base that caches keys and values of all tokens"
+            )
 
     def roll_back(self, length: int) -> None:
         """Forget all tokens from position `length` on."""

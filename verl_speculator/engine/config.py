@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from verl.workers.config import HFModelConfig
 
-from verl_speculator.base_form import BaseForm
+from verl_speculator.base_form import BaseForm, supported_attention
 from verl_speculator.checkpoint import read_checkpoint_info
 from verl_speculator.config import SpeculatorConfig, SpeculatorTraining, split_settings
 from verl_speculator.errors import UserError
@@ -71,6 +71,7 @@ class SpeculatorModelConfig(HFModelConfig):
         self.packing_required = self.use_remove_padding is True and not self.is_policy
         self.use_remove_padding = self.use_remove_padding in (True, "auto")
         self._describe_base()
+        self._fit_description()
         settings: Mapping[str, Any] = dict(self.speculator)
         if settings.get("path"):
             settings = read_checkpoint_info(settings["path"]).config.to_dict() | settings
@@ -91,6 +92,18 @@ class SpeculatorModelConfig(HFModelConfig):
             super().__post_init__()
         self.hf_config_path, self.tokenizer_path = (path or self.path for path in named)
         self.local_hf_config_path = self.local_tokenizer_path = self.local_path
+
+    def _fit_description(self) -> None:
+        """What the configuration needs for architectures that verl does not have in mind."""
+        wanted = self.hf_config._attn_implementation
+        attention = supported_attention(self.hf_config, wanted)
+        if attention != wanted:
+            logger.info("base %s has no attention by %s: using %s", self.path, wanted, attention)
+            self.hf_config._attn_implementation = attention
+        text = self.hf_config.get_text_config()
+        # verl reads it of every base, for sequence parallelism alone, and older architectures have none.
+        if not hasattr(text, "num_key_value_heads") and hasattr(text, "num_attention_heads"):
+            text.num_key_value_heads = text.num_attention_heads
 
 
 @dataclass

@@ -133,8 +133,11 @@ class ModelWithSpeculator(nn.Module):
             return
         self._head_checked = True
         few = {name: base_inputs[name][:, :8] for name in ("input_ids", "position_ids") if name in base_inputs}
+        training = self.base.training
+        self.base.eval()  # two passes are compared, and dropout makes each another one
         with torch.no_grad(), self._types_of_base(few):
             hidden = self.base.base_model(**few, use_cache=False).last_hidden_state
             logits = self.base(**few, use_cache=False).logits
             with self.head.whole() as head:
                 head.check(hidden.flatten(0, 1), logits.flatten(0, 1))
+        self.base.train(training)

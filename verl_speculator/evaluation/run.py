@@ -14,7 +14,7 @@ from torch import nn
 
 from verl_speculator.bases import base_shape
 from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo, load_speculator
-from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
+from verl_speculator.decoding.load import check_base, choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.decoding.policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.errors import UserError
@@ -57,6 +57,7 @@ def evaluate(settings: EvaluationSettings) -> Path:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     tokenizer = load_tokenizer(settings.base, settings.form)
+    check_base(settings.base, settings.form)
     texts = read_texts(settings.texts, tokenizer) if settings.texts else []
 
     speculators = {name: _load_trained(name, settings, device, dtype) for name in infos}

@@ -20,6 +20,8 @@ POST_NORM, PRE_NORM, BLOCK_OUTPUT, BLOCK_INPUT = "post_norm", "pre_norm", "block
 # What the architectures of transformers call their final norm.
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f")
 BLOCK_NAMES = ("layers", "h", "blocks")
+# Settings of architectures whose layers hand on several states of each token at once: how many.
+STREAMS = ("altup_num_inputs", "hc_mult")
 TOLERANCE = 1e-2
 
 
@@ -34,8 +36,14 @@ def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     """The blocks of a base's inner model, and the name under which it keeps them.
 
     Raises:
-        UserError: where none are found.
+        UserError: where none are found, or what they hand on is no single state that a head could read.
     """
+    for name in STREAMS:
+        if (count := getattr(getattr(decoder, "config", None), name, None) or 1) > 1:
+            raise UserError(
+                f"model.speculator.method=early_exit: {type(decoder).__name__} hands on {count} states of each token "
+                f"between its blocks ({name}); expected a base that hands on one"
+            )
     for name in BLOCK_NAMES:
         if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
             return name, blocks
@@ -77,6 +85,16 @@ def final_norm(base: nn.Module) -> nn.Module:
     if isinstance(norm, nn.LayerNorm) or not hasattr(norm, "weight"):
         raise UserError(f"{setting} ends with {type(norm).__name__}; expected an RMS norm")
     return norm
+
+
+def last_module(base: nn.Module) -> nn.Module:
+    """The module whose output the base's head reads, however the base is called: some call a part of their inner model
+    and never the inner model itself (OPT).
+
+    Args:
+        base: a Hugging Face causal language model.
+    """
+    return base.base_model.get_decoder()
 
 
 def norm_epsilon(norm: nn.Module) -> float:
@@ -132,7 +150,7 @@ class StateTap:
 
     def __init__(self, base: nn.Module, reads: str) -> None:
         kind, _, layer = reads.partition(".")
-        places = {POST_NORM: lambda: base.base_model, PRE_NORM: lambda: final_norm(base)}
+        places = {POST_NORM: lambda: last_module(base), PRE_NORM: lambda: final_norm(base)}
         self.module = places[kind]() if kind in places else block_of(base, int(layer))
         self.kind = kind
         self._taken: Tensor | BlockCall | None = None

@@ -130,12 +130,14 @@ def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from verl_speculator.models.hidden_state import final_norm
+    from verl_speculator.models.hidden_state import block_of, final_norm
     from verl_speculator.models.initialise import block_shapes
 
     with torch.device("meta"):  # the modules, without a weight
         shape = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.trust_remote_code)
     final_norm(shape)
+    if wanted.exit_layer is not None:
+        block_of(shape, wanted.exit_layer)
     return block_shapes(shape, wanted)
 
 
