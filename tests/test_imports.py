@@ -54,8 +54,8 @@ MAY_IMPORT = {
     "state_cache": {"base_form", "errors", "files", "provenance"},
     "run_record": {"config", "provenance", "state_cache"},
     "preflight": {
-        *("base_form", "checkpoint", "config", "errors", "models", "objective", "provenance", "run_record"),
-        *("selection", "settings", "state_cache", "tokens"),
+        *("base_form", "checkpoint", "config", "errors", "files", "models", "objective", "provenance"),
+        *("run_record", "selection", "settings", "state_cache", "tokens"),
     },
     "sweep": {
         *("bases", "checkpoint", "config", "decoding", "errors", "evaluation", "files", "preflight", "provenance"),
