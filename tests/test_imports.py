@@ -64,12 +64,13 @@ MAY_IMPORT = {
     "allocator": set(),
     "launch": {"allocator", "config", "errors", "files", "preflight", "settings"},
     "leash": set(),
+    "import_warnings": set(),
     "engine": {
-        *("alignment", "base_form", "checkpoint", "config", "errors", "files", "losses", "models", "provenance"),
-        *("rollout", "run_record", "state_cache", "tokens"),
+        *("alignment", "base_form", "checkpoint", "config", "errors", "files", "import_warnings", "losses", "models"),
+        *("provenance", "rollout", "run_record", "state_cache", "tokens"),
     },
     "train": {"engine", "errors", "leash", "settings"},
-    "train_ppo": {"engine", "errors", "rollout", "settings"},
+    "train_ppo": {"engine", "errors", "import_warnings", "rollout", "settings"},
     "train_ray": {"engine", "errors", "files", "launch", "preflight", "settings"},
     "data": {"decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"bases", "checkpoint", "config", "errors", "families", "files", "models", "tensors"},
@@ -93,7 +94,7 @@ MAY_IMPORT = {
         *("allocator", "base_form", "bases", "checkpoint", "convert", "data", "decoding", "errors", "evaluation"),
         *("families", "files", "models", "provenance", "rollout", "server", "sweep", "tokens"),
     },
-    "__main__": {"commands", "errors"},
+    "__main__": {"commands", "errors", "import_warnings"},
     "__init__": {"checkpoint", "config", "models"},
 }
 
