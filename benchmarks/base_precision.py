@@ -57,7 +57,6 @@ def main() -> None:
         kl = (exact.exp() * (exact - found)).sum(-1).mean().item()
         other = (exact.argmax(-1) != found.argmax(-1)).float().mean().item()
         figures = {
-            "buffers": name.split()[0],
             "length": args.length,
             "rows": args.rows,
             "kl": kl,

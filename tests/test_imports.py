@@ -54,8 +54,8 @@ MAY_IMPORT = {
     "state_cache": {"base_form", "errors", "files", "provenance"},
     "run_record": {"config", "provenance", "state_cache"},
     "preflight": {
-        *("base_form", "checkpoint", "config", "errors", "models", "objective", "provenance", "run_record"),
-        *("selection", "settings", "state_cache", "tokens"),
+        *("base_form", "checkpoint", "config", "errors", "files", "models", "objective", "provenance"),
+        *("run_record", "selection", "settings", "state_cache", "tokens"),
     },
     "sweep": {
         *("bases", "checkpoint", "config", "decoding", "errors", "evaluation", "files", "preflight", "provenance"),
@@ -64,12 +64,13 @@ MAY_IMPORT = {
     "allocator": set(),
     "launch": {"allocator", "config", "errors", "files", "preflight", "settings"},
     "leash": set(),
+    "import_warnings": set(),
     "engine": {
-        *("alignment", "base_form", "checkpoint", "config", "errors", "files", "losses", "models", "provenance"),
-        *("rollout", "run_record", "state_cache", "tokens"),
+        *("alignment", "base_form", "checkpoint", "config", "errors", "files", "import_warnings", "losses", "models"),
+        *("provenance", "rollout", "run_record", "state_cache", "tokens"),
     },
     "train": {"engine", "errors", "leash", "settings"},
-    "train_ppo": {"engine", "errors", "rollout", "settings"},
+    "train_ppo": {"engine", "errors", "import_warnings", "rollout", "settings"},
     "train_ray": {"engine", "errors", "files", "launch", "preflight", "settings"},
     "data": {"base_form", "decoding", "errors", "evaluation", "files", "progress", "provenance", "selection", "tokens"},
     "rollout": {"bases", "checkpoint", "config", "errors", "families", "files", "models", "tensors"},
@@ -93,7 +94,7 @@ MAY_IMPORT = {
         *("allocator", "base_form", "bases", "checkpoint", "convert", "data", "decoding", "errors", "evaluation"),
         *("families", "files", "models", "provenance", "rollout", "server", "sweep", "tokens"),
     },
-    "__main__": {"commands", "errors"},
+    "__main__": {"commands", "errors", "import_warnings"},
     "__init__": {"checkpoint", "config", "models"},
 }
 

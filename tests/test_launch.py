@@ -17,6 +17,7 @@ from tiny import make_chat_rows, write_parquet
 from verl_speculator import SpeculatorConfig, build_speculator, launch, save_speculator
 from verl_speculator.checkpoint import STATE_FILES
 from verl_speculator.errors import UserError
+from verl_speculator.preflight.loggers import PACKAGES
 from verl_speculator.settings import flash_attention_installed, load_settings
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
@@ -150,6 +151,8 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         ("trainer.seed=abc", "trainer.seed=abc: expected an integer"),
         ("trainer.logger=wandbb", "did you mean 'wandb'"),
         ("trainer.logger=[console,swanlab]", "the package swanlab is not installed"),
+        ("trainer.logger=null", "trainer.logger=null: expected one or several of console"),
+        ("trainer.experiment_name=null", "trainer.experiment_name=null: expected a name"),
         ("data.train_max_samples=null", "data.train_max_samples=null: expected an integer of at least -1"),
         ("model.speculator=null", "model.speculator=None: expected settings"),
         ("model.tokenizer_path=/no/such", "model.tokenizer_path=/no/such"),
@@ -169,6 +172,7 @@ def test_settings_refused(attempt, tmp_path, more, words):
         ("optim.override_optimizer_config={capturable: true}",),
         ("optim.optimizer=SGD", "optim.override_optimizer_config={momentum: 0.9}"),
         ("trainer.profile_interval=[2,3]",),
+        ("trainer.experiment_name=3", "trainer.logger=file"),
         ("checkpoint.save_contents=[model]",),
         ("+optim.grad_clip=0.5",),
     ],
@@ -214,10 +218,75 @@ def test_any_name_of_a_folder(attempt, tmp_path):
         assert load_settings([given, "trainer.device=cpu"]).trainer.default_local_dir == str(tmp_path / name)
 
 
-def test_a_folder_that_cannot_be_made(attempt, tmp_path, monkeypatch):
-    # The superuser, as whom tests may run, could write everywhere; what the kernel tells others is stood in for.
-    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
-    assert_refused(attempt, f"{tmp_path} cannot be written to", tmp_path)
+@pytest.mark.parametrize("name", ["/proc/runs/out", "x" * 300])
+def test_save_path_that_cannot_be_made_refused(attempt, tmp_path, name):
+    """Permissions would allow it: to a superuser anything, to anyone a name that is too long."""
+    path = tmp_path / name
+    assert_refused(attempt, f"save_path={path}: {path} cannot be written to (", tmp_path, save_path=path)
+
+
+def test_save_path_link_to_nothing_refused(attempt, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    assert_refused(attempt, "is a link to nothing, expected a directory", tmp_path)
+
+
+@pytest.fixture
+def no_credentials(monkeypatch, tmp_path_factory):
+    """An environment that is logged in nowhere."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    for name in [
+        name for name in os.environ if name.startswith(("WANDB_", "NETRC", "CLEARML_", "TRAINS_", "SWANLAB_"))
+    ]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_wandb_without_login_refused(attempt, tmp_path):
+    pytest.importorskip("wandb")
+    assert_refused(attempt, "trainer.logger=wandb: not logged in; run `wandb login`", tmp_path, "trainer.logger=wandb")
+
+
+def test_wandb_broken_key_refused(attempt, tmp_path, no_credentials):
+    pytest.importorskip("wandb")
+    no_credentials.setenv("WANDB_API_KEY", "short")
+    assert_refused(attempt, "API key must have 40+ characters", tmp_path, "trainer.logger=wandb")
+
+
+def test_wandb_offline_needs_no_login(attempt, no_credentials):
+    pytest.importorskip("wandb")
+    no_credentials.setenv("WANDB_MODE", "offline")
+    with pytest.raises(Started):
+        attempt("trainer.logger=wandb")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("swanlab", "not logged in; run `swanlab login`"),
+        ("clearml", "no credentials; run `clearml-init`"),
+        ("vemlp_wandb", "no credentials; set VOLC_ACCESS_KEY_ID, VOLC_SECRET_ACCESS_KEY, MLP_TRACKING_REGION"),
+    ],
+)
+def test_loggers_without_login_refused(attempt, tmp_path, tmp_path_factory, no_credentials, name, words):
+    """The packages, which are not installed here, are empty ones: their credentials lie outside them."""
+    packages = tmp_path_factory.mktemp("packages")
+    (packages / f"{PACKAGES[name]}.py").write_text("")
+    no_credentials.syspath_prepend(packages)
+    assert_refused(attempt, f"trainer.logger={name}: {words}", tmp_path, f"trainer.logger={name}")
+
+
+@pytest.mark.parametrize(
+    ("logger", "variable", "value"),
+    [
+        ("tensorboard", "TENSORBOARD_DIR", "/proc/log"),
+        ("file", "VERL_FILE_LOGGER_PATH", "no/such/folder/log.jsonl"),
+        ("file", "VERL_FILE_LOGGER_ROOT", "/proc"),
+    ],
+)
+def test_loggers_without_a_place_to_write_refused(attempt, tmp_path, monkeypatch, logger, variable, value):
+    monkeypatch.setenv(variable, value)
+    assert_refused(attempt, f"trainer.logger={logger}: ", tmp_path, f"trainer.logger={logger}")
 
 
 def test_a_file_in_the_way(attempt, tmp_path):

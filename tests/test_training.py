@@ -190,6 +190,26 @@ def test_joint_training_saves_the_base_and_resumes(runs, settings, bases):
     assert_same(found, full, [5, 6], 1e-2)
 
 
+def test_last_step_saved_before_it_is_validated(runs, settings):
+    """A validation that fails, on a row beyond the length, does not cost the training."""
+    long = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two " * 500}]
+    data = write_parquet(runs / "long.parquet", [{"messages": long}])
+    with pytest.raises(AssertionError, match="max_length"):
+        train(1, runs / "saved", settings(trainer__total_training_steps=2, data__val_files=data, data__max_length=256))
+    assert (runs / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert load_speculator(runs / "saved").n_predict == 3
+
+
+def test_logger_that_fails_stops_before_the_base_loads(runs, settings, base):
+    """What the checks cannot know is still found before anything heavy. Here the log is a folder, and the base model
+    has weights that nobody can read: they would be the error if they were read first."""
+    broken = shutil.copytree(base, runs / "broken")
+    (broken / "model.safetensors").write_text("no weights")
+    runs.joinpath("refused.jsonl").mkdir()
+    with pytest.raises(AssertionError, match=r"error: trainer.logger=file: .*Is a directory"):
+        train(1, runs / "refused", settings(model__partial_pretrain=broken))
+
+
 def test_plain_text_beyond_the_epochs_keeping_one_checkpoint(runs, base):
     """A text column; more steps than epochs give; no validation files; a limit on checkpoints."""
     rows = [{"text": " ".join(WORDS[i % 7 : i % 7 + 9])} for i in range(24)]

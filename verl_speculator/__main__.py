@@ -22,6 +22,7 @@ from verl_speculator.commands.serve import serve
 from verl_speculator.commands.sweep import sweep
 from verl_speculator.commands.tree import tree
 from verl_speculator.errors import UserError
+from verl_speculator.import_warnings import silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
 for command in (
@@ -51,6 +52,7 @@ def main() -> None:
     """Console entry: a user's error is one line and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("verl_speculator.tokens").setLevel(logging.INFO)  # names the tokens that end a turn
+    silence_import_warnings()
     try:
         app()
     except UserError as error:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from verl_speculator.errors import UserError
 
@@ -23,20 +24,28 @@ def fsync(path: Path) -> None:
 
 
 def check_writable(setting: str, directory: Path) -> None:
-    """Whether `directory` can be written to, or made where it does not exist yet. Makes nothing.
+    """Whether `directory` can be written to, or made where it does not exist yet.
+
+    Makes a directory of the same name within a temporary one in the nearest that exists, and leaves nothing behind:
+    permissions alone do not tell of a disk that is read-only, of a name that is too long, or of what a superuser may.
 
     Args:
         setting: name and value as the user gave them, for the message.
         directory: may not exist.
 
     Raises:
-        UserError: if a file is in the way, or permission is missing.
+        UserError: if a file is in the way, or nothing can be made there.
     """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{setting}: {existing} is a file, expected a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{setting}: {existing} cannot be written to")
+    directory = directory.absolute()
+    try:
+        existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            kind = "is a link to nothing" if existing.is_symlink() else "is a file"
+            raise UserError(f"{setting}: {existing} {kind}, expected a directory")
+        with TemporaryDirectory(prefix=TEMPORARY, dir=existing) as temporary:
+            Path(temporary, directory.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{setting}: {directory} cannot be written to ({error.strerror})") from None
 
 
 @contextmanager

@@ -161,6 +161,9 @@ def resolve(config: DictConfig) -> DictConfig:
             raise UserError(f"trainer.device={config.trainer.device}: expected auto, {', '.join(DEVICES)}")
         _resolve_types(config)
         _resolve_warmup(config)
+        for name in ("project_name", "experiment_name"):  # Hydra reads experiment_name=3 as a number
+            if type(config.trainer[name]) in (int, float):
+                config.trainer[name] = str(config.trainer[name])
         _resolve_attention(config)
         config.data.train_files = as_files(config.data.train_files)
         config.data.val_files = as_files(config.data.val_files)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from verl_speculator.errors import UserError
+from verl_speculator.import_warnings import silence_import_warnings
 from verl_speculator.rollout.following import check_following
 from verl_speculator.settings import compose_ppo
 
@@ -45,6 +46,7 @@ def train(overrides: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `train`; a user's error is one line and exit code 2."""
     logging.basicConfig(format="%(name)s: %(message)s")
+    silence_import_warnings()
     given = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(given):
         sys.stdout.write(f"{__doc__}\n")

@@ -55,6 +55,23 @@ class SpeculatorTrainer(SFTTrainer):
 
     # Building
 
+    def _build_config(self) -> None:
+        super()._build_config()
+        self.tracking = self._start_tracking() if dist.get_rank() == 0 else None
+
+    def _start_tracking(self) -> Tracking:
+        """The loggers, before anything heavy loads: a service may still refuse what looked well on this machine."""
+        settings = self.config.trainer
+        try:
+            return Tracking(
+                project_name=settings.project_name,
+                experiment_name=settings.experiment_name,
+                default_backend=settings.logger,
+                config=OmegaConf.to_container(self.config, resolve=True),
+            )
+        except Exception as error:  # each backend has errors of its own
+            raise UserError(f"trainer.logger={settings.logger}: {' '.join(str(error).split())[:200]}") from error
+
     def _build_dataset(self) -> None:
         data, model = self.config.data, self.model_config
         build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
@@ -258,16 +275,7 @@ class SpeculatorTrainer(SFTTrainer):
         return self._metrics(total, "val")
 
     def fit(self) -> None:
-        """Train from the step resumed from to the last; validate and save on the way and at the end."""
-        is_logging = dist.get_rank() == 0
-        tracking = None
-        if is_logging:
-            tracking = Tracking(
-                project_name=self.config.trainer.project_name,
-                experiment_name=self.config.trainer.experiment_name,
-                default_backend=self.config.trainer.logger,
-                config=OmegaConf.to_container(self.config, resolve=True),
-            )
+        """Train from the step resumed from to the last; save and validate on the way and at the end."""
         step, last = self.resume_global_step, self.total_training_steps
         if step >= last:
             logger.info("nothing to train: step %d of %d is reached", step, last)
@@ -282,7 +290,7 @@ class SpeculatorTrainer(SFTTrainer):
                 initial=done,
                 total=end,
                 desc=f"Epoch {epoch + 1}/{total_epochs}",
-                disable=not is_logging,
+                disable=self.tracking is None,
             )
             for batch in progress:
                 step += 1
@@ -291,13 +299,13 @@ class SpeculatorTrainer(SFTTrainer):
                 metrics = self.train_step(batch)
                 if step == self.end_profile_step:
                     self.training_client.stop_profile()
-                if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
-                    metrics |= self.validate()
-                if tracking is not None:
-                    tracking.log(data=metrics, step=step)
-                if _is_due(step, last, self.save_freq):
+                if _is_due(step, last, self.save_freq):  # first: a validation that fails costs no training
                     aggressive_empty_cache(force_sync=True)
                     self.ckpt_handler.save_checkpoint(step=step)
+                if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
+                    metrics |= self.validate()
+                if self.tracking is not None:
+                    self.tracking.log(data=metrics, step=step)
 
     def _init_engine(self) -> None:
         super()._init_engine()

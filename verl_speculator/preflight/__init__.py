@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from verl_speculator.preflight.base import check_base, check_checkpoints
 from verl_speculator.preflight.cache import check_cache
 from verl_speculator.preflight.data import check_data, check_rows
+from verl_speculator.preflight.loggers import check_loggers
 from verl_speculator.preflight.optimizer import check_optimizer
 from verl_speculator.preflight.values import check_batch, check_device, check_settings
 
@@ -25,13 +26,15 @@ def check_run(
         config: from `settings.load_settings`.
         processes: over all nodes.
         processes_per_node: on this one.
-        first_node: whether this machine is the one that reads and writes checkpoints.
+        first_node: whether this machine is the one that reads and writes checkpoints and logs.
         read_rows: whether to read every row of the data; a sweep reads those of many runs once.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
     check_settings(config)
+    if first_node:
+        check_loggers(config)
     check_optimizer(config)
     check_device(config, processes_per_node)
     check_batch(config, processes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from verl_speculator.base_form import BaseForm
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.objective import is_number
+from verl_speculator.preflight.loggers import logger_names
 from verl_speculator.settings import flash_attention_installed
 
 # Features of verl's engine that change the module or the forward pass which the speculator is attached to.
@@ -73,12 +73,6 @@ NUMBERS = {
     "optim.min_lr_ratio": (0.0, 1.0, True),
     "optim.num_cycles": (0.0, math.inf, True),
 }
-# verl's logging backends, with the package that each needs.
-LOGGERS = {
-    **{name: None for name in ("console", "file", "rl_insight")},
-    **{name: name for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")},
-    "vemlp_wandb": "volcengine_ml_platform",
-}
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
 HALF_TYPES = ("bf16", "bfloat16", "fp16", "float16")
 
@@ -112,14 +106,11 @@ def _number(config: DictConfig, key: str, least: float, most: float, inclusive: 
         raise UserError(f"{key}={say(value)}: expected a number {bounds}")
 
 
-def _loggers(config: DictConfig) -> None:
-    given = config.trainer.logger
-    for name in [given] if isinstance(given, str) else list(given or []):
-        if name not in LOGGERS:
-            known = ", ".join(LOGGERS)
-            raise UserError(f"trainer.logger={name}: expected one or several of {known}" + nearest(str(name), LOGGERS))
-        if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise UserError(f"trainer.logger={name}: the package {LOGGERS[name]} is not installed")
+def _names(config: DictConfig) -> None:
+    for key in ("trainer.project_name", "trainer.experiment_name"):
+        name = OmegaConf.select(config, key)
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{key}={say(name)}: expected a name")
 
 
 def _contents(config: DictConfig) -> None:
@@ -155,7 +146,8 @@ def check_settings(config: DictConfig) -> None:
     _number(config, "model.speculator_loss_coeff", 0.0, math.inf, inclusive=not config.model.freeze_base_model)
     if config.optim.get("grad_clip") is not None:
         _number(config, "optim.grad_clip", 0.0, math.inf, inclusive=False)
-    _loggers(config)
+    logger_names(config.trainer.logger)
+    _names(config)
     _contents(config)
     _profile(config)
     model = config.model
