@@ -55,7 +55,7 @@ def test_a_good_run_starts_one_torchrun(attempt, tmp_path):
     with pytest.raises(Started) as started:
         attempt('model.speculator.inner_dim="16.24"', nproc="2")
     command, environment = started.value.args
-    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert command[:4] == [sys.executable, "-m", "verl_speculator.torchrun", "--nproc-per-node=2"]
     assert command.count("verl_speculator.train") == 1
     assert "--standalone" in command
     assert environment["MALLOC_TRIM_THRESHOLD_"]
@@ -72,9 +72,22 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
     assert "--standalone" not in command
     with pytest.raises(UserError, match="not divisible by 6 processes"):
         attempt(nproc="3")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with pytest.raises(UserError, match="MASTER_PORT=0: expected a port from 1 to 65535"):
+        attempt()
     monkeypatch.delenv("NODE_RANK")
     with pytest.raises(UserError, match="NNODES=2: set NODE_RANK too"):
         attempt()
+
+
+def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with pytest.raises(Started) as started:
+        attempt(nproc="2")
+    command = started.value.args[0]
+    assert "--standalone" in command
+    assert not any("master" in argument for argument in command)
 
 
 @pytest.mark.parametrize(

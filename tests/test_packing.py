@@ -123,8 +123,9 @@ def test_two_ranks_cache_and_validate_padded_rows_of_a_base_that_cannot_pack(oth
 
 def test_the_launcher_refuses_packing_asked_for_by_name_in_one_line(other_bases, chat, tmp_path):
     options = overrides(other_bases["opt"], chat, model__use_remove_padding="true")
-    result = script(1, tmp_path / "run", *options)
+    result = script(2, tmp_path / "run", *options)
     assert result.returncode == 2
+    assert "Traceback" not in result.stderr
     assert [line for line in result.stderr.splitlines() if line.startswith("error:")] == [
         "error: model.use_remove_padding=true: OPTForCausalLM does not keep the documents of a packed row apart; "
         "expected auto or false, which pad the rows"

@@ -1,7 +1,7 @@
 """The launcher behind `run_speculator_training.sh`: check everything in this process, then become torchrun.
 
-torchrun turns every exit code of a worker into 1 and prints a traceback of its own, so what is the user's to mend is
-found here, and ends with one line and exit code 2.
+What is the user's to mend is found here where it can be, before the workers start and the base model loads, and ends
+with one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ TORCHRUN_ENVIRONMENT = {
 
 
 def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The command line of torchrun for this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    options = [f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment]
-    if not options and not any(name.startswith("PET_") for name in environment):
-        options = ["--standalone"]
+    """The command line of torchrun for this machine. One machine meets at no address: MASTER_* that a scheduler or an
+    outer job left in the environment would be another's."""
+    command = [sys.executable, "-m", "verl_speculator.torchrun", f"--nproc-per-node={processes}"]
+    options = ["--standalone"]
+    if node_count(environment) > 1 or any(name.startswith("PET_") for name in environment):
+        options = [
+            f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment
+        ]
     return [*command, *options, "-m", "verl_speculator.train", *overrides]
 
 
@@ -57,6 +60,9 @@ def node_count(environment: Mapping[str, str]) -> int:
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in environment]
     if "NNODES" in environment and int(text) > 1 and missing and not any(n.startswith("PET_") for n in environment):
         raise UserError(f"NNODES={text}: set {' and '.join(missing)} too, or torchrun's own PET_* variables")
+    port = environment.get("MASTER_PORT", "29500")
+    if int(text) > 1 and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT={port}: expected a port from 1 to 65535, the same on every machine")
     return int(text)
 
 

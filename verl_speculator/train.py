@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from verl_speculator.errors import UserError
@@ -60,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(given)
     except UserError as error:
-        if rank == 0:
-            sys.stderr.write(f"error: {error}\n")
+        if rank:
+            time.sleep(2)  # rank 0 finds the same and says it; torchrun then ends this process
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
 
