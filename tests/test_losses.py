@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import configurations
 
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.errors import UserError
-from verl_speculator.losses import kernels, reference, speculator_loss
+from verl_speculator.losses import DraftLoss, kernels, reference, speculator_loss
 from verl_speculator.losses.closed_form import loss_and_gradient_, teach
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.objective import Objective
@@ -196,6 +197,36 @@ UNROLLED = {name: config for name, config in configurations().items() if config.
 def test_every_family(config):
     compare(config, Batch(depths=config.depths), OBJECTIVES["mix"], chunk_rows=4)
     compare(config, Batch(depths=config.depths), OBJECTIVES["ce"])
+
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("config", UNROLLED.values(), ids=UNROLLED.keys())
+def test_every_family_under_fsdp1(config, compiled, gloo):
+    """Which lays plain tensors over the parameters while the forward pass runs."""
+    if compiled and not (COMPILER and config == UNROLLED["sum_lstm"]):
+        pytest.skip("no C++ compiler, or compiled for one family already")
+    rows, teacher = (batch := Batch(depths=config.depths, rows=40)).arguments()
+    teacher["base_head"] = lambda states: states @ batch.base_head.T
+    hidden, tokens, targets, valid = rows
+    hidden.requires_grad_()
+    found = []
+    for shard in (None, ShardingStrategy.FULL_SHARD):
+        speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+        draft = DraftLoss(speculator, OBJECTIVES["mix"], compiled=compiled)
+        names = list(dict(speculator.named_parameters()))
+        if shard is not None:
+            cpu = torch.device("cpu")
+            draft = FullyShardedDataParallel(draft, sharding_strategy=shard, device_id=cpu, use_orig_params=True)
+        hidden.grad, given = None, teacher | {"teacher_rows": teacher["teacher_rows"].T}
+        output = draft(hidden, tokens, targets.T, valid.T, **given)
+        output["total"].backward()
+        gradients = [p.grad for p in draft.parameters()]
+        found.append([output["total"].detach(), hidden.grad.clone(), *gradients])
+    for name, plain_one, sharded in zip(["total", "hidden", *names], *found, strict=True):
+        torch.testing.assert_close(sharded, plain_one, rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("objective", ["ce", "mix", "kl_by_gain"])
@@ -406,7 +437,7 @@ def test_fake_tensors():
         assert all(p.grad.shape == p.shape for p in speculator.parameters())
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
 def test_compiled_gives_the_same_for_any_number_of_rows(method):
     """One graph each for unroll and loss, where torch.compile would make one for each number of rows by default."""
@@ -418,7 +449,7 @@ def test_compiled_gives_the_same_for_any_number_of_rows(method):
     assert graphs and counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 @pytest.mark.parametrize("objective", ["mix", "ce_by_reach"])
 def test_compiled_loss_without_gradients_has_no_backward_products(objective):
     config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)

@@ -10,12 +10,13 @@ Shapes: T rows, K depths, D base width, E speculator width, V vocabulary, R rows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
@@ -136,6 +137,21 @@ def speculator_loss(
     return total, dict(zip(SUMS, sums, strict=True))
 
 
+@contextmanager
+def _parameters_alone(module: nn.Module) -> Iterator[None]:
+    """Without the plain tensors that FSDP1 lays over a module's parameters during its forward pass: an attribute is
+    found before a parameter of its name, so that `functional_call` would put its tensors where nobody looks."""
+    hidden = []
+    for part in module.modules():
+        attributes = vars(part)
+        hidden += [(attributes, name, attributes.pop(name)) for name in part._parameters if name in attributes]
+    try:
+        yield
+    finally:
+        for attributes, name, tensor in hidden:
+            attributes[name] = tensor
+
+
 def _unroll(speculator: Speculator, parameters: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
     """[K, r, E] the states of a chunk, with these parameters in the place of the speculator's own."""
     return functional_call(speculator, parameters, (state, tokens))
@@ -202,7 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, job: _Job, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), _parameters_alone(job.speculator):
             wanted = [job.training and want for want in ctx.needs_input_grad[1:]]
             run = _Pass(job, hidden.detach(), parameters, compute, wanted)
             for chunk in job.chunks():
