@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(given)
     except UserError as error:
         if rank:
-            time.sleep(2)  # rank 0 finds the same and says it; torchrun then ends this process
+            time.sleep(30)  # rank 0 finds the same and says it; torchrun then ends this process
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 
