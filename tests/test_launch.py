@@ -195,6 +195,17 @@ def test_settings_accepted(attempt, more):
         attempt(*more)
 
 
+def test_type_of_a_frozen_base_is_its_compute_type(attempt, tmp_path):
+    types = ("engine.model_dtype=fp32", "engine.mixed_precision.param_dtype=bf16")
+    words = "engine.model_dtype=fp32: a frozen base is held in the type that it computes in"
+    assert_refused(attempt, words, tmp_path, *types)
+    assert_refused(attempt, words, tmp_path, "engine.model_dtype=fp32", "engine.mixed_precision=null")
+    with pytest.raises(Started):
+        attempt(*types, "model.freeze_base_model=false")
+    with pytest.raises(Started):
+        attempt("engine.model_dtype=float32", "engine.mixed_precision.param_dtype=fp32")
+
+
 def test_sum_lstm_needs_tied_weights(attempt, tmp_path):
     more = ("model.speculator.method=sum_lstm", "model.speculator.tie_weights=false")
     assert_refused(attempt, "needs model.speculator.tie_weights=true", tmp_path, *more)
