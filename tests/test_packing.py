@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import build_engine, make_batch, run_batch
 from runs import overrides, read_log, script
-from tiny import make_tokenizer
+from tiny import make_tokenizer, make_vision_base
 from transformers import Qwen2Config
 
 from verl_speculator.engine.packing import LENGTH, TOLERANCE, packing_error, probe_documents
@@ -70,6 +70,15 @@ def test_packing_asked_for_by_name_is_refused(any_base, name):
 @pytest.mark.usefixtures("gloo")
 def test_packing_asked_for_by_name_is_done_where_it_can_be(base):
     assert build_engine(base, use_remove_padding=True).packs
+
+
+@pytest.mark.usefixtures("gloo")
+def test_base_that_reads_images_is_refused_before_it_loads(tmp_path):
+    """The documents that packing is tried with, and plain text, have positions of one row; verl asks it for four."""
+    path = make_vision_base("qwen2_vl", tmp_path, make_tokenizer())
+    (tmp_path / "model.safetensors").write_text("no weights")
+    with pytest.raises(UserError, match=r"model\.path=.*: qwen2_vl is a model of images and text"):
+        build_engine(path)
 
 
 def llama4(chunk):
