@@ -38,6 +38,7 @@ def build_engine(
     steps: int = 10,
     lr: float = 1e-3,
     param_dtype: str = "fp32",
+    model_dtype: str | None = None,
     forward_only: bool = False,
     initialize: bool = True,
     strategy: str = "fsdp2",
@@ -64,7 +65,7 @@ def build_engine(
         engine_config=FSDPEngineConfig(
             strategy=strategy,
             mixed_precision=precision,
-            model_dtype=param_dtype,
+            model_dtype=model_dtype or param_dtype,
             forward_only=forward_only,
             seed=1,
         ),

@@ -16,6 +16,7 @@ from harness import build_engine, make_batch, run_batch, whole
 from tiny import GGUF_FILE
 
 from verl_speculator.engine.base import leave_inputs_and_buffers
+from verl_speculator.errors import UserError
 from verl_speculator.models.hidden_state import POST_NORM, StateTap
 
 LENGTH = 1000
@@ -105,6 +106,17 @@ def test_frozen_base_in_4_bits_with_bf16_has_the_types_of_from_pretrained(bases)
     expected = {name: t.dtype for name, t in reference.named_buffers()}
     assert {name: t.dtype for name, t in engine.base.named_buffers()} == expected
     assert expected["model.rotary_emb.inv_freq"] == torch.float32
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.parametrize(("held", "computed"), [("fp32", "bf16"), ("bfloat16", "fp32")])
+def test_frozen_base_is_held_in_the_type_that_it_computes_in(other_bases, held, computed):
+    """Else its units would cast all their parameters, routing biases too."""
+    words = f"engine.model_dtype={held}: a frozen base .*param_dtype is {computed}; expected auto or {computed}"
+    with pytest.raises(UserError, match=words):
+        build_engine(other_bases["ernie4_5_moe"], param_dtype=computed, model_dtype=held, initialize=False)
+    same = build_engine(other_bases["ernie4_5_moe"], param_dtype="bf16", model_dtype="bfloat16", initialize=False)
+    assert same.engine_config.model_dtype == "bfloat16"
 
 
 @pytest.mark.usefixtures("gloo")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import SCRIPT, overrides, script
-from tiny import make_chat_rows, write_parquet
+from tiny import VISION, make_chat_rows, make_vision_base, write_parquet
 
 from verl_speculator import SpeculatorConfig, build_speculator, launch, save_speculator
 from verl_speculator.checkpoint import STATE_FILES
@@ -193,6 +193,25 @@ def test_settings_refused(attempt, tmp_path, more, words):
 def test_settings_accepted(attempt, more):
     with pytest.raises(Started):
         attempt(*more)
+
+
+def test_type_of_a_frozen_base_is_its_compute_type(attempt, tmp_path):
+    types = ("engine.model_dtype=fp32", "engine.mixed_precision.param_dtype=bf16")
+    words = "engine.model_dtype=fp32: a frozen base is held in the type that it computes in"
+    assert_refused(attempt, words, tmp_path, *types)
+    assert_refused(attempt, words, tmp_path, "engine.model_dtype=fp32", "engine.mixed_precision=null")
+    with pytest.raises(Started):
+        attempt(*types, "model.freeze_base_model=false")
+    with pytest.raises(Started):
+        attempt("engine.model_dtype=float32", "engine.mixed_precision.param_dtype=fp32")
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_base_that_reads_images_refused(attempt, tmp_path_factory, tmp_path, tokenizer, name):
+    """verl gives some of them positions in four rows, and no command of ours could load them."""
+    base = make_vision_base(name, tmp_path_factory.mktemp(name), tokenizer)
+    words = f"model.partial_pretrain={base}: {name} is a model of images and text"
+    assert_refused(attempt, words, tmp_path, model__partial_pretrain=base)
 
 
 def test_sum_lstm_needs_tied_weights(attempt, tmp_path):

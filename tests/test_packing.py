@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 from harness import build_engine, make_batch, run_batch
 from runs import overrides, read_log, script
-from tiny import make_tokenizer
+from tiny import make_tokenizer, make_vision_base
+from transformers import Qwen2Config
 
 from verl_speculator.engine.packing import LENGTH, TOLERANCE, packing_error, probe_documents
 from verl_speculator.errors import UserError
@@ -70,6 +72,15 @@ def test_packing_asked_for_by_name_is_done_where_it_can_be(base):
     assert build_engine(base, use_remove_padding=True).packs
 
 
+@pytest.mark.usefixtures("gloo")
+def test_base_that_reads_images_is_refused_before_it_loads(tmp_path):
+    """The documents that packing is tried with, and plain text, have positions of one row; verl asks it for four."""
+    path = make_vision_base("qwen2_vl", tmp_path, make_tokenizer())
+    (tmp_path / "model.safetensors").write_text("no weights")
+    with pytest.raises(UserError, match=r"model\.path=.*: qwen2_vl is a model of images and text"):
+        build_engine(path)
+
+
 def llama4(chunk):
     from transformers import AutoModelForCausalLM, Llama4TextConfig
 
@@ -87,20 +98,30 @@ def llama4(chunk):
     return model
 
 
+def states_of(model, documents):
+    """[T, D] of documents in one packed row."""
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    output = model.model(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False)
+    return output.last_hidden_state[0]
+
+
 @pytest.mark.parametrize("chunk", [16, 64, 256])
 def test_borders_of_attention_chunks_are_seen(chunk):
     """Llama 4 keeps documents apart, and then cuts attention at multiples of a length from the row's start."""
     model = llama4(chunk)
-
-    def run(documents):
-        positions = torch.cat([torch.arange(len(document)) for document in documents])
-        output = model.model(input_ids=torch.cat(documents)[None], position_ids=positions[None], use_cache=False)
-        return output.last_hidden_state[0]
-
+    run = partial(states_of, model)
     documents = probe_documents(make_tokenizer(), model.config)
     assert packing_error(run, documents) > TOLERANCE
     if chunk > 2 * LENGTH:  # without a border inside there is nothing to see
         assert packing_error(run, [document[:LENGTH] for document in documents]) < TOLERANCE
+
+
+@pytest.mark.parametrize("block", [4, 8, 16, 32])
+def test_borders_of_blocks_that_no_configuration_names_are_seen(block):
+    """An architecture may count blocks from the row's start and have another word for their length, or none."""
+    model = llama4(block)
+    documents = probe_documents(make_tokenizer(), Qwen2Config())
+    assert packing_error(partial(states_of, model), documents) > TOLERANCE
 
 
 def test_two_ranks_cache_and_validate_padded_rows_of_a_base_that_cannot_pack(other_bases, chat, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from harness import build_engine, gradients, make_batch, run_batch, weights, whole
 from runs import overrides
 from tiny import ARCHITECTURES
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from verl_speculator import launch
 from verl_speculator.checkpoint import find_resume_path, load_speculator
@@ -72,6 +73,40 @@ def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint, speculator
     assert all(torch.equal(one[key], other[key]) for key in one)
     one, other = weights(engine), weights(again)
     for key in one:  # the optimizer's state came back too
+        torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-7)
+
+
+class OnTheCPU(FullyShardedDataParallel):
+    """FSDP1 as verl asks for it, but for the sending of rank 0's weights, which needs an accelerator."""
+
+    def __init__(self, module, *, sync_module_states, **options):
+        super().__init__(module, **options)
+
+
+@pytest.fixture
+def fsdp1(monkeypatch):
+    """Options of an engine under FSDP1 on the CPU. It names devices by number, and so needs a number of the CPU."""
+    monkeypatch.setattr("verl.workers.engine.fsdp.transformer_impl.FSDP", OnTheCPU)
+    monkeypatch.setattr("verl.workers.engine.fsdp.transformer_impl.get_device_id", lambda: torch.device("cpu"))
+    monkeypatch.setattr("verl.utils.fsdp_utils.get_device_id", lambda: 0)
+    return {"strategy": "fsdp", "use_remove_padding": False}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_fsdp1_resumes_before_its_first_forward_pass(bases, rows, tmp_path, fsdp1, joint):
+    """Without the packing probe nothing has made the whole model the root of its units before the weights are loaded;
+    the speculator's unit, asked alone, would become one."""
+    options = fsdp1 | {"freeze_base_model": not joint}
+    engine = build_engine(bases["qwen2_untied"], **options)
+    step(engine, rows)
+    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    again = build_engine(bases["qwen2_untied"], **options)
+    assert checkpoints(again, tmp_path).load_checkpoint() == 1
+    for each in (engine, again):
+        step(each, rows)
+    one, other = weights(engine), weights(again)
+    assert any("draft" in key for key in one)
+    for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-6, atol=1e-7)
 
 

@@ -206,8 +206,20 @@ def test_logger_that_fails_stops_before_the_base_loads(runs, settings, base):
     broken = shutil.copytree(base, runs / "broken")
     (broken / "model.safetensors").write_text("no weights")
     runs.joinpath("refused.jsonl").mkdir()
-    with pytest.raises(AssertionError, match=r"error: trainer.logger=file: .*Is a directory"):
+    with pytest.raises(AssertionError, match=r"error: trainer.logger=file: .* is a directory, expected a file"):
         train(1, runs / "refused", settings(model__partial_pretrain=broken))
+
+
+def test_log_of_an_earlier_run_outlives_a_run_that_does_not_train(uninterrupted, runs, settings, base):
+    """One that ends while its base model loads, and one whose last step is reached already."""
+    broken = shutil.copytree(base, runs / "unreadable")
+    (broken / "model.safetensors").write_text("no weights")
+    log = shutil.copy(runs / "one.jsonl", runs / "failed.jsonl")
+    before = log.read_bytes()
+    with pytest.raises(AssertionError, match=r"SafetensorError|cannot be loaded"):
+        train(1, runs / "failed", settings(model__partial_pretrain=broken))
+    assert log.read_bytes() == before
+    assert train(1, runs / "one", settings()) == uninterrupted
 
 
 def test_plain_text_beyond_the_epochs_keeping_one_checkpoint(runs, base):

@@ -43,6 +43,8 @@ ARCHITECTURES = ("qwen2_tied", "qwen2_untied", "llama", "qwen2_moe", "gemma2")
 # bloom, gpt_oss), states that run through a row (lfm2, qwen3_next).
 HYBRID = {"lfm2": ["conv", "full_attention"], "qwen3_next": ["linear_attention", "full_attention"]}
 OTHERS = ("ernie4_5_moe", "dots1", "opt", "falcon", "bloom", "gpt_oss", "lfm2", "qwen3_next")
+# That read images too, whose positions verl has in four rows.
+VISION = ("qwen2_vl", "qwen2_5_vl", "glm4v")
 # Whose logits are not the product of state and head alone: scaled, or capped.
 SCALED = ("granite", "granitemoe", "cohere", "gemma2")
 
@@ -154,6 +156,23 @@ def make_base(name: str, folder: Path, tokenizer) -> Path:
                 if not parameter.any():  # routing weights that start at zero
                     parameter.normal_()
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_vision_base(name: str, folder: Path, tokenizer) -> Path:
+    """One of VISION with random weights and no processor, saved with its tokenizer."""
+    import transformers
+
+    kind = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "glm4v": "Glm4v"}[name]
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = heads | {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "rope_parameters": rope}
+    vision = {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "embed_dim": 32}
+    vision |= {"depth": 1, "num_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("bnb4",)
 # The package that each setting needs, and the extra of ours that brings it.
 PACKAGES = {"quantization": ("bitsandbytes", "bnb"), "gguf_file": ("gguf", "gguf")}
+# verl's long names of types.
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 PART_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -174,6 +176,48 @@ class BaseForm:
 
 
 AS_IT_LIES = BaseForm()
+
+
+def check_language_model(setting: str, config: Any) -> None:
+    """Whether the base is a causal language model, as far as transformers knows.
+
+    A model of images and text has positions of several parts and inputs that neither the data nor the commands here
+    know. Those that transformers can also load as language models pass, and so does what it does not know.
+
+    Args:
+        setting: name and value as the user gave them, for the message.
+        config: a Hugging Face configuration.
+
+    Raises:
+        UserError: for a model of images and text alone.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{setting}: {config.model_type} is a model of images and text; expected a causal language model"
+        )
+
+
+def check_frozen_type(model_dtype: str, param_dtype: str) -> None:
+    """Whether a frozen base is held in the type that it computes in. In another one its sharding units would cast all
+    that they gather, and with it what the base keeps in fp32.
+
+    Args:
+        model_dtype: verl's `engine.model_dtype`.
+        param_dtype: verl's `engine.mixed_precision.param_dtype`.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if SHORT.get(model_dtype, model_dtype) != SHORT.get(param_dtype, param_dtype):
+        raise UserError(
+            f"engine.model_dtype={model_dtype}: a frozen base is held in the type that it computes in, "
+            f"engine.mixed_precision.param_dtype is {param_dtype}; expected auto or {param_dtype}"
+        )
 
 
 def supported_attention(config: Any, wanted: str) -> str:

@@ -48,6 +48,32 @@ def check_writable(setting: str, directory: Path) -> None:
         raise UserError(f"{setting}: {directory} cannot be written to ({error.strerror})") from None
 
 
+def check_metrics_file(setting: str, project: str, experiment: str) -> None:
+    """Whether verl's file logger can open its file: one that is named, in a folder that exists, or one in a folder that
+    it makes. A file that is there stays as it is.
+
+    Args:
+        setting: name and value as the user gave them, for the message.
+        project: verl's `trainer.project_name`.
+        experiment: verl's `trainer.experiment_name`.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if named := os.environ.get("VERL_FILE_LOGGER_PATH"):
+        setting, path = f"{setting}: VERL_FILE_LOGGER_PATH={named}", Path(named)
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{setting}: {path.absolute().parent} is no directory; make it first")
+    else:
+        root = Path(os.environ.get("VERL_FILE_LOGGER_ROOT", ".")).expanduser()
+        path = root / project / f"{experiment}.jsonl"
+    if path.is_dir():
+        raise UserError(f"{setting}: {path} is a directory, expected a file")
+    check_writable(setting, path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{setting}: {path} cannot be written to")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an exception."""

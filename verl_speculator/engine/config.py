@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from verl.workers.config import HFModelConfig
 
-from verl_speculator.base_form import BaseForm, supported_attention
+from verl_speculator.base_form import BaseForm, check_language_model, supported_attention
 from verl_speculator.checkpoint import read_checkpoint_info
 from verl_speculator.config import SpeculatorConfig, SpeculatorTraining, split_settings
 from verl_speculator.errors import UserError
@@ -71,6 +71,7 @@ class SpeculatorModelConfig(HFModelConfig):
         self.packing_required = self.use_remove_padding is True and not self.is_policy
         self.use_remove_padding = self.use_remove_padding in (True, "auto")
         self._describe_base()
+        check_language_model(f"model.path={self.path}", self.hf_config)
         self._fit_description()
         settings: Mapping[str, Any] = dict(self.speculator)
         if settings.get("path"):

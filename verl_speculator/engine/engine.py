@@ -23,7 +23,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import detach_tree
 
 from verl_speculator.alignment import DraftRows, align, padded_positions, states_read
-from verl_speculator.base_form import AS_IT_LIES
+from verl_speculator.base_form import AS_IT_LIES, check_frozen_type
 from verl_speculator.checkpoint import read_checkpoint_info, read_weights
 from verl_speculator.engine.base import leave_inputs_and_buffers, load_base
 from verl_speculator.engine.companion import load_companion, save_companion
@@ -72,6 +72,9 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             )
         if model_config.form.whole and engine_config.forward_only:
             raise UserError(f"model.quantization={model_config.quantization}: not for a forward-only engine")
+        if model_config.freeze_base_model and not engine_config.forward_only:
+            compute = (engine_config.mixed_precision or {}).get("param_dtype", "bf16")
+            check_frozen_type(engine_config.model_dtype or "fp32", compute)
         if engine_config.strategy == "fsdp" and not engine_config.forward_only:
             if model_config.is_policy:
                 # Its outermost weights would lie in a unit of the whole model: no checkpoint of the policy alone, and

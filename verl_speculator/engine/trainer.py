@@ -20,7 +20,7 @@ from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.memory_utils import aggressive_empty_cache
-from verl.utils.tracking import Tracking
+from verl.utils.tracking import FileLogger, Tracking
 
 from verl_speculator.engine.checkpointing import RunCheckpoints
 from verl_speculator.engine.dataset import (
@@ -33,12 +33,15 @@ from verl_speculator.engine.dataset import (
 )
 from verl_speculator.engine.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
 from verl_speculator.errors import UserError
+from verl_speculator.files import check_metrics_file
 from verl_speculator.losses import DraftSums
 from verl_speculator.provenance import git_commit, versions, weights_fingerprint
 from verl_speculator.run_record import RECORD, record_settings
 from verl_speculator.state_cache import SETTING, StateCache, check_directory, identify_states, say_size
 
 logger = logging.getLogger(__name__)
+
+FILE = "file"  # verl's name of the logger that writes metrics to a file
 
 
 class SpeculatorTrainer(SFTTrainer):
@@ -59,18 +62,33 @@ class SpeculatorTrainer(SFTTrainer):
         super()._build_config()
         self.tracking = self._start_tracking() if dist.get_rank() == 0 else None
 
+    @property
+    def _logger_names(self) -> list[str]:
+        given = self.config.trainer.logger
+        return [given] if isinstance(given, str) else list(given)
+
     def _start_tracking(self) -> Tracking:
-        """The loggers, before anything heavy loads: a service may still refuse what looked well on this machine."""
+        """The loggers, before anything heavy loads: a service may still refuse what looked well on this machine. verl's
+        file logger empties its file, so that it is only asked about here, and `_open_metrics_file` starts it."""
         settings = self.config.trainer
+        names = self._logger_names
+        if FILE in names:
+            check_metrics_file(f"trainer.logger={FILE}", settings.project_name, settings.experiment_name)
         try:
             return Tracking(
                 project_name=settings.project_name,
                 experiment_name=settings.experiment_name,
-                default_backend=settings.logger,
+                default_backend=[name for name in names if name != FILE],
                 config=OmegaConf.to_container(self.config, resolve=True),
             )
         except Exception as error:  # each backend has errors of its own
             raise UserError(f"trainer.logger={settings.logger}: {' '.join(str(error).split())[:200]}") from error
+
+    def _open_metrics_file(self) -> None:
+        """Start verl's file logger, if it is asked for, once nothing stands between the run and its first step."""
+        settings = self.config.trainer
+        if self.tracking is not None and FILE in self._logger_names:
+            self.tracking.logger[FILE] = FileLogger(settings.project_name, settings.experiment_name)
 
     def _build_dataset(self) -> None:
         data, model = self.config.data, self.model_config
@@ -279,6 +297,8 @@ class SpeculatorTrainer(SFTTrainer):
         step, last = self.resume_global_step, self.total_training_steps
         if step >= last:
             logger.info("nothing to train: step %d of %d is reached", step, last)
+            return
+        self._open_metrics_file()
         total_epochs = -(-last // self.steps_per_epoch)
         while step < last:
             epoch, done = divmod(step, self.steps_per_epoch)

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_speculator.base_form import BaseForm
+from verl_speculator.base_form import BaseForm, check_language_model
 from verl_speculator.checkpoint import (
     BASE_DIRECTORY,
     CONFIG_FILE,
@@ -93,6 +93,7 @@ def check_base(config: DictConfig) -> Base:
     else:
         hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.reading, **options)
     _check_form(setting, hf_config, form)
+    check_language_model(setting, hf_config)
     if named := config.model.tokenizer_path:
         tokenizer = _load(f"model.tokenizer_path={named}", AutoTokenizer.from_pretrained, named, **options)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_speculator.errors import UserError, nearest
-from verl_speculator.files import check_writable
+from verl_speculator.files import check_metrics_file, check_writable
 
 # verl's logging backends, with the package that each needs.
 PACKAGES = {
@@ -108,17 +108,7 @@ def _check_tensorboard(setting: str, trainer: DictConfig) -> None:
 
 
 def _check_file(setting: str, trainer: DictConfig) -> None:
-    """The file that verl's logger opens: one that is named, in a folder that exists, or one in a folder it makes."""
-    if named := os.environ.get("VERL_FILE_LOGGER_PATH"):
-        setting, path = f"{setting}: VERL_FILE_LOGGER_PATH={named}", Path(named)
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"{setting}: {path.absolute().parent} is no directory; make it first")
-    else:
-        root = Path(os.environ.get("VERL_FILE_LOGGER_ROOT", ".")).expanduser()
-        path = root / trainer.project_name / f"{trainer.experiment_name}.jsonl"
-    if path.is_dir():
-        raise UserError(f"{setting}: {path} is a directory, expected a file")
-    check_writable(setting, path.parent)
+    check_metrics_file(setting, trainer.project_name, trainer.experiment_name)
 
 
 CHECKS: dict[str, Callable[[str, DictConfig], None]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from verl_speculator.base_form import BaseForm
+from verl_speculator.base_form import BaseForm, check_frozen_type
 from verl_speculator.errors import UserError, nearest
 from verl_speculator.objective import is_number
 from verl_speculator.preflight.loggers import logger_names
@@ -152,6 +152,10 @@ def check_settings(config: DictConfig) -> None:
     _profile(config)
     model = config.model
     BaseForm(model.quantization, model.gguf_file).check("model.", frozen=model.freeze_base_model)
+    if model.freeze_base_model:
+        precision = config.engine.mixed_precision
+        compute = "bf16" if precision is None else precision.get("param_dtype", "bf16")
+        check_frozen_type(config.engine.model_dtype, compute)
     named = config.data.cache_hidden_states
     if named is not None and (not isinstance(named, str) or not named):
         raise UserError(f"data.cache_hidden_states={named}: expected a directory, or null")
