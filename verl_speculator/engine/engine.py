@@ -168,6 +168,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             freeze_base=self.model_config.freeze_base_model,
             shard_base=not self.model_config.form.whole,
             detach_hidden=training.detach_hidden,
+            copied_head=speculator.copies_scale and training.init == "base" and info is None,
         )
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
