@@ -122,8 +122,11 @@ def _logit_cap(config: DictConfig, hf_config: Any) -> float | None:
 
 def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
     """Whether the base has the parts that a speculator copies; the shapes of its block, if it copies one."""
-    wanted = split_settings(dict(config.model.speculator))[0]
-    if not wanted.reads_inside:
+    from verl_speculator.models import family_class
+
+    wanted, training = split_settings(dict(config.model.speculator))
+    copies_head = training.path is None and training.init == "base" and family_class(wanted.method).copies_scale
+    if not (wanted.reads_inside or copies_head):
         return {}
     if blocks := getattr(hf_config.get_text_config(), "num_hidden_layers", None):
         wanted.check_blocks(blocks)
@@ -131,11 +134,14 @@ def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
     from transformers import AutoModelForCausalLM
 
     from verl_speculator.models.hidden_state import block_of, final_norm
-    from verl_speculator.models.initialise import block_shapes
+    from verl_speculator.models.initialise import block_shapes, check_copied_head
 
     with torch.device("meta"):  # the modules, without a weight
         shape = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.trust_remote_code)
-    final_norm(shape)
+    if copies_head:
+        check_copied_head(shape)
+    if wanted.reads_inside:
+        final_norm(shape)
     if wanted.exit_layer is not None:
         block_of(shape, wanted.exit_layer)
     return block_shapes(shape, wanted)
