@@ -80,13 +80,27 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         attempt()
 
 
-def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "0")
+@pytest.mark.parametrize("more", [{}, {"PET_LOG_DIR": "log", "PET_NPROC_PER_NODE": "2"}, {"PET_NNODES": "1"}], ids=str)
+def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt, monkeypatch, more):
+    """Whatever else of torchrun's is set there."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **more}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(Started) as started:
         attempt(nproc="2")
     command = started.value.args[0]
     assert "--standalone" in command
+    assert not any("master" in argument for argument in command)
+
+
+@pytest.mark.parametrize("name", ["PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK"])
+def test_one_machine_meets_where_torchrun_is_told_to(attempt, monkeypatch, name):
+    """By its own variables, which it reads itself: a bare MASTER_ADDR would replace them."""
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.9")
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(Started) as started:
+        attempt(nproc="2")
+    command = started.value.args[0]
+    assert "--standalone" not in command
     assert not any("master" in argument for argument in command)
 
 
