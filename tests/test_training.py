@@ -158,7 +158,7 @@ def test_resume_other_data_or_objective_refused(uninterrupted, runs, settings, t
     given = settings(data__train_files=data, **more)
     result = script(1, interrupted(runs, "one", tmp_path.name), *given)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert words in result.stderr
+    assert f"(its own, this run's): {words};" in result.stderr, "the only difference"
 
 
 def test_resume_optimizer_takes_this_runs_values(uninterrupted, runs, settings):

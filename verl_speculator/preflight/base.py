@@ -161,7 +161,7 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     setting = f"resume={resumed}"
     otherwise = "; start another run in a new <save_path> (model.speculator.path takes over the weights)"
     info = _check_speculator(setting, resumed, wanted, base, otherwise)
-    _check_record(setting, info, config, train_rows, otherwise, info.differences(wanted, logit_cap))
+    _check_record(setting, info, config, base, train_rows, otherwise, info.differences(wanted, logit_cap))
     for name in STATE_FILES:
         file = resumed / STATE_DIRECTORY / name
         if not file.is_file():
@@ -200,14 +200,20 @@ def _check_speculator(
 
 
 def _check_record(
-    setting: str, info: CheckpointInfo, config: DictConfig, train_rows: int, otherwise: str, others: Sequence[str]
+    setting: str,
+    info: CheckpointInfo,
+    config: DictConfig,
+    base: Base,
+    train_rows: int,
+    otherwise: str,
+    others: Sequence[str],
 ) -> None:
     """Whether the run goes on as what it began; values that may change on the way are named in one line.
 
     Args:
         others: differences between checkpoint and run that the record does not hold.
     """
-    found = compare_records(*_records(info.provenance, config, train_rows))
+    found = compare_records(*_records(info.provenance, config, base, train_rows))
     if refused := (*found.refused, *others):
         raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(refused)}{otherwise}")
     if found.adjusted:
@@ -218,10 +224,12 @@ def _check_record(
         logger.warning("note: %s: not compared, the checkpoint does not record %s", setting, names)
 
 
-def _records(provenance: Mapping[str, Any], config: DictConfig, train_rows: int) -> tuple[dict[str, Any], ...]:
+def _records(
+    provenance: Mapping[str, Any], config: DictConfig, base: Base, train_rows: int
+) -> tuple[dict[str, Any], ...]:
     """The record of a checkpoint and that of this run, with the base model's weights and the number of rows."""
     recorded = earlier_record(provenance) | provenance.get(RECORD, {})
-    own = record_settings(config)
+    own = record_settings(config, base.tokenizer)
     # None of a base model that was trained: it is no longer the one that the run began with.
     if weights := provenance.get("base", {}).get("weights_fingerprint"):
         recorded["the base's weights"] = weights
