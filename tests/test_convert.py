@@ -10,6 +10,7 @@ import pytest
 import torch
 from drafts import load_base, states_of
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PhiConfig
 
 from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
 from verl_speculator.bases import base_shape
@@ -282,6 +283,28 @@ def test_heads_that_end_in_the_bases_own_matrix(tmp_path, base):
     states = states_of(model, PROMPT)
     drawn = [(blocks, model.get_output_embeddings().weight.detach()) for blocks, _ in drawn]
     torch.testing.assert_close(spoken(tmp_path / "out", states), logits_of(drawn, states), rtol=0, atol=1e-12)
+
+
+def test_heads_that_end_in_a_scaled_matrix_of_the_base_keep_its_scale(tmp_path, scaled):
+    """Granite divides its logits."""
+    model = load_base(scaled["granite"], torch.float32)
+    drawn = heads(width=32)
+    tensors = {key: t for key, t in named(drawn, "fasterdecoding").items() if "linear" in key}
+    folder = put(tmp_path / "src", tensors, "medusa_lm_head.pt", configured(drawn, "fasterdecoding"))
+    convert(ConvertSettings(source=folder, out=tmp_path / "out", base=str(scaled["granite"])))
+    states = states_of(model, PROMPT)
+    drawn = [(blocks, model.get_output_embeddings().weight.detach() / 6) for blocks, _ in drawn]
+    torch.testing.assert_close(spoken(tmp_path / "out", states), logits_of(drawn, states), rtol=0, atol=1e-5)
+
+
+def test_heads_that_would_end_in_a_matrix_of_the_base_with_a_bias_are_refused(tmp_path):
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    phi = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=64, pad_token_id=0, eos_token_id=2, **settings))
+    phi.save_pretrained(tmp_path / "phi")
+    tensors = {key: t for key, t in named(heads(width=32), "fasterdecoding").items() if "linear" in key}
+    folder = put(tmp_path / "src", tensors, "medusa_lm_head.pt", configured(heads(width=32), "fasterdecoding"))
+    words = f"base={tmp_path / 'phi'}: PhiForCausalLM: its LM head has a bias"
+    refused(folder, words, base=str(tmp_path / "phi"))
 
 
 def test_types(tmp_path):

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     },
     "settings": {"config", "errors", "families"},
     "state_cache": {"base_form", "errors", "files", "provenance"},
-    "run_record": {"config", "provenance", "state_cache"},
+    "run_record": {"base_form", "config", "provenance", "state_cache"},
     "preflight": {
         *("base_form", "checkpoint", "config", "errors", "files", "models", "objective", "provenance"),
         *("run_record", "selection", "settings", "state_cache", "tokens"),

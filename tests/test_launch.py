@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,13 +81,27 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
         attempt()
 
 
-def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "0")
+@pytest.mark.parametrize("more", [{}, {"PET_LOG_DIR": "log", "PET_NPROC_PER_NODE": "2"}, {"PET_NNODES": "1"}], ids=str)
+def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt, monkeypatch, more):
+    """Whatever else of torchrun's is set there."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **more}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(Started) as started:
         attempt(nproc="2")
     command = started.value.args[0]
     assert "--standalone" in command
+    assert not any("master" in argument for argument in command)
+
+
+@pytest.mark.parametrize("name", ["PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK"])
+def test_one_machine_meets_where_torchrun_is_told_to(attempt, monkeypatch, name):
+    """By its own variables, which it reads itself: a bare MASTER_ADDR would replace them."""
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.9")
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(Started) as started:
+        attempt(nproc="2")
+    command = started.value.args[0]
+    assert "--standalone" not in command
     assert not any("master" in argument for argument in command)
 
 
@@ -453,6 +468,60 @@ def record(run_folder, **sections):
 def test_resume_another_objective_or_data_refused(attempt, run_folder, tmp_path, training, settings, more, words):
     record(run_folder, training=training, settings=settings)
     assert_refused(attempt, words, tmp_path, *more)
+
+
+def copy_of(folder, to, file, edit):
+    """A model's folder with one JSON file changed."""
+    shutil.copytree(folder, to)
+    content = json.loads((to / file).read_text())
+    edit(content)
+    (to / file).write_text(json.dumps(content))
+    return to
+
+
+@pytest.fixture
+def recorded_run(run_folder, base, chat, tmp_path, tokenizer):
+    """A run whose checkpoint has the record that training writes, and the custom class that read its data."""
+    from verl_speculator.engine.config import SpeculatorModelConfig
+    from verl_speculator.run_record import record_settings
+
+    code = tmp_path / "dataset.py"
+    code.write_text("from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset as Rows\n")
+    given = [f"data.custom_cls.path={code}", "data.custom_cls.name=Rows"]
+    config = load_settings([*overrides(base, chat), f"trainer.default_local_dir={run_folder.parent}", *given])
+    trained = SpeculatorModelConfig(path=str(base), speculator=SMALL).tokenizer
+    record(run_folder, settings=record_settings(config, trained))
+    return given, code
+
+
+def test_resume_as_recorded_accepted(attempt, recorded_run, base, tmp_path, caplog):
+    """Also from a copy of the base model's folder, written by another version of transformers."""
+    same = copy_of(base, tmp_path / "same", "config.json", lambda c: c.update(transformers_version="0"))
+    for folder in (base, same):
+        with pytest.raises(Started):
+            attempt(*recorded_run[0], model__partial_pretrain=folder)
+    assert not [text for text in caplog.messages if "resume=" in text]
+
+
+def test_resume_another_tokenizer_template_configuration_or_class_refused(attempt, recorded_run, base, tmp_path):
+    given, code = recorded_run
+    other = copy_of(base, tmp_path / "other", "config.json", lambda c: c.update(rms_norm_eps=1e-3))
+    words = copy_of(base, tmp_path / "words", "tokenizer.json", lambda c: c["model"]["merges"].pop())
+    says = copy_of(base, tmp_path / "says", "config.json", lambda c: None)
+    (says / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    tokenizer, configuration = "the tokenizer or its chat template", "the base model's configuration"
+    for change, name in {
+        f"model.tokenizer_path={words}": tokenizer,
+        f"model.tokenizer_path={says}": tokenizer,
+        f"model.hf_config_path={other}": configuration,
+    }.items():
+        assert_refused(attempt, f"the run differs (its own, this run's): {name};", tmp_path, *given, change)
+    for folder, name in {words: tokenizer, says: tokenizer, other: configuration}.items():
+        words = f"the run differs (its own, this run's): {name};"
+        assert_refused(attempt, words, tmp_path, *given, model__partial_pretrain=folder)
+    assert_refused(attempt, "the code of data.custom_cls;", tmp_path)
+    code.write_text(code.read_text() + "Rows.seed = 1\n")
+    assert_refused(attempt, "the code of data.custom_cls;", tmp_path, *given)
 
 
 def test_resume_unread_settings_not_compared(attempt, run_folder):

@@ -92,6 +92,7 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth(uninterrupted):
     [
         ({"optim__lr_scheduler_type": "constant", "optim__lr_warmup_steps": 3}, [1 / 3, 2 / 3, 1, 1]),
         ({"optim__lr_scheduler_type": "constant", "optim__lr_warmup_steps": 0}, [1, 1, 1, 1]),
+        ({"optim__warmup_style": "constant", "optim__lr_warmup_steps": 2}, [1 / 2, 1, 1, 1]),  # the older name
     ],
 )
 def test_constant_schedule_first_step_learns(runs, settings, more, shares):
@@ -157,7 +158,7 @@ def test_resume_other_data_or_objective_refused(uninterrupted, runs, settings, t
     given = settings(data__train_files=data, **more)
     result = script(1, interrupted(runs, "one", tmp_path.name), *given)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert words in result.stderr
+    assert f"(its own, this run's): {words};" in result.stderr, "the only difference"
 
 
 def test_resume_optimizer_takes_this_runs_values(uninterrupted, runs, settings):

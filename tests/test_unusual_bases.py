@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def configuration(name):
         "bloom": lambda: tf.BloomConfig(vocab_size=330, hidden_size=32, n_layer=2, n_head=4),
         "falcon": lambda: tf.FalconConfig(
             **WIDTH, num_attention_heads=4, new_decoder_architecture=True, num_kv_heads=2, alibi=False
+        ),
+        "phi": lambda: tf.PhiConfig(**WIDTH, num_attention_heads=4, intermediate_size=64, max_position_embeddings=256),
+        "gptj": lambda: tf.GPTJConfig(**SMALL_GPT, rotary_dim=8, n_positions=256),
+        "ernie4_5_moe": lambda: tf.Ernie4_5_MoeConfig(
+            **WIDTH, **HEADS, use_bias=True, moe_num_experts=4, moe_k=2, moe_intermediate_size=32
         ),
         "gpt2": lambda: tf.GPT2Config(**SMALL_GPT, n_positions=256),
         "biogpt": lambda: tf.BioGptConfig(
@@ -194,3 +200,46 @@ def test_early_exit_of_several_streams_is_refused(saved, chat, tmp_path, trainab
     settings["model__speculator__trainable"] = trainable
     with pytest.raises(UserError, match=expected):
         launch.launch(["1", str(tmp_path / "run"), *overrides(saved("gemma3n"), chat, **settings)])
+
+
+MEDUSA = {"method": "medusa"}
+EXIT = {"method": "early_exit", "exit_layer": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "speculator"),
+    [("phi", MEDUSA), ("gptj", MEDUSA | {"head": "frozen_shared"}), ("ernie4_5_moe", EXIT), ("ernie4_5_moe", MEDUSA)],
+    ids=str,
+)
+def test_a_copy_of_a_head_with_a_bias_is_refused_before_weights_load(
+    saved, chat, tmp_path, name, speculator, monkeypatch
+):
+    """A speculator's heads have none: without it a copy gives other logits."""
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("the run started"))
+    given = {f"model__speculator__{key}": value for key, value in speculator.items()}
+    with pytest.raises(UserError) as error:
+        launch.launch(["1", str(tmp_path / "run"), *overrides(saved(name), chat, **given)])
+    assert "its LM head has a bias" in one_line(error) and "model.speculator.init=base" in one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_from_a_head_with_a_bias_is_refused_where_the_head_is_copied(saved, rows):
+    with pytest.raises(UserError, match=r"init=base: PhiForCausalLM: its LM head has a bias.*expected .*init=random"):
+        build_engine(saved("phi"), speculator=MEDUSA)
+    for speculator in (MEDUSA | {"init": "random"}, {"init": "base", "inner_dim": 32, "emb_dim": 32, "proj_dim": 32}):
+        engine = build_engine(saved("phi"), speculator=speculator)
+        run_batch(engine, make_batch(rows[:4], packed=False))
+        assert gradients(engine)
+
+
+def test_an_untrained_head_of_a_base_with_a_bias_would_not_repeat_its_next_token():
+    """Why it is refused: the bias decides tokens."""
+    model = make("phi")
+    head = model.get_output_embeddings()
+    head.bias.normal_(std=10)
+    with torch.inference_mode():
+        tokens = torch.tensor([PROMPT])
+        states, logits = model.base_model(tokens).last_hidden_state, model(tokens).logits
+    assert ((states @ head.weight.T).argmax(-1) != logits.argmax(-1)).any()

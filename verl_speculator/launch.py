@@ -38,18 +38,22 @@ TORCHRUN_ENVIRONMENT = {
     "--master-addr": "MASTER_ADDR",
     "--master-port": "MASTER_PORT",
 }
+# torchrun's own variables that say where processes meet; its others, such as PET_LOG_DIR, do not.
+RENDEZVOUS = ("PET_RDZV_", "PET_MASTER_", "PET_NODE_RANK", "PET_STANDALONE")
 
 
 def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The command line of torchrun for this machine. One machine meets at no address: MASTER_* that a scheduler or an
-    outer job left in the environment would be another's."""
+    """The command line of torchrun for this machine."""
     command = [sys.executable, "-m", "verl_speculator.torchrun", f"--nproc-per-node={processes}"]
-    options = ["--standalone"]
-    if node_count(environment) > 1 or any(name.startswith("PET_") for name in environment):
-        options = [
-            f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment
-        ]
-    return [*command, *options, "-m", "verl_speculator.train", *overrides]
+    return [*command, *_rendezvous(environment), "-m", "verl_speculator.train", *overrides]
+
+
+def _rendezvous(environment: Mapping[str, str]) -> list[str]:
+    """torchrun's options of where processes meet. One machine needs no address: MASTER_* that a scheduler or an outer
+    job left in the environment would be another's. What PET_* variables say of it torchrun reads itself."""
+    if node_count(environment) > 1:
+        return [f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment]
+    return [] if any(name.startswith(RENDEZVOUS) for name in environment) else ["--standalone"]
 
 
 def node_count(environment: Mapping[str, str]) -> int:

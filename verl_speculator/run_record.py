@@ -5,21 +5,29 @@ The trainer writes the record into `config.json`, the checks before a run compar
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_speculator.base_form import BaseForm
 from verl_speculator.config import PREFIX, SpeculatorTraining, split_settings
 from verl_speculator.provenance import data_fingerprint
-from verl_speculator.state_cache import IRRELEVANT
+from verl_speculator.state_cache import IRRELEVANT, file_digest, tokenizer_digest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 RECORD = "settings"  # the record's key in a checkpoint's provenance
 TRAIN_CONTENTS, VAL_CONTENTS = "the contents of data.train_files", "the contents of data.val_files"
+TOKENIZER, BASE_CONFIGURATION = "the tokenizer or its chat template", "the base model's configuration"
+CUSTOM_CODE = "the code of data.custom_cls"
+# What is recorded as a digest, which says nothing to a reader.
+DIGESTS = (TRAIN_CONTENTS, VAL_CONTENTS, TOKENIZER, BASE_CONFIGURATION, CUSTOM_CODE)
+# Entries of a base model's configuration that say by what it was written, or in which type, which is a setting here.
+WRITER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 # Settings of the optimizer by whose state another one cannot continue.
 OPTIMIZER_KIND = ("optim.optimizer", "optim.optimizer_impl")
 # Settings of `data` that the number of rows says better, or that no run has another value of.
@@ -28,13 +36,14 @@ UNRECORDED_OPTIM = {"_target_", "total_training_steps"}
 ADJUSTABLE = (PREFIX + "lr", "trainer.total_epochs", "trainer.total_training_steps", VAL_CONTENTS)
 
 
-def record_settings(config: DictConfig) -> dict[str, Any]:
+def record_settings(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     """Every setting that decides what a run computes, by its name, in the values of JSON.
 
     A setting that has no effect in this run, such as η without the loss that reads it, is left out.
 
     Args:
         config: the resolved configuration.
+        tokenizer: of the base model, with the chat template that training uses.
     """
     from omegaconf import OmegaConf
 
@@ -44,6 +53,8 @@ def record_settings(config: DictConfig) -> dict[str, Any]:
         **_objective(tree["model"], training),
         **_data(tree["data"]),
         "model.custom_chat_template": tree["model"]["custom_chat_template"],
+        TOKENIZER: tokenizer_digest(tokenizer),
+        BASE_CONFIGURATION: _base_configuration(tree["model"]),
         "trainer.seed": tree["trainer"]["seed"],
         **{f"optim.{name}": value for name, value in tree["optim"].items() if name not in UNRECORDED_OPTIM},
         PREFIX + "lr": tree["optim"]["lr"] if training.lr is None else training.lr,
@@ -77,7 +88,27 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
         **{f"data.{name}": value for name, value in data.items() if name not in unread},
         TRAIN_CONTENTS: _contents(data["train_files"]),
         VAL_CONTENTS: _contents(data["val_files"]),
+        CUSTOM_CODE: _custom_code(data["custom_cls"]),
     }
+
+
+def _custom_code(custom: Mapping[str, Any]) -> list[str | None] | None:
+    """The class that reads the data, with a digest of its file (the name of what is not a file); None for verl's."""
+    if not (path := custom.get("path")):
+        return None
+    return [custom.get("name"), file_digest(Path(path)) if Path(path).is_file() else str(path)]
+
+
+def _base_configuration(model: Mapping[str, Any]) -> str:
+    """A digest of the base model's configuration as it is written, wherever it lies."""
+    from transformers import PretrainedConfig
+
+    if named := model["hf_config_path"]:
+        values, _ = PretrainedConfig.get_config_dict(named)
+    else:
+        values, _ = PretrainedConfig.get_config_dict(model["path"], **BaseForm(None, model["gguf_file"]).reading)
+    values = {name: value for name, value in values.items() if name not in WRITER}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _contents(files: Any) -> list[str]:
@@ -136,7 +167,7 @@ def is_adjustable(name: str) -> bool:
 
 
 def _both_values(name: str, recorded: Any, own: Any) -> str:
-    if name in (TRAIN_CONTENTS, VAL_CONTENTS):
+    if name in DIGESTS:
         return name
     return f"{name} ({_say(recorded)}, {_say(own)})"
 

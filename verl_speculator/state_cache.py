@@ -69,19 +69,20 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
         "engine.mixed_precision.param_dtype": (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
         "model.speculator.hidden_state": config.model.speculator.get("hidden_state", "post_norm"),
         "model.override_config": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},
-        "the contents of data.train_files": [_digest(Path(file)) for file in data["train_files"]],
-        "tokenizer or chat template": _tokenizer_digest(tokenizer),
+        "the contents of data.train_files": [file_digest(Path(file)) for file in data["train_files"]],
+        "tokenizer or chat template": tokenizer_digest(tokenizer),
         "data": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT},
-        "the code of data.custom_cls": _digest(Path(custom)) if custom else None,
+        "the code of data.custom_cls": file_digest(Path(custom)) if custom else None,
     }
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
     """Of vocabulary, rules and chat template; what a tokenizer pads or cuts with is not part of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

@@ -193,15 +193,20 @@ def base_config(base: str) -> Any:
 
 
 def parts_of_base(settings: ConvertSettings, width: int, *, norm: bool, out: bool) -> dict[str, Tensor]:
-    """The base's final norm and its output matrix, whichever is asked for, under our names."""
+    """The base's final norm and its LM head with its logits' scale, whichever is asked for, under our names.
+
+    Raises:
+        UserError: for an LM head with a bias.
+    """
     import torch
 
     from verl_speculator.models.hidden_state import FrozenNorm, final_norm
+    from verl_speculator.models.initialise import copied_head
 
     base: nn.Module = load_base(settings.base, device="cpu", dtype=base_config(settings.base).dtype or torch.float32)
     found: dict[str, Tensor] = {}
     if out:
-        found["lm_heads.0.weight"] = base.get_output_embeddings().weight.detach()
+        found["lm_heads.0.weight"] = copied_head(base, f"base={settings.base}", "heads with output matrices")
     if norm:
         copy = FrozenNorm(width).requires_grad_(False)
         # In float32, since some norms round the weight that they keep as a difference from 1.

@@ -171,6 +171,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             freeze_base=self.model_config.freeze_base_model,
             shard_base=not self.model_config.form.whole,
             detach_hidden=training.detach_hidden,
+            copied_head=speculator.copies_scale and training.init == "base" and info is None,
         )
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
@@ -207,8 +208,9 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         if self.model_config.is_policy or settings.zero_indexed_step or settings.lr_scheduler_type != "constant":
             return super()._build_lr_scheduler(optimizer)
         # verl's constant schedule counts from 0 whatever is asked, so that a first step of a warm-up learns nothing.
-        # A cosine of no cycles is as constant, and counts as it is told.
-        self.optimizer_config = replace(settings, lr_scheduler_type="cosine", num_cycles=0.0)
+        # A cosine of no cycles is as constant, and counts as it is told. `warmup_style`, the older name of the type,
+        # would overwrite it again.
+        self.optimizer_config = replace(settings, lr_scheduler_type="cosine", warmup_style=None, num_cycles=0.0)
         try:
             return super()._build_lr_scheduler(optimizer)
         finally:

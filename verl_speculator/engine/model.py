@@ -30,10 +30,19 @@ class ModelWithSpeculator(nn.Module):
         shard_base: let sharding wrappers see the base. False for one that stays whole on every process, and is on its
             device already.
         detach_hidden: if the base is trained, keep the speculator's gradient away from it.
+        copied_head: the speculator's head starts as the base's own, so what the base does to its logits has to be known
+            whatever the loss asks for.
     """
 
     def __init__(
-        self, base: nn.Module, draft: DraftLoss, *, freeze_base: bool, detach_hidden: bool, shard_base: bool = True
+        self,
+        base: nn.Module,
+        draft: DraftLoss,
+        *,
+        freeze_base: bool,
+        detach_hidden: bool,
+        shard_base: bool = True,
+        copied_head: bool = False,
     ) -> None:
         super().__init__()
         if shard_base:
@@ -42,7 +51,9 @@ class ModelWithSpeculator(nn.Module):
             object.__setattr__(self, "base", base.eval())
         self.draft = draft
         self.head = BaseHead(base) if draft.objective.needs_teacher else None
-        self._head_checked = False
+        # Settings that do without each use of the base's logits, until the check of what is known of them.
+        without = {"model.speculator.loss=ce": self.head is not None, "model.speculator.init=random": copied_head}
+        self._unchecked = [setting for setting, used in without.items() if used]
         self.freeze_base = freeze_base
         self.detach_hidden = detach_hidden
         self.reads = draft.speculator.reads
@@ -91,9 +102,9 @@ class ModelWithSpeculator(nn.Module):
             taken, taught = taken.flatten(0, 1)[draft["kept"]].to(torch.bfloat16), None
             kept["states"] = taken
         rows = {name: draft[name] for name in ("tokens", "targets", "valid", "rows", "counts")}
+        self._check_head(base_inputs)
         if self.head is None:
             return self.draft(taken, **rows) | kept, output
-        self._check_head(base_inputs)
         if taught is None:
             taught = self._after_norm(taken.detach())
         teacher = {"teacher_hidden": taught.reshape(-1, taught.shape[-1]), "teacher_rows": draft["teacher_rows"]}
@@ -129,15 +140,15 @@ class ModelWithSpeculator(nn.Module):
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
         """Once, on a few tokens: whether the head gives what the base itself gives. Here its weights are whole."""
-        if self._head_checked:
+        if not self._unchecked:
             return
-        self._head_checked = True
+        expected, self._unchecked = " and ".join(self._unchecked), []
         few = {name: base_inputs[name][:, :8] for name in ("input_ids", "position_ids") if name in base_inputs}
         training = self.base.training
         self.base.eval()  # two passes are compared, and dropout makes each another one
         with torch.no_grad(), self._types_of_base(few):
             hidden = self.base.base_model(**few, use_cache=False).last_hidden_state
             logits = self.base(**few, use_cache=False).logits
-            with self.head.whole() as head:
-                head.check(hidden.flatten(0, 1), logits.flatten(0, 1))
+            with (self.head or BaseHead(self.base)).whole() as head:
+                head.check(hidden.flatten(0, 1), logits.flatten(0, 1), expected)
         self.base.train(training)

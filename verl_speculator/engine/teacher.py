@@ -52,12 +52,13 @@ class BaseHead:
             head.reshard()
 
     @torch.no_grad()
-    def check(self, states: Tensor, logits: Tensor) -> None:
+    def check(self, states: Tensor, logits: Tensor, expected: str = "model.speculator.loss=ce") -> None:
         """Hold the head against logits that the base itself gave.
 
         Args:
             states: [r, D]
             logits: [r, V]
+            expected: settings of a run that does not need the base's logits to be known.
 
         Raises:
             UserError: for an architecture that does something else to its logits.
@@ -65,6 +66,6 @@ class BaseHead:
         difference = (self(states).float() - logits.float()).abs().max() / logits.float().abs().max().clamp(min=1)
         if difference > TOLERANCE:
             raise UserError(
-                f"model.speculator.loss: {type(self.base).__name__} does something to its logits that is not known "
-                "here, so its distribution cannot be compared with; expected loss=ce for this base"
+                f"model.partial_pretrain: {type(self.base).__name__} does something to its logits that is not known "
+                f"here, so its distribution can be neither compared with nor copied; expected {expected} for this base"
             )

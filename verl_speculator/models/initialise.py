@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from verl_speculator.config import SpeculatorConfig
 from verl_speculator.errors import UserError
@@ -14,6 +14,8 @@ from verl_speculator.models.base import Slot, Speculator
 from verl_speculator.models.hidden_state import FrozenNorm, block_of, final_norm
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 from verl_speculator.models.logits import logit_transform
+
+INIT, RANDOM = "model.speculator.init=base", "model.speculator.init=random"
 
 
 def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]:
@@ -51,17 +53,48 @@ def start_from_base(speculator: Speculator, base: nn.Module) -> None:
         base: a Hugging Face causal language model.
 
     Raises:
-        UserError: where a table or head has another width than the base.
+        UserError: where a table or head has another width than the base, or a head whose bias would be lost is copied.
     """
-    state, logit_scale = dict(speculator.named_parameters()), logit_transform(base.config).scale
+    state = dict(speculator.named_parameters())
     for _, slot, is_table in vocabulary_slots(speculator):
         own, source = slot.of(state), base.get_input_embeddings() if is_table else base.get_output_embeddings()
-        weight = source.weight.to(torch.promote_types(source.weight.dtype, torch.float32))
-        if speculator.copies_scale:
-            scale = 1.0 if is_table else logit_scale
-        else:
-            scale = 1 / math.sqrt(min(own.shape)) / weight.std()
-        own.copy_(weight * scale)
+        if speculator.copies_scale and not is_table:
+            own.copy_(copied_head(base))
+            continue
+        weight = _widened(source.weight)
+        own.copy_(weight * (1.0 if speculator.copies_scale else 1 / math.sqrt(min(own.shape)) / weight.std()))
+
+
+def copied_head(base: nn.Module, setting: str = INIT, otherwise: str = RANDOM) -> Tensor:
+    """[V, D] the LM head of a base model times the scale that it gives its logits, in float32 at least.
+
+    Raises:
+        UserError: as `check_copied_head`.
+    """
+    check_copied_head(base, setting, otherwise)
+    return _widened(base.get_output_embeddings().weight.detach()) * logit_transform(base.config).scale
+
+
+def check_copied_head(base: nn.Module, setting: str = INIT, otherwise: str = RANDOM) -> None:
+    """Refuse to copy an LM head that has a bias: a speculator's heads have none, and would give other logits.
+
+    Args:
+        base: a Hugging Face causal language model, on the meta device too.
+        setting: what asks for the copy.
+        otherwise: what to do with such a base.
+
+    Raises:
+        UserError: for such a base.
+    """
+    if base.get_output_embeddings().bias is not None:
+        raise UserError(
+            f"{setting}: {type(base).__name__}: its LM head has a bias, which a copy of it would lose; "
+            f"expected a base model without one, or {otherwise}"
+        )
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def block_shapes(base: nn.Module, config: SpeculatorConfig) -> dict[str, list[int]]:

@@ -7,9 +7,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Settings of transformers' configurations: linear ones with the power at which the value is the factor, then caps.
-SCALE_POWERS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTOR, DIVISOR, CAP = "factor", "divisor", "cap"
+# By model type: a setting of its configuration in transformers, and what the architecture's code does with it. The name
+# of a setting does not say it: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X, and MPT has a
+# `logit_scale` that it does not read.
+TRANSFORMS = {
+    "cohere": ("logit_scale", FACTOR),
+    "cohere2": ("logit_scale", FACTOR),
+    "cohere2_moe": ("logit_scale", FACTOR),
+    "falcon_h1": ("lm_head_multiplier", FACTOR),
+    "gemma2": ("final_logit_softcapping", CAP),
+    "gemma3_text": ("final_logit_softcapping", CAP),
+    "gemma3n_text": ("final_logit_softcapping", CAP),
+    "gemma4_text": ("final_logit_softcapping", CAP),
+    "gemma4_unified_text": ("final_logit_softcapping", CAP),
+    "granite": ("logits_scaling", DIVISOR),
+    "granitemoe": ("logits_scaling", DIVISOR),
+    "granitemoehybrid": ("logits_scaling", DIVISOR),
+    "granitemoeshared": ("logits_scaling", DIVISOR),
+    "hyperclovax": ("logits_scaling", FACTOR),
+    "nanochat": ("final_logit_softcapping", CAP),
+    "recurrent_gemma": ("logits_soft_cap", CAP),
+    "vaultgemma": ("final_logit_softcapping", CAP),
+    "xlstm": ("output_logit_soft_cap", CAP),
+}
 
 
 class LogitTransform(NamedTuple):
@@ -29,13 +50,15 @@ class LogitTransform(NamedTuple):
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """The scale and cap that a Hugging Face configuration names."""
-    settings, scale = config.get_text_config(), 1.0
-    for name, power in SCALE_POWERS.items():
-        value = getattr(settings, name, None)
-        scale *= 1.0 if value is None else float(value) ** power
-    caps = (getattr(settings, name, None) for name in CAPS)
-    return LogitTransform(scale, next((float(cap) for cap in caps if cap), None))
+    """The scale and cap of a Hugging Face configuration, by TRANSFORMS; neither for a model type that is not there."""
+    settings = config.get_text_config()
+    name, kind = TRANSFORMS.get(settings.model_type, (None, None))
+    value = None if name is None else getattr(settings, name, None)
+    if not value:
+        return LogitTransform()
+    if kind == CAP:
+        return LogitTransform(cap=float(value))
+    return LogitTransform(float(value) if kind == FACTOR else 1 / float(value))
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:

@@ -123,8 +123,11 @@ def _logit_cap(config: DictConfig, hf_config: Any) -> float | None:
 
 def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
     """Whether the base has the parts that a speculator copies; the shapes of its block, if it copies one."""
-    wanted = split_settings(dict(config.model.speculator))[0]
-    if not wanted.reads_inside:
+    from verl_speculator.models import family_class
+
+    wanted, training = split_settings(dict(config.model.speculator))
+    copies_head = training.path is None and training.init == "base" and family_class(wanted.method).copies_scale
+    if not (wanted.reads_inside or copies_head):
         return {}
     if blocks := getattr(hf_config.get_text_config(), "num_hidden_layers", None):
         wanted.check_blocks(blocks)
@@ -132,11 +135,14 @@ def _check_parts(config: DictConfig, hf_config: Any) -> dict[str, list[int]]:
     from transformers import AutoModelForCausalLM
 
     from verl_speculator.models.hidden_state import block_of, final_norm
-    from verl_speculator.models.initialise import block_shapes
+    from verl_speculator.models.initialise import block_shapes, check_copied_head
 
     with torch.device("meta"):  # the modules, without a weight
         shape = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.trust_remote_code)
-    final_norm(shape)
+    if copies_head:
+        check_copied_head(shape)
+    if wanted.reads_inside:
+        final_norm(shape)
     if wanted.exit_layer is not None:
         block_of(shape, wanted.exit_layer)
     return block_shapes(shape, wanted)
@@ -156,7 +162,7 @@ def check_checkpoints(config: DictConfig, base: Base, train_rows: int) -> None:
     setting = f"resume={resumed}"
     otherwise = "; start another run in a new <save_path> (model.speculator.path takes over the weights)"
     info = _check_speculator(setting, resumed, wanted, base, otherwise)
-    _check_record(setting, info, config, train_rows, otherwise, info.differences(wanted, logit_cap))
+    _check_record(setting, info, config, base, train_rows, otherwise, info.differences(wanted, logit_cap))
     for name in STATE_FILES:
         file = resumed / STATE_DIRECTORY / name
         if not file.is_file():
@@ -195,14 +201,20 @@ def _check_speculator(
 
 
 def _check_record(
-    setting: str, info: CheckpointInfo, config: DictConfig, train_rows: int, otherwise: str, others: Sequence[str]
+    setting: str,
+    info: CheckpointInfo,
+    config: DictConfig,
+    base: Base,
+    train_rows: int,
+    otherwise: str,
+    others: Sequence[str],
 ) -> None:
     """Whether the run goes on as what it began; values that may change on the way are named in one line.
 
     Args:
         others: differences between checkpoint and run that the record does not hold.
     """
-    found = compare_records(*_records(info.provenance, config, train_rows))
+    found = compare_records(*_records(info.provenance, config, base, train_rows))
     if refused := (*found.refused, *others):
         raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(refused)}{otherwise}")
     if found.adjusted:
@@ -213,10 +225,12 @@ def _check_record(
         logger.warning("note: %s: not compared, the checkpoint does not record %s", setting, names)
 
 
-def _records(provenance: Mapping[str, Any], config: DictConfig, train_rows: int) -> tuple[dict[str, Any], ...]:
+def _records(
+    provenance: Mapping[str, Any], config: DictConfig, base: Base, train_rows: int
+) -> tuple[dict[str, Any], ...]:
     """The record of a checkpoint and that of this run, with the base model's weights and the number of rows."""
     recorded = earlier_record(provenance) | provenance.get(RECORD, {})
-    own = record_settings(config)
+    own = record_settings(config, base.tokenizer)
     # None of a base model that was trained: it is no longer the one that the run began with.
     if weights := provenance.get("base", {}).get("weights_fingerprint"):
         recorded["the base's weights"] = weights
