@@ -221,6 +221,11 @@ def test_type_of_a_frozen_base_is_its_compute_type(attempt, tmp_path):
         attempt("engine.model_dtype=float32", "engine.mixed_precision.param_dtype=fp32")
 
 
+def test_fsdp1_in_one_process_refused(attempt, tmp_path):
+    words = "engine.strategy=fsdp: FSDP1 has nothing to shard in one process; expected fsdp2"
+    assert_refused(attempt, words, tmp_path, "engine.strategy=fsdp", trainer__device="cuda")
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_base_that_reads_images_refused(attempt, tmp_path_factory, tmp_path, tokenizer, name):
     """verl gives some of them positions in four rows, and no command of ours could load them."""

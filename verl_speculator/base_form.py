@@ -125,9 +125,11 @@ class BaseForm:
 
             nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
             options |= {"quantization_config": nf4, "device_map": {"": device}}
+        from safetensors import SafetensorError
+
         try:
             model = auto_class.from_pretrained(base, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise UserError(f"base={self.name_of(base)}: cannot be loaded: {_one_line(error)}") from None
         if self.quantization is not None:
             _leave_odd_shapes_unpacked(model)

@@ -143,7 +143,7 @@ class ModelWithSpeculator(nn.Module):
         if not self._unchecked:
             return
         expected, self._unchecked = " and ".join(self._unchecked), []
-        few = {name: base_inputs[name][:, :8] for name in ("input_ids", "position_ids") if name in base_inputs}
+        few = {name: base_inputs[name][..., :8] for name in ("input_ids", "position_ids") if name in base_inputs}
         training = self.base.training
         self.base.eval()  # two passes are compared, and dropout makes each another one
         with torch.no_grad(), self._types_of_base(few):

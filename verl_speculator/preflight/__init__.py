@@ -36,7 +36,7 @@ def check_run(
     if first_node:
         check_loggers(config)
     check_optimizer(config)
-    check_device(config, processes_per_node)
+    check_device(config, processes, processes_per_node)
     check_batch(config, processes)
     train, val = check_data(config)
     base = check_base(config)

@@ -178,11 +178,14 @@ def check_settings(config: DictConfig) -> None:
             )
 
 
-def check_device(config: DictConfig, processes_per_node: int) -> None:
+def check_device(config: DictConfig, processes: int, processes_per_node: int) -> None:
     """Whether the device has what is asked of it."""
     device, strategy = config.trainer.device, config.engine.strategy
     if device == "cpu" and strategy == "fsdp":
         raise UserError("engine.strategy=fsdp: torch has no FSDP1 for the CPU; use engine.strategy=fsdp2")
+    if strategy == "fsdp" and processes == 1:
+        # torch turns it into NO_SHARD, whose frozen root then fails for a base model with a tied LM head.
+        raise UserError("engine.strategy=fsdp: FSDP1 has nothing to shard in one process; expected fsdp2")
     attention = config.model.override_config.get("attn_implementation")
     if attention == "flash_attention_2" and not flash_attention_installed():
         raise UserError(
