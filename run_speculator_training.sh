@@ -11,4 +11,4 @@ if [ -z "${PYTHON:-}" ]; then
         PYTHON=$here/.venv/bin/python
     fi
 fi
-exec "$PYTHON" -m verl_speculator.launch "$@"
+exec "$PYTHON" -m verl_speculator.preflight.launch "$@"

@@ -19,8 +19,8 @@ from pathlib import Path
 from common import append_rows, environment
 from rich.console import Console
 
-from verl_speculator.allocator import CPU_ALLOCATOR
-from verl_speculator.launch import torchrun_command
+from verl_speculator.preflight.launch import torchrun_command
+from verl_speculator.utils.process import CPU_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.provenance import git_commit, hardware, versions
+from verl_speculator.checkpoint.provenance import git_commit, hardware, versions
 
 
 def environment() -> dict[str, Any]:

@@ -19,14 +19,13 @@ from rich.progress import track
 from rich.table import Table
 
 from verl_speculator import load_speculator
-from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
-from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.base_model.chat_template import end_token_ids
+from verl_speculator.base_model.loading import choose_device, choose_dtype, load_base, load_tokenizer
+from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
-from verl_speculator.evaluation.contenders import HuggingFace, Speculating
+from verl_speculator.evaluation.methods import HuggingFace, SpeculativeMethod
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
-from verl_speculator.selection import spread
-from verl_speculator.tokens import end_token_ids
+from verl_speculator.utils.process import restart_with_allocator, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,9 +41,9 @@ def measure(args: argparse.Namespace) -> None:
     length = max(s.n_predict for s in speculators.values())
     contenders = {
         "generate": HuggingFace(base, policy, 0, ends),
-        "alone": Speculating(base, None, policy, None, ends),
+        "alone": SpeculativeMethod(base, None, policy, None, ends),
         "prompt_lookup": HuggingFace(base, policy, length, ends),
-    } | {name: Speculating(base, s, policy, None, ends) for name, s in speculators.items()}
+    } | {name: SpeculativeMethod(base, s, policy, None, ends) for name, s in speculators.items()}
     prompts = read_prompts(args.file)
     chosen = [prompt_ids(prompts[i], tokenizer) for i in spread(len(prompts), args.prompts)]
     chosen = [ids for ids in chosen if len(ids) + args.max_new_tokens <= position_limit(base)]

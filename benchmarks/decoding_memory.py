@@ -31,8 +31,8 @@ def measure(args: argparse.Namespace, contender: str) -> dict[str, Any]:
 
     from verl_speculator import SpeculatorConfig, build_speculator
     from verl_speculator.decoding import speculative_generate
-    from verl_speculator.evaluation.memory import PeakMemory
-    from verl_speculator.models.initialise import block_shapes, copy_norm
+    from verl_speculator.evaluation.run import PeakMemory
+    from verl_speculator.models.layers import block_shapes, copy_norm
 
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -21,17 +21,16 @@ from rich.progress import track
 from rich.table import Table
 
 from verl_speculator import load_speculator
-from verl_speculator.allocator import restart_with_allocator
+from verl_speculator.base_model.chat_template import end_token_ids
+from verl_speculator.base_model.loading import choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.decoding import DraftTree
-from verl_speculator.decoding.load import choose_device, choose_dtype, load_base, load_tokenizer
-from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.decoding.tree import most_frequent
-from verl_speculator.evaluation.contenders import Speculating
-from verl_speculator.evaluation.draft_tree import sample_ranks
+from verl_speculator.evaluation.methods import SpeculativeMethod
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
-from verl_speculator.selection import spread
-from verl_speculator.tokens import end_token_ids
+from verl_speculator.evaluation.tree_search import sample_ranks
+from verl_speculator.utils.process import restart_with_allocator, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,14 +50,14 @@ def measure(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
     )
     full = speculator.n_predict
-    contenders, expected = {"alone": Speculating(base, None, policy, None, ends)}, {}
+    contenders, expected = {"alone": SpeculativeMethod(base, None, policy, None, ends)}, {}
     for length in dict.fromkeys([full, *map(int, args.lengths.split(","))]):
-        contenders[f"chain of {length}"] = Speculating(base, speculator, policy, length, ends)
+        contenders[f"chain of {length}"] = SpeculativeMethod(base, speculator, policy, length, ends)
         expected[f"chain of {length}"] = sample.tau(DraftTree.chain(length))
-    contenders["auto"] = Speculating(base, speculator, policy, "auto", ends)
+    contenders["auto"] = SpeculativeMethod(base, speculator, policy, "auto", ends)
     for size in map(int, args.sizes.split(",")):
         tree = most_frequent(sample.paths, size)
-        contenders[f"tree of {size}"] = Speculating(base, speculator, policy, None, ends, tree)
+        contenders[f"tree of {size}"] = SpeculativeMethod(base, speculator, policy, None, ends, tree)
         expected[f"tree of {size}"] = sample.tau(tree)
     prompts = read_prompts(args.file)
     chosen = [prompt_ids(prompts[i], tokenizer) for i in spread(len(prompts), args.prompts)]

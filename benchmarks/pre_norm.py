@@ -19,20 +19,20 @@ from rich.console import Console
 from rich.table import Table
 
 from verl_speculator import build_speculator, load_speculator
+from verl_speculator.base_model.loading import load_base, load_tokenizer
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.decoding.load import load_base, load_tokenizer
 from verl_speculator.decoding.target import Target
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
-from verl_speculator.models.initialise import copy_norm, start_from_base
+from verl_speculator.models.layers import copy_norm, start_from_base
 from verl_speculator.models.medusa import Medusa
-from verl_speculator.selection import spread
+from verl_speculator.utils.process import spread
 
 
 class Mistaken(Medusa):
     """Heads for the state after the norm that are handed the one before it."""
 
     @property
-    def reads(self) -> str:
+    def hidden_state_source(self) -> str:
         return "pre_norm"
 
 
@@ -115,7 +115,7 @@ def repeats(base: torch.nn.Module, speculator: Medusa, prompts: list[list[int]])
     """Mean of Σ min(p, q) between the base and the first head, over all positions of the prompts."""
     found = []
     for prompt in prompts:
-        with Target(base, speculator.reads) as target:
+        with Target(base, speculator.hidden_state_source) as target:
             states, logits = target.read(torch.tensor(prompt))
         z = speculator.step(speculator.start(states), states).output
         q = (z @ speculator.head(0).T).softmax(-1)

@@ -19,10 +19,10 @@ from common import append_rows, environment
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from verl_speculator.allocator import restart_with_allocator
-from verl_speculator.decoding.load import choose_device, choose_dtype, load_base
-from verl_speculator.diagnosis import trace
-from verl_speculator.diagnosis.recorder import Recorder
+from verl_speculator.base_model.loading import choose_device, choose_dtype, load_base
+from verl_speculator.diagnose import trace
+from verl_speculator.diagnose.tracer import Recorder
+from verl_speculator.utils.process import restart_with_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {

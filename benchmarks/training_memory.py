@@ -38,7 +38,7 @@ SETTINGS = {
 }
 
 
-class Account(TorchDispatchMode):
+class AcceptanceStats(TorchDispatchMode):
     """Bytes that are held now, and the most that were, over all storages made while it is on."""
 
     def __init__(self) -> None:
@@ -80,7 +80,9 @@ def plain_loss(speculator: Speculator, hidden: Tensor, tokens: Tensor, targets: 
     return torch.stack(losses).mean()
 
 
-def run(impl: str, loss: str, shape: dict[str, int], device: str, account: Account | None) -> Callable[[], None]:
+def run(
+    impl: str, loss: str, shape: dict[str, int], device: str, account: AcceptanceStats | None
+) -> Callable[[], None]:
     """A loss, forward and backward, ready to be called; what it needs is there before."""
     rows, depths, vocab, width = (shape[name] for name in ("rows", "depths", "vocab", "width"))
     widths = {"inner_dim": width, "emb_dim": width, "proj_dim": width}
@@ -116,7 +118,7 @@ def measure(impl: str, loss: str, shape: dict[str, int], by: str) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e9
     with FakeTensorMode():
-        account = Account()
+        account = AcceptanceStats()
         call = run(impl, loss, shape, "cpu", account)
         with account:
             call()

@@ -29,11 +29,11 @@ from torch.nn.utils.rnn import pad_sequence
 from training_memory import plain_loss
 
 from verl_speculator import SpeculatorConfig, build_speculator
-from verl_speculator.alignment import align, padded_positions, states_read
+from verl_speculator.config.objective import Objective
+from verl_speculator.data.alignment import align, padded_positions, states_read
+from verl_speculator.data.hidden_state_cache import StateCache
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models import Speculator
-from verl_speculator.objective import Objective
-from verl_speculator.state_cache import StateCache
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR, PLAIN, OURS, CACHED = "base forward", "plain loop", "ours", "ours, cached states"
@@ -250,7 +250,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from verl_speculator.allocator import restart_with_allocator
+    from verl_speculator.utils.process import restart_with_allocator
 
     restart_with_allocator()
     main()

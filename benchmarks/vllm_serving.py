@@ -19,7 +19,7 @@ from typing import Any
 
 from common import append_rows, environment
 
-TOKENS, DRAFT_PATH = 64, "verl_speculator.rollout.vllm.SpeculatorProposer"
+TOKENS, DRAFT_PATH = 64, "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
 
 
 def engine(base: Path, requests: int, checkpoint: Path | None, drafts: int) -> Any:
@@ -31,7 +31,7 @@ def engine(base: Path, requests: int, checkpoint: Path | None, drafts: int) -> A
         settings |= {
             "speculative_config": {"method": "custom_class", "model": DRAFT_PATH, "num_speculative_tokens": drafts},
             "additional_config": {"verl_speculator": {"path": str(checkpoint.resolve())}},
-            "worker_extension_cls": "verl_speculator.rollout.worker.SpeculatorWorkerExtension",
+            "worker_extension_cls": "verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension",
         }
     return LLM(str(base), max_num_seqs=requests, gpu_memory_utilization=0.3, **settings)
 
@@ -76,7 +76,7 @@ def main() -> None:
     import vllm
     from transformers import AutoTokenizer
 
-    from verl_speculator.checkpoint import read_checkpoint_info
+    from verl_speculator.checkpoint.format import read_checkpoint_info
 
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     conversations = pd.read_parquet(args.prompts)["messages"][-args.count :]

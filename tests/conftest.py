@@ -14,8 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
-from harness import load_rows, process_group
-from tiny import (
+
+from helpers.engine_harness import load_rows, process_group
+from helpers.tiny_models import (
     ARCHITECTURES,
     GGUF_FILE,
     OTHERS,

@@ -9,18 +9,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verl_speculator.checkpoint import load_speculator, save_speculator
-    from verl_speculator.config import SpeculatorConfig
+    from verl_speculator.checkpoint.format import load_speculator, save_speculator
+    from verl_speculator.config.schema import SpeculatorConfig
     from verl_speculator.models import build_speculator
 
 __version__ = "0.1.0"
 __all__ = ["SpeculatorConfig", "build_speculator", "load_speculator", "save_speculator"]
 
 _HOMES = {
-    "SpeculatorConfig": "verl_speculator.config",
+    "SpeculatorConfig": "verl_speculator.config.schema",
     "build_speculator": "verl_speculator.models",
-    "load_speculator": "verl_speculator.checkpoint",
-    "save_speculator": "verl_speculator.checkpoint",
+    "load_speculator": "verl_speculator.checkpoint.format",
+    "save_speculator": "verl_speculator.checkpoint.format",
 }
 
 

@@ -9,20 +9,16 @@ from typing import Annotated
 import typer
 
 import verl_speculator
-from verl_speculator.commands.convert import convert
-from verl_speculator.commands.diagnose import app as diagnose
-from verl_speculator.commands.evaluate import evaluate, plot
-from verl_speculator.commands.export import export
-from verl_speculator.commands.generate import generate
-from verl_speculator.commands.inspect import inspect
-from verl_speculator.commands.prepare import prepare
-from verl_speculator.commands.regenerate import regenerate
-from verl_speculator.commands.rollout_args import rollout_args
-from verl_speculator.commands.serve import serve
-from verl_speculator.commands.sweep import sweep
-from verl_speculator.commands.tree import tree
-from verl_speculator.errors import UserError
-from verl_speculator.import_warnings import silence_import_warnings
+from verl_speculator.cli.checkpoints import convert, export, inspect, rollout_args
+from verl_speculator.cli.data import prepare, regenerate
+from verl_speculator.cli.diagnose import app as diagnose
+from verl_speculator.cli.evaluate import evaluate, plot
+from verl_speculator.cli.generate import generate
+from verl_speculator.cli.serve import serve
+from verl_speculator.cli.sweep import sweep
+from verl_speculator.cli.tree import tree
+from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.import_warnings import silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
 for command in (
@@ -51,7 +47,9 @@ def commands(
 def main() -> None:
     """Console entry: a user's error is one line and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("verl_speculator.tokens").setLevel(logging.INFO)  # names the tokens that end a turn
+    logging.getLogger("verl_speculator.base_model.chat_template").setLevel(
+        logging.INFO
+    )  # names the tokens that end a turn
     silence_import_warnings()
     try:
         app()

@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from verl_speculator.errors import UserError
-from verl_speculator.leash import end_with_parent
-from verl_speculator.settings import common_overrides, load_settings
+from verl_speculator.config.hydra import common_overrides, load_settings
+from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.process import end_with_parent
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -27,11 +27,11 @@ def train(overrides: Sequence[str]) -> None:
     if config.trainer.device == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"  # before verl looks for a device
         os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"  # verl would take flash-attn's loss wherever that is installed
-    importlib.import_module("verl_speculator.engine.plugin")  # registers platform and engine, and fails loudly
+    importlib.import_module("verl_speculator.training.plugin")  # registers platform and engine, and fails loudly
     import torch.distributed
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
-    from verl_speculator.engine.trainer import SpeculatorTrainer
+    from verl_speculator.training.trainer import SpeculatorTrainer
 
     if config.trainer.device == "cpu":
         torch.distributed.init_process_group("gloo")  # verl would ask for "cpu:gloo,cpu:gloo"

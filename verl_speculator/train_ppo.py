@@ -14,10 +14,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.errors import UserError
-from verl_speculator.import_warnings import silence_import_warnings
-from verl_speculator.rollout.following import check_following
-from verl_speculator.settings import compose_ppo
+from verl_speculator.config.hydra import compose_ppo
+from verl_speculator.rl.preflight import check_following
+from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.import_warnings import silence_import_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def train(overrides: Sequence[str]) -> None:
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
-    from verl_speculator.engine.ppo import FollowedTaskRunner
+    from verl_speculator.rl.trainer import FollowedTaskRunner
 
     auto_set_device(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))

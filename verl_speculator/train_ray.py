@@ -17,12 +17,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from verl_speculator.errors import UserError
-from verl_speculator.files import check_writable
-from verl_speculator.launch import worker_environment
+from verl_speculator.config.hydra import common_overrides, load_settings
 from verl_speculator.preflight import check_run
-from verl_speculator.preflight.values import check_settings
-from verl_speculator.settings import common_overrides, load_settings
+from verl_speculator.preflight.launch import worker_environment
+from verl_speculator.preflight.settings import check_settings
+from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.errors import UserError
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -46,11 +46,11 @@ def train(overrides: Sequence[str]) -> None:
         own |= {"VERL_PLATFORM": "cpu", "VERL_DISABLE_FLASH_ATTN_CE": "1"}
         os.environ |= {name: own[name] for name in ("VERL_PLATFORM", "VERL_DISABLE_FLASH_ATTN_CE")}
     added = {name: value for name, value in own.items() if name not in os.environ or name.startswith("VERL_")}
-    importlib.import_module("verl_speculator.engine.plugin")  # after VERL_PLATFORM
+    importlib.import_module("verl_speculator.training.plugin")  # after VERL_PLATFORM
     import ray
     import torch.distributed as dist
 
-    from verl_speculator.engine.ray_trainer import RaySpeculatorTrainer
+    from verl_speculator.training.ray_worker import RaySpeculatorTrainer
 
     here = {}
     if settings.device == "cpu" and "RAY_ADDRESS" not in os.environ:

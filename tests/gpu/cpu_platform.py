@@ -13,7 +13,7 @@ from typing import Any
 
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-from verl_speculator.engine.platform_cpu import PlatformCPU
+from verl_speculator.training.platform_cpu import PlatformCPU
 
 
 @PlatformRegistry.register(platform="cpu_as_gpus")

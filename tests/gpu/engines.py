@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.rollout.vllm_contract import KEY, PROPOSER
+from verl_speculator.vllm_plugin.compat import KEY, PROPOSER
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-EXTENSION = "verl_speculator.rollout.worker.SpeculatorWorkerExtension"
+EXTENSION = "verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension"
 
 
 def on_cuda() -> bool:

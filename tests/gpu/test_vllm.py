@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from drafts import load_base
 from engines import drafting, engine_settings, on_cuda, run, start
-from runs import overrides, script
 
+from helpers.drafters import load_base
+from helpers.training_runs import overrides, script
 from verl_speculator import load_speculator
 from verl_speculator.decoding import speculative_generate
 
@@ -198,7 +198,7 @@ def test_two_tensor_parallel_workers(served, prompts, trained, alone, ours, tmp_
 def test_a_newer_speculator_takes_over(served, prompts, trained, alone, ours, tmp_path):
     """First one that knows nothing, then the trained one from its file; the text stays what it is."""
     from verl_speculator import build_speculator, save_speculator
-    from verl_speculator.checkpoint import read_checkpoint_info
+    from verl_speculator.checkpoint.format import read_checkpoint_info
 
     info = read_checkpoint_info(trained["sum_rnn"])
     base = load_base(served, torch.float32)

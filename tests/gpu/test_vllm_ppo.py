@@ -16,8 +16,8 @@ import pytest
 from engines import HERE, ROOT, on_cuda
 from test_vllm import DRAFTS, data, pytestmark, real, served, trained  # noqa: F401
 
-from verl_speculator.checkpoint import read_checkpoint_info
-from verl_speculator.rollout.arguments import rollout_arguments
+from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.rl.rollout_args import rollout_arguments
 
 STEPS = 4
 CPU = {

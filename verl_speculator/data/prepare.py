@@ -12,6 +12,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_speculator.data.conversations import DataFile, find_source
+from verl_speculator.data.dedup import MESSAGES, DedupWriter, choose_held_out, split
 from verl_speculator.data.formats import (
     STYLES,
     TEXT,
@@ -26,10 +28,8 @@ from verl_speculator.data.formats import (
     to_conversation,
     to_text,
 )
-from verl_speculator.data.kept import MESSAGES, Kept, choose_held_out, split
-from verl_speculator.data.read import Source, find_source
-from verl_speculator.errors import UserError, nearest
-from verl_speculator.files import TEMPORARY, atomic_file, check_writable
+from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable
+from verl_speculator.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ class PrepareSettings:
             return (self.format,)
         return (TEXT,) if self.text_column else (*STYLES, TEXT)
 
-    def check_output(self, sources: Iterable[Source]) -> None:
+    def check_output(self, sources: Iterable[DataFile]) -> None:
         """Refuse an output directory that cannot be written to or holds what would be lost, without making it."""
         check_writable(f"out={self.out}", self.out)
         results = [path for path in (self.out / TRAIN, self.out / VAL) if path.exists()]
@@ -180,10 +180,10 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
         raise UserError(f"out={settings.out}: cannot be written ({error})") from None
 
 
-def _prepare(settings: PrepareSettings, sources: list[Source]) -> dict[str, Any]:
+def _prepare(settings: PrepareSettings, sources: list[DataFile]) -> dict[str, Any]:
     _remove_leftovers(settings.out)
     with _temporary(settings.out / SPOOL) as spool:
-        with Kept(spool, seed=settings.seed, max_rows=settings.max_rows, dedup=settings.dedup) as kept:
+        with DedupWriter(spool, seed=settings.seed, max_rows=settings.max_rows, dedup=settings.dedup) as kept:
             found = [_read(source, settings, kept) for source in sources]
         total = sum((counts for _, counts in found), Counts())
         if not total.kept:
@@ -195,7 +195,7 @@ def _prepare(settings: PrepareSettings, sources: list[Source]) -> dict[str, Any]
     return report
 
 
-def _read(source: Source, settings: PrepareSettings, kept: Kept) -> tuple[str | None, Counts]:
+def _read(source: DataFile, settings: PrepareSettings, kept: DedupWriter) -> tuple[str | None, Counts]:
     """The style of an input, None if it was not needed, and what became of its rows."""
     counts = Counts()
     if kept.is_full:
@@ -223,7 +223,7 @@ def _read(source: Source, settings: PrepareSettings, kept: Kept) -> tuple[str | 
     return style, counts
 
 
-def _recognise(source: Source, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
+def _recognise(source: DataFile, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
     """The style of an input: that of its first row that is in any."""
     if not head:
         raise UserError(f"{source.name}: holds no rows")
@@ -269,14 +269,14 @@ def _content(record: Row, style: str, column: str, settings: PrepareSettings) ->
 
 def _report(
     settings: PrepareSettings,
-    sources: list[Source],
+    sources: list[DataFile],
     found: list[tuple[str | None, Counts]],
     total: Counts,
     num_val: int,
 ) -> dict[str, Any]:
     import pyarrow as pa
 
-    from verl_speculator.provenance import file_fingerprint, git_commit, versions
+    from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, versions
 
     inputs = []
     for source, (style, counts) in zip(sources, found, strict=True):

@@ -4,23 +4,102 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.base_form import AS_IT_LIES
-from verl_speculator.data.backends import Backend, HuggingFaceBackend, VllmBackend
-from verl_speculator.data.regenerate_settings import RegenerateSettings
+from verl_speculator.base_model.loading import UNQUANTIZED
+from verl_speculator.data.conversations import Conversation, PromptFile
+from verl_speculator.data.generation_backends import Backend, HuggingFaceBackend, VllmBackend
 from verl_speculator.data.shards import Shards
-from verl_speculator.data.talks import Source, Talk
-from verl_speculator.errors import UserError
-from verl_speculator.progress import progress_bar
-from verl_speculator.selection import spread
+from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.process import progress_bar, spread
 
 if TYPE_CHECKING:
     import torch
+
+
+BACKENDS = ("hf", "vllm")
+
+
+@dataclass(frozen=True)
+class RegenerateSettings:
+    """Everything that decides what is written; all of it is recorded.
+
+    Attributes:
+        base: directory or hub name.
+        data: parquet with the prompts.
+        out: parquet to write.
+        backend: of BACKENDS.
+        max_new_tokens: the most tokens of an answer.
+        temperature, top_p, top_k: the sampling policy.
+        seed: of sampling.
+        keep_unfinished: keep rows with an answer that did not end. The chat template writes an end token behind it all
+            the same, and so teaches an end that the base did not make.
+        num_rows: rows of the file, at even distances; 0 for all.
+        batch_size: prompts at a time, for Hugging Face's loop.
+        shard_rows: rows that are kept together, and that a kill can cost.
+        dtype, device: `auto` or a name.
+        vllm_args: further arguments of `vllm.LLM`.
+        overwrite: replace `out`, and shards of other settings.
+    """
+
+    base: str
+    data: Path
+    out: Path
+    backend: str = "hf"
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    keep_unfinished: bool = False
+    num_rows: int = 0
+    batch_size: int = 16
+    shard_rows: int = 512
+    dtype: str = "auto"
+    device: str = "auto"
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.policy  # noqa: B018
+        for name, least in (("max_new_tokens", 1), ("seed", 0), ("num_rows", 0), ("batch_size", 1), ("shard_rows", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: expected a number ≥ {least}")
+        if self.backend not in BACKENDS:
+            hint = nearest(self.backend, BACKENDS)
+            raise UserError(f"backend={self.backend}: expected {' or '.join(BACKENDS)}{hint}")
+        if self.backend == "vllm":
+            if importlib.util.find_spec("vllm") is None:
+                raise UserError("backend=vllm: vLLM is not installed; expected `pip install vllm`, or --backend hf")
+            if self.device != "auto":
+                raise UserError(f"device={self.device}: vLLM chooses its device itself, expected auto")
+        elif self.vllm_args:
+            raise UserError(f"vllm_args={json.dumps(self.vllm_args)}: only for --backend vllm")
+
+    @property
+    def policy(self) -> SamplingPolicy:
+        """Temperature, top-p and top-k."""
+        return SamplingPolicy(self.temperature, self.top_p, self.top_k)
+
+    def check_output(self) -> None:
+        """Refuse an output that is there already or cannot be written, without making anything."""
+        if self.out.is_dir():
+            raise UserError(f"out={self.out}: a directory, expected a name for a parquet file")
+        if self.out.suffix != ".parquet":
+            raise UserError(f"out={self.out}: expected a name that ends in .parquet")
+        if self.out.exists() and self.data.exists() and self.out.samefile(self.data):
+            raise UserError(f"out={self.out}: is the data itself, expected another file")
+        if self.out.exists() and not self.overwrite:
+            raise UserError(f"out={self.out}: exists already; expected a new name, or --overwrite")
+        check_writable(f"out={self.out}", self.out.parent)
+
 
 UNFINISHED, TOO_LONG, TOOLS = "unfinished", "too_long", "tools"
 REASONS = {
@@ -31,7 +110,7 @@ REASONS = {
 
 
 @dataclass
-class Account:
+class AcceptanceStats:
     """What became of some rows.
 
     Attributes:
@@ -48,7 +127,7 @@ class Account:
     unfinished: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, other: Account) -> None:
+    def add(self, other: AcceptanceStats) -> None:
         """Add what became of other rows."""
         for name in ("rows", "answers", "tokens", "unfinished"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -71,7 +150,7 @@ class Account:
         return lines
 
 
-def regenerate(settings: RegenerateSettings) -> Account:
+def regenerate(settings: RegenerateSettings) -> AcceptanceStats:
     """Write `settings.out`: the rows of `settings.data` with answers of the base's own (docs/regenerate.md).
 
     A run that was killed goes on where it was.
@@ -84,10 +163,10 @@ def regenerate(settings: RegenerateSettings) -> Account:
             known by then. Also if no row is left.
     """
     settings.check_output()
-    source = Source.open(settings.data)
+    source = PromptFile.open(settings.data)
 
     # These load torch, which no complaint about a setting or the file should wait for.
-    from verl_speculator.decoding.load import choose_device, choose_dtype, load_tokenizer
+    from verl_speculator.base_model.loading import choose_device, choose_dtype, load_tokenizer
 
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
@@ -120,9 +199,9 @@ def regenerate(settings: RegenerateSettings) -> Account:
                 account = _answer(talks, backend, tokenizer, settings, lambda n: progress.advance(task, n))
                 kept = [talk for talk in talks if not talk.open]
                 shards.write(i, source.answered(kept), asdict(account))
-    total = Account()
+    total = AcceptanceStats()
     for found in shards.accounts():
-        total.add(Account(**found))
+        total.add(AcceptanceStats(**found))
     if not total.written:
         shards.remove()
         advice = f"; expected a larger --max-new-tokens than {settings.max_new_tokens}, or --keep-unfinished"
@@ -132,12 +211,12 @@ def regenerate(settings: RegenerateSettings) -> Account:
     return total
 
 
-def _check(source: Source, rows: list[int], tokenizer: Any, *, go_on: bool) -> int:
+def _check(source: PromptFile, rows: list[int], tokenizer: Any, *, go_on: bool) -> int:
     """How many answers some rows wait for, once it is sure that the chat template takes them.
 
     Rows that are being gone on with have been through this.
     """
-    from verl_speculator.tokens import tokenize_prompt
+    from verl_speculator.base_model.chat_template import tokenize_prompt
 
     answers = 0
     for talk in source.talks(rows):
@@ -174,26 +253,26 @@ def _load(
 
 
 def _answer(
-    talks: list[Talk],
+    talks: list[Conversation],
     backend: Backend,
     tokenizer: Any,
     settings: RegenerateSettings,
     advance: Callable[[int], None],
-) -> Account:
+) -> AcceptanceStats:
     """Answer the conversations of a shard, turn by turn; those that are dropped keep an open place."""
-    from verl_speculator.tokens import tokenize_prompt
+    from verl_speculator.base_model.chat_template import tokenize_prompt
 
-    account = Account(rows=len(talks))
+    account = AcceptanceStats(rows=len(talks))
     said: dict[int, list[tuple[int, bool]]] = {talk.row: [] for talk in talks}
 
-    def drop(talk: Talk, reason: str) -> None:
+    def drop(talk: Conversation, reason: str) -> None:
         account.dropped.setdefault(reason, []).append(talk.row)
         said.pop(talk.row)
         advance(len(talk.open))
 
     due = talks
     while due:
-        asked: list[tuple[Talk, list[int]]] = []
+        asked: list[tuple[Conversation, list[int]]] = []
         for talk in due:
             if talk.calls_tools:
                 drop(talk, TOOLS)
@@ -239,20 +318,20 @@ def _end_tokens(base: str, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a turn, without loading the base."""
     from transformers import AutoConfig
 
-    from verl_speculator.tokens import end_token_ids
+    from verl_speculator.base_model.chat_template import end_token_ids
 
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"base={base}: no model there: {' '.join(str(error).split())[:200]}") from None
-    return end_token_ids(tokenizer, AS_IT_LIES.read_generation_config(base, config))
+    return end_token_ids(tokenizer, UNQUANTIZED.read_generation_config(base, config))
 
 
 def _identity(
     settings: RegenerateSettings, device: str, dtype: torch.dtype, tokenizer: Any, ends: tuple[int, ...]
 ) -> dict[str, Any]:
     """What must be the same for shards to belong together."""
-    from verl_speculator.provenance import weights_fingerprint
+    from verl_speculator.checkpoint.provenance import weights_fingerprint
 
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     identity = {
@@ -283,12 +362,12 @@ def _provenance(
     dtype: torch.dtype,
     tokenizer: Any,
     ends: tuple[int, ...],
-    total: Account,
+    total: AcceptanceStats,
 ) -> dict[str, Any]:
     """What the result says of itself."""
     from importlib import metadata
 
-    from verl_speculator.provenance import git_commit, hardware, versions, weights_fingerprint
+    from verl_speculator.checkpoint.provenance import git_commit, hardware, versions, weights_fingerprint
 
     identity = _identity(settings, device, dtype, tokenizer, ends)
     found = versions() | ({"vllm": metadata.version("vllm")} if settings.backend == "vllm" else {})

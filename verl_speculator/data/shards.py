@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.errors import UserError
-from verl_speculator.files import TEMPORARY, atomic_file, remove_directory
+from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, remove_directory
+from verl_speculator.utils.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa

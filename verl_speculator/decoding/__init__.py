@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from verl_speculator.decoding.generate import GenerationStream, speculative_generate, speculative_stream
-    from verl_speculator.decoding.generation import Generation, Round
-    from verl_speculator.decoding.policy import SamplingPolicy
+    from verl_speculator.decoding.outputs import Generation, Round
+    from verl_speculator.decoding.sampling_policy import SamplingPolicy
     from verl_speculator.decoding.tree import DraftTree, read_tree
     from verl_speculator.decoding.verification import verify, verify_greedy
 
@@ -27,9 +27,9 @@ __all__ = [
 
 _HOMES = {name: "verl_speculator.decoding.generate" for name in __all__} | {
     "DraftTree": "verl_speculator.decoding.tree",
-    "Generation": "verl_speculator.decoding.generation",
-    "Round": "verl_speculator.decoding.generation",
-    "SamplingPolicy": "verl_speculator.decoding.policy",
+    "Generation": "verl_speculator.decoding.outputs",
+    "Round": "verl_speculator.decoding.outputs",
+    "SamplingPolicy": "verl_speculator.decoding.sampling_policy",
     "read_tree": "verl_speculator.decoding.tree",
     "verify": "verl_speculator.decoding.verification",
     "verify_greedy": "verl_speculator.decoding.verification",

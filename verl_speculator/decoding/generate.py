@@ -4,21 +4,66 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.decoding.generation import Generation, Round
-from verl_speculator.decoding.length import DraftLength, FixedLength, Lengths, check_length, lengths_of
-from verl_speculator.decoding.pair import pair
-from verl_speculator.decoding.policy import SamplingPolicy
-from verl_speculator.decoding.rounds import ChainRounds, Outcome, Rounds, TreeRounds
-from verl_speculator.decoding.stop import StopRule
+from verl_speculator.decoding.draft_and_verify import (
+    ChainDraftAndVerify,
+    DraftAndVerify,
+    Outcome,
+    TreeDraftAndVerify,
+    make_target_and_drafter,
+)
+from verl_speculator.decoding.draft_length import DraftLength, FixedLength, Lengths, check_length, draft_length_policy
+from verl_speculator.decoding.outputs import Generation, Round
+from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import Target, position_limit
 from verl_speculator.decoding.tree import DraftTree, check_beside
-from verl_speculator.errors import UserError
 from verl_speculator.models import Speculator
+from verl_speculator.utils.errors import UserError
+
+# Tokens that a stop string may begin before: enough for byte-level tokens that only together make one character.
+MARGIN = 8
+
+
+class StopRule:
+    """Cuts new tokens where the text ends.
+
+    Args:
+        eos_token_ids: tokens that end the text; they are its last token.
+        strings: texts that end it; the token that completes one is its last.
+        tokenizer: needed for strings.
+        limit: number of tokens at which it ends anyway.
+
+    Raises:
+        UserError: for strings without a tokenizer, or an empty string.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int], strings: Sequence[str], tokenizer: Any, limit: int) -> None:
+        if strings and tokenizer is None:
+            raise UserError("stop: stop strings need a tokenizer")
+        if not all(strings):
+            raise UserError("stop='': expected a text of at least one character")
+        self.ends = frozenset(eos_token_ids)
+        self.strings, self.tokenizer, self.limit = tuple(strings), tokenizer, limit
+        self.window = max((len(s.encode()) for s in strings), default=0) + MARGIN
+
+    def cut(self, before: Sequence[int], new: Sequence[int]) -> tuple[list[int], str | None]:
+        """Those of the `new` tokens that belong to the text after the `before` ones, and why it ends there: "stop",
+        "length", or None if it goes on."""
+        for i, token in enumerate(new):
+            if token in self.ends or (self.strings and self._completes(before, new[: i + 1])):
+                return list(new[: i + 1]), "stop"
+            if len(before) + i + 1 >= self.limit:
+                return list(new[: i + 1]), "length"
+        return list(new), None
+
+    def _completes(self, before: Sequence[int], new: Sequence[int]) -> bool:
+        text = self.tokenizer.decode([*before[-self.window :], *new])
+        return any(string in text for string in self.strings)
 
 
 class GenerationStream(Iterator[Round]):
@@ -27,12 +72,14 @@ class GenerationStream(Iterator[Round]):
     Made by `speculative_stream`. Ends by itself; a stream that is left earlier is closed with `close`.
     """
 
-    def __init__(self, rounds: Rounds, prompt: Tensor, rule: StopRule, lengths: Lengths, limit: int | None) -> None:
+    def __init__(
+        self, rounds: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: Lengths, limit: int | None
+    ) -> None:
         self.generation = Generation(lengths.most, seconds=rounds.seconds)
         self._rounds = self._run(rounds, prompt, rule, lengths, limit)
 
     def _run(
-        self, rounds: Rounds, prompt: Tensor, rule: StopRule, lengths: Lengths, limit: int | None
+        self, rounds: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: Lengths, limit: int | None
     ) -> Iterator[Round]:
         done, seconds = self.generation, rounds.seconds
         with rounds.target as target:
@@ -104,11 +151,13 @@ def speculative_stream(
     else:
         generator.manual_seed(seed)
     if draft_tree is not None:
-        rounds = TreeRounds(Target(base, speculator.reads), speculator, draft_tree, generator, time_parts=time_parts)
+        rounds = TreeDraftAndVerify(
+            Target(base, speculator.hidden_state_source), speculator, draft_tree, generator, time_parts=time_parts
+        )
         return GenerationStream(rounds, prompt, rule, FixedLength(draft_tree.depth), limit)
-    target, drafter = pair(base, speculator, policy, sampled=sampled_drafts)
-    lengths = FixedLength(0) if speculator is None else lengths_of(draft_length, speculator.n_predict)
-    rounds = ChainRounds(target, drafter, policy, generator, time_parts=time_parts)
+    target, drafter = make_target_and_drafter(base, speculator, policy, sampled=sampled_drafts)
+    lengths = FixedLength(0) if speculator is None else draft_length_policy(draft_length, speculator.n_predict)
+    rounds = ChainDraftAndVerify(target, drafter, policy, generator, time_parts=time_parts)
     return GenerationStream(rounds, prompt, rule, lengths, limit)
 
 
@@ -209,3 +258,27 @@ def _prompt_of(input_ids: Tensor | Sequence[int], device: torch.device) -> Tenso
     if prompt.dim() != 1 or not len(prompt):
         raise UserError(f"input_ids: expected the tokens of one prompt, got a shape of {list(prompt.shape)}")
     return prompt
+
+
+@contextmanager
+def generation_settings(base: nn.Module, policy: SamplingPolicy, **settings: Any) -> Iterator[None]:
+    """While the block lasts `base.generate` follows these settings alone.
+
+    `generate` takes what a call leaves open from the base's own configuration, which may hold penalties: another
+    distribution. So that is replaced, and put back.
+
+    Args:
+        base: a Hugging Face causal language model.
+        policy: of sampling.
+        settings: of `GenerationConfig`.
+    """
+    from transformers import GenerationConfig
+
+    if not policy.greedy:
+        settings |= {"do_sample": True, "temperature": policy.temperature}
+        settings |= {"top_p": policy.top_p, "top_k": policy.top_k}
+    own, base.generation_config = base.generation_config, GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        base.generation_config = own

@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from verl_speculator.base_model.hidden_states import POST_NORM, HiddenStateHook
+from verl_speculator.base_model.loading import check_rollback
 from verl_speculator.decoding.cache import keep_rows, roll_back, rollback_cache
-from verl_speculator.errors import UserError
-from verl_speculator.models.hidden_state import POST_NORM, StateTap
-
-# Kinds of layers, as configurations list them, that keep keys and values or nothing at all. All others keep a state.
-ROLLED_BACK = frozenset(
-    {"full_attention", "sliding_attention", "chunked_attention", "attention", "sparse", "dense", "moe"}
-)
+from verl_speculator.utils.errors import UserError
 
 
 def position_limit(base: nn.Module) -> int | None:
@@ -27,29 +23,6 @@ def position_limit(base: nn.Module) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
-def check_rollback(base: str, model_class: type, config: Any) -> None:
-    """Whether a base keeps nothing of what it has read but keys and values. Reads no weight.
-
-    Args:
-        base: its name in the error.
-        model_class: of transformers.
-        config: its Hugging Face configuration.
-
-    Raises:
-        UserError: for a base with recurrent layers, whose state cannot be rolled back.
-    """
-    settings = config.get_text_config()
-    # Not every architecture with recurrent layers is marked as stateful.
-    kinds = getattr(settings, "layer_types", None) or getattr(settings, "layers_block_type", None) or ()
-    recurrent = sorted(set(kinds) - ROLLED_BACK)
-    if getattr(model_class, "_is_stateful", False) or recurrent:
-        layers = f" (layers of {recurrent[0]})" if recurrent else ""
-        raise UserError(
-            f"base={base} ({model_class.__name__}): its recurrent state cannot be rolled back after a rejected "
-            f"draft{layers}; expected a base with attention layers only"
-        )
-
-
 class Target:
     """A base with a KV cache of its own, used as a context manager.
 
@@ -57,19 +30,19 @@ class Target:
 
     Args:
         base: any Hugging Face causal language model whose cache holds keys and values of every layer.
-        reads: which hidden states are asked for, `Speculator.reads`.
+        reads: which hidden states are asked for, `Speculator.hidden_state_source`.
 
     Raises:
         UserError: for a base with recurrent layers, whose state cannot be rolled back.
     """
 
-    def __init__(self, base: nn.Module, reads: str = POST_NORM) -> None:
+    def __init__(self, base: nn.Module, hidden_state_source: str = POST_NORM) -> None:
         check_rollback(base.name_or_path, type(base), base.config)
         self.base = base
         self.cache = rollback_cache()
         self._last_only = "logits_to_keep" in inspect.signature(base.forward).parameters
         # To ask the base for its hidden states would keep every layer's.
-        self._tap = StateTap(base, reads)
+        self._tap = HiddenStateHook(base, hidden_state_source)
 
     def __enter__(self) -> Target:
         self._tap.__enter__()

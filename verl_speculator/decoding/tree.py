@@ -10,9 +10,9 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from verl_speculator.config import SpeculatorConfig
-from verl_speculator.errors import UserError
-from verl_speculator.files import atomic_file
+from verl_speculator.config.schema import SpeculatorConfig
+from verl_speculator.utils.atomic_io import atomic_file
+from verl_speculator.utils.errors import UserError
 
 MOST_NODES = 64
 # What stands in a file beside the paths: for people, and never read back.

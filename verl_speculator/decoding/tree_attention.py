@@ -1,4 +1,4 @@
-"""How a base reads a tree in one pass: every node sees the text, its ancestors and itself, and stands at its depth."""
+"""The attention mask and positions with which a target model reads a draft tree in one pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.errors import UserError
+from verl_speculator.utils.errors import UserError
 
 # These take a mask as it is given to them. The flash kernels know causal attention alone.
 IMPLEMENTATIONS = ("eager", "sdpa")

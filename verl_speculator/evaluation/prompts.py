@@ -9,8 +9,8 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from verl_speculator.errors import UserError, nearest
-from verl_speculator.tokens import tokenize_conversation, tokenize_prompt, tokenize_texts
+from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_prompt, tokenize_texts
+from verl_speculator.utils.errors import UserError, nearest
 
 PROMPT_COLUMNS = ("turns", "messages", "prompt", "text")
 TEXT_COLUMNS = ("messages", "text")

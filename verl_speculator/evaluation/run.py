@@ -1,8 +1,9 @@
-"""The evaluation: every contender on every prompt, in turn, each measurement kept as soon as it is made."""
+"""The evaluation: every method on every prompt, in turn, each measurement kept as soon as it is made."""
 
 from __future__ import annotations
 
 import datetime
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,25 +13,61 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from verl_speculator.bases import base_shape
-from verl_speculator.checkpoint import WEIGHTS_FILE, CheckpointInfo, load_speculator
-from verl_speculator.decoding.load import check_base, choose_device, choose_dtype, load_base, load_tokenizer
-from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.base_model.chat_template import end_token_ids
+from verl_speculator.base_model.loading import (
+    base_shape,
+    check_base,
+    choose_device,
+    choose_dtype,
+    load_base,
+    load_tokenizer,
+)
+from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
+from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
+from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
-from verl_speculator.errors import UserError
-from verl_speculator.evaluation.contenders import Run, Speculating
-from verl_speculator.evaluation.entries import Entries, Entry
-from verl_speculator.evaluation.journal import Journal
-from verl_speculator.evaluation.memory import PeakMemory
+from verl_speculator.evaluation.methods import Entries, Entry, Run, SpeculativeMethod
+from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
-from verl_speculator.evaluation.quality import Document
-from verl_speculator.evaluation.report import write_results
+from verl_speculator.evaluation.report import Journal, write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator
-from verl_speculator.progress import progress_bar
-from verl_speculator.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
-from verl_speculator.selection import spread
-from verl_speculator.tokens import end_token_ids
+from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.process import progress_bar, spread
+
+MEBIBYTE = 1024 * 1024
+
+
+class PeakMemory:
+    """The most memory held at once since `reset`.
+
+    On an accelerator, what torch allocated there. On a CPU, the resident size of the process (with everything that was
+    loaded before); where the kernel does not let the mark be lowered, the peak since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reset(self) -> None:
+        """Begin anew."""
+        if self.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+    def read(self) -> float:
+        """The peak, in MiB."""
+        if self.device.type != "cpu":
+            return torch.accelerator.max_memory_allocated() / MEBIBYTE
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:", 1)[1].split()[0]) / 1024
+        except (OSError, IndexError):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
 
 JOURNALS = "journals"
 # What is counted over the rounds of a run, and added over runs.
@@ -69,7 +106,7 @@ def evaluate(settings: EvaluationSettings) -> Path:
         "device": device,
         "threads": torch.get_num_threads(),
     }
-    bench = Bench(settings, base, tokenizer, ends, found)
+    bench = EvaluationModels(settings, base, tokenizer, ends, found)
     entries = Entries(settings, base, ends).of(infos, speculators)
     with progress_bar() as progress:
         for path, several in prompts.items():
@@ -91,7 +128,7 @@ def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: t
     return speculator
 
 
-class Bench:
+class EvaluationModels:
     """A base with all that is run on it.
 
     Args:
@@ -107,8 +144,8 @@ class Bench:
     ) -> None:
         self.settings, self.base, self.tokenizer, self.ends, self.found = settings, base, tokenizer, ends, found
         self.policy, self.limit = settings.policy, position_limit(base)
-        self.alone = Speculating(base, None, self.policy, None, ends)
-        self.reader = Speculating(base, None, SamplingPolicy(), None, ends)
+        self.alone = SpeculativeMethod(base, None, self.policy, None, ends)
+        self.reader = SpeculativeMethod(base, None, SamplingPolicy(), None, ends)
         self.memory = PeakMemory(base.device)
         self.journals = settings.out / JOURNALS
         self.base_identity = {"base": weights_fingerprint(settings.base, settings.gguf_file)}
@@ -177,8 +214,8 @@ class Bench:
 
     def _warm_up(self, prompt: list[int], entries: Sequence[Entry]) -> None:
         for _ in range(self.settings.warmup_steps):
-            for contender in [self.alone, *(e.contender for e in entries if e.contender)]:
-                contender.generate(prompt, max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
+            for method in [self.alone, *(e.method for e in entries if e.method)]:
+                method.generate(prompt, max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
 
     def _measure_prompt(
         self, index: int, turns: list[list[int]], entries: Sequence[Entry]
@@ -191,19 +228,19 @@ class Bench:
         }
         for trial in range(self.settings.num_trials):
             seeds = [hash((self.settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
-            running = [None, *(e for e in entries if e.contender)]
+            running = [None, *(e for e in entries if e.method)]
             runs: dict[Any, list[Run]] = {}
             peaks: dict[Any, float] = {}
             for entry in running if (index + trial) % 2 == 0 else reversed(running):
-                name, contender = (entry.key, entry.contender) if entry else (None, self.alone)
+                name, method = (entry.key, entry.method) if entry else (None, self.alone)
                 self.memory.reset()
                 runs[name] = [
-                    contender.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
+                    method.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
                     for ids, seed in zip(turns, seeds, strict=True)
                 ]
                 peaks[name] = self.memory.read()
             for entry in entries:
-                record, name = records[entry.key], entry.key if entry.contender else None
+                record, name = records[entry.key], entry.key if entry.method else None
                 record["alone"].append(_times(runs[None]))
                 record["own"].append(_times(runs[name]))
                 record["peak_mb"] = max(record["peak_mb"], peaks[name])

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_speculator.base_form import BaseForm
-from verl_speculator.checkpoint import CheckpointInfo, read_checkpoint_info
-from verl_speculator.decoding.length import DraftLength
-from verl_speculator.decoding.policy import SamplingPolicy
+from verl_speculator.base_model.loading import BaseModelFormat
+from verl_speculator.checkpoint.format import CheckpointInfo, read_checkpoint_info
+from verl_speculator.decoding.draft_length import DraftLength
+from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
-from verl_speculator.errors import UserError, nearest
-from verl_speculator.files import check_writable
+from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.errors import UserError, nearest
 
 BASELINES = ("none", "prompt_lookup", "random")
 # Hugging Face's own loop without drafts: only by name, since the base alone is measured anyway.
@@ -106,9 +106,9 @@ class EvaluationSettings:
         return SamplingPolicy(self.temperature, self.top_p, self.top_k)
 
     @property
-    def form(self) -> BaseForm:
+    def form(self) -> BaseModelFormat:
         """In which the base is held."""
-        return BaseForm(self.quantization, self.gguf_file)
+        return BaseModelFormat(self.quantization, self.gguf_file)
 
     def check_output(self) -> None:
         """Refuse an output directory that cannot be written to, without making it."""

@@ -22,11 +22,10 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from verl_speculator.losses.closed_form import Teacher, teach
-from verl_speculator.losses.kernels import Kernel, choose_kernel, compile_once
-from verl_speculator.models.base import Speculator
+from verl_speculator.config.objective import Objective
+from verl_speculator.losses.closed_form import Kernel, Teacher, choose_kernel, compile_once, teacher_distribution
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
-from verl_speculator.objective import Objective
+from verl_speculator.models.speculator import Speculator
 
 # Numbers in one block of logits: 256 MiB in float32. Independent of the machine, so that sums are too.
 BLOCK = 2**26
@@ -117,7 +116,7 @@ def speculator_loss(
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
-    job = _Job(
+    job = _LossInputs(
         speculator=speculator,
         tokens=tokens,
         targets=targets,
@@ -172,7 +171,7 @@ SUMS = ("loss", "weighted", "pairs", "correct", "reached", "accepted")
 
 
 @dataclass
-class _Job:
+class _LossInputs:
     """All of a loss that carries no gradient."""
 
     speculator: Speculator
@@ -208,19 +207,19 @@ class _Job:
             distinct, which = rows.unique(return_inverse=True)
         with torch.no_grad():
             logits = self.base_head(self.teacher_hidden[distinct]).to(dtype)
-            return teach(logits, self.objective), which
+            return teacher_distribution(logits, self.objective), which
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and sums; the gradients are made here and only scaled on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, job: _LossInputs, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
         with torch.autocast(device, enabled=False), _parameters_alone(job.speculator):
             wanted = [job.training and want for want in ctx.needs_input_grad[1:]]
-            run = _Pass(job, hidden.detach(), parameters, compute, wanted)
+            run = _ChunkedPass(job, hidden.detach(), parameters, compute, wanted)
             for chunk in job.chunks():
                 run.chunk(chunk)
         ctx.gradients, ctx.hidden_gradient = run.gradients, run.hidden_gradient
@@ -242,7 +241,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, hidden, *found
 
 
-class _Pass:
+class _ChunkedPass:
     """One pass over all chunks, and what it adds up.
 
     Tables and heads, which are as large as the vocabulary, are never there twice: a table's gradient is added row by
@@ -264,7 +263,7 @@ class _Pass:
 
     def __init__(
         self,
-        job: _Job,
+        job: _LossInputs,
         hidden: Tensor,
         parameters: Sequence[Tensor],
         compute: torch.dtype,
@@ -300,11 +299,11 @@ class _Pass:
             state = state.requires_grad_()
         with torch.set_grad_enabled(self.training):
             states = job.unroll(job.speculator, dict(zip(self.names, leaves, strict=True)), state, numbers)
-        backs = self._judge(chunk, states.detach())
+        backs = self._loss_and_gradients(chunk, states.detach())
         if self.training:
             self._backward(chunk, states, backs, state, leaves, tokens)
 
-    def _judge(self, chunk: slice, states: Tensor) -> Tensor | None:
+    def _loss_and_gradients(self, chunk: slice, states: Tensor) -> Tensor | None:
         """Heads and losses for states [K, r, E]; [K, r, E] the gradient of the total by the states, in training."""
         job = self.job
         depths, rows, _ = states.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verl_speculator.objective import Objective
+from verl_speculator.config.objective import Objective
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

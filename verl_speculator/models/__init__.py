@@ -1,4 +1,4 @@
-"""The speculator families. `build_speculator` makes one; their table is `verl_speculator.families`."""
+"""The speculator families. `build_speculator` makes one; their table is `verl_speculator.config.families`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from verl_speculator.config import SpeculatorConfig
-from verl_speculator.families import FAMILIES
-from verl_speculator.models.base import DraftState, Slot, Speculator
+from verl_speculator.config.families import FAMILIES
+from verl_speculator.config.schema import SpeculatorConfig
+from verl_speculator.models.speculator import DraftState, Slot, Speculator
 
 __all__ = ["DraftState", "Slot", "Speculator", "build_speculator", "family_class"]
 
@@ -50,7 +50,7 @@ def build_speculator(
     more = {"block_shapes": block_shapes} if block_shapes else {}
     with torch.device("meta"):
         speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size, **more)
-    speculator.logit_cap = logit_cap if speculator.copies_scale else None
+    speculator.logit_cap = logit_cap if speculator.keeps_head_scale else None
     device, dtype = torch.device(device or "cpu"), dtype or torch.float32
     frozen = speculator.frozen()
     # By hand: `nn.Module.to` cannot convert where tensors are only reckoned with (FakeTensorMode).

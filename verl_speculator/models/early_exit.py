@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from verl_speculator.config import SpeculatorConfig
-from verl_speculator.errors import UserError
-from verl_speculator.models.base import DraftState, Speculator
-from verl_speculator.models.hidden_state import BLOCK_INPUT, BLOCK_OUTPUT, BlockCall, FrozenNorm, block_of
+from verl_speculator.base_model.hidden_states import BLOCK_INPUT, BLOCK_OUTPUT, BlockCall, FrozenNorm, block_of
+from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.layers import OutputHead
+from verl_speculator.models.speculator import DraftState, Speculator
+from verl_speculator.utils.errors import UserError
 
 
 class ParameterTree(nn.Module):
@@ -49,7 +49,7 @@ class EarlyExit(Speculator):
 
     method = "early_exit"
     reads_tokens: ClassVar[bool] = False
-    copies_scale: ClassVar[bool] = True
+    keeps_head_scale: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class EarlyExit(Speculator):
         self.__dict__["_code"] = None
 
     @property
-    def reads(self) -> str:
+    def hidden_state_source(self) -> str:
         return f"{BLOCK_OUTPUT if self.block is None else BLOCK_INPUT}.{self.config.exit_layer}"
 
     @property
@@ -119,7 +119,7 @@ class EarlyExit(Speculator):
         output = functional_call(self._code, dict(self.block.named_parameters()), (state,), arguments)
         return output if isinstance(output, Tensor) else output[0]
 
-    def contextualise(self, taken: Tensor | BlockCall) -> Tensor:
+    def prepare_hidden_states(self, taken: Tensor | BlockCall) -> Tensor:
         if self.block is None:
             return taken
         state = taken.state.to(next(self.block.parameters()).dtype)

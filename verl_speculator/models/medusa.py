@@ -10,10 +10,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verl_speculator.config import SpeculatorConfig
-from verl_speculator.models.base import DraftState, Speculator
-from verl_speculator.models.hidden_state import PRE_NORM, FrozenNorm
+from verl_speculator.base_model.hidden_states import PRE_NORM, FrozenNorm
+from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.layers import OutputHead
+from verl_speculator.models.speculator import DraftState, Speculator
 
 
 class ResidualBlock(nn.Linear):
@@ -62,7 +62,7 @@ class Medusa(Speculator):
 
     method = "medusa"
     reads_tokens: ClassVar[bool] = False
-    copies_scale: ClassVar[bool] = True
+    keeps_head_scale: ClassVar[bool] = True
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
@@ -74,7 +74,7 @@ class Medusa(Speculator):
         self.lm_heads = nn.ModuleList(OutputHead(vocab_size, hidden_size) for _ in range(heads))
 
     @property
-    def reads(self) -> str:
+    def hidden_state_source(self) -> str:
         return self.config.hidden_state
 
     def start(self, hidden: Tensor) -> DraftState:

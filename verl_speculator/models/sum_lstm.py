@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verl_speculator.config import SpeculatorConfig
-from verl_speculator.models.base import DraftState, Slot, Speculator
+from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.layers import (
     GateChains,
     OutputHead,
@@ -21,6 +20,7 @@ from verl_speculator.models.layers import (
     scaled_sum,
     with_head_names,
 )
+from verl_speculator.models.speculator import DraftState, Slot, Speculator
 
 GATES = ("forget", "input", "output", "cell")
 

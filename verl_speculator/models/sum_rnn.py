@@ -7,8 +7,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verl_speculator.config import SpeculatorConfig
-from verl_speculator.models.base import DraftState, Slot, Speculator
+from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.layers import (
     OutputHead,
     embedding_chain,
@@ -19,6 +18,7 @@ from verl_speculator.models.layers import (
     scaled_sum,
     with_head_names,
 )
+from verl_speculator.models.speculator import DraftState, Slot, Speculator
 
 
 class SumRNN(Speculator):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from verl_speculator.preflight.base import check_base, check_checkpoints
-from verl_speculator.preflight.cache import check_cache
-from verl_speculator.preflight.data import check_data, check_rows
+from verl_speculator.preflight.base_model import check_base, check_checkpoints
+from verl_speculator.preflight.data import check_cache, check_data, check_rows
 from verl_speculator.preflight.loggers import check_loggers
 from verl_speculator.preflight.optimizer import check_optimizer
-from verl_speculator.preflight.values import check_batch, check_device, check_settings
+from verl_speculator.preflight.settings import check_batch, check_device, check_settings
 
 __all__ = ["check_run"]
 

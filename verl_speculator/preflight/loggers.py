@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_speculator.errors import UserError, nearest
-from verl_speculator.files import check_metrics_file, check_writable
+from verl_speculator.utils.atomic_io import check_metrics_file, check_writable
+from verl_speculator.utils.errors import UserError, nearest
 
 # verl's logging backends, with the package that each needs.
 PACKAGES = {

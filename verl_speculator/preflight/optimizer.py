@@ -8,10 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from verl_speculator.errors import UserError, nearest
-from verl_speculator.objective import is_number
-from verl_speculator.preflight.values import say
-from verl_speculator.settings import compose
+from verl_speculator.config.hydra import compose
+from verl_speculator.config.objective import is_number
+from verl_speculator.preflight.settings import say
+from verl_speculator.utils.errors import UserError, nearest
 
 OVERRIDES = "optim.override_optimizer_config"
 DEPRECATED = ("grad_clip",)  # verl reads it, and its own configuration does not list it

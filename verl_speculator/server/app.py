@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from verl_speculator.server.answers import DONE, Answer, event
 from verl_speculator.server.engine import Engine, Job, Step, Ticket
 from verl_speculator.server.protocol import ApiError, ChatRequest, CompletionRequest, parse
+from verl_speculator.server.responses import DONE, Answer, event
 from verl_speculator.server.settings import ServeSettings
 
 # A body over the limit is read on and dropped, up to this many times the limit: a client that is still sending does

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from verl_speculator.decoding.policy import LEAST_TEMPERATURE
+from verl_speculator.decoding.sampling_policy import LEAST_TEMPERATURE
 
 # Fields that OpenAI's API or vLLM's knows and this server does not, each with the values that ask for nothing. Other
 # unknown fields do not change the text (user, metadata, store, …) and are ignored.

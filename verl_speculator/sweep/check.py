@@ -1,4 +1,4 @@
-"""From points to jobs: each point's settings resolved and checked as the launcher would, before the first is trained.
+"""From points to trials: each point's settings resolved and checked as the launcher would, before the first is trained.
 
 Runs in a process of its own, on a machine like those that will train, and leaves nothing behind.
 """
@@ -11,18 +11,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_speculator.bases import check_base_name
-from verl_speculator.checkpoint import WEIGHTS_FILE, resolve_checkpoint
-from verl_speculator.decoding.length import check_length
-from verl_speculator.errors import UserError
+from verl_speculator.base_model.loading import check_base_name
+from verl_speculator.checkpoint.format import WEIGHTS_FILE, resolve_checkpoint
+from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
+from verl_speculator.config.hydra import load_settings
+from verl_speculator.decoding.draft_length import check_length
 from verl_speculator.evaluation.prompts import read_prompts, read_texts
 from verl_speculator.preflight import check_run
-from verl_speculator.provenance import file_fingerprint, weights_fingerprint
-from verl_speculator.settings import load_settings
-from verl_speculator.sweep.jobs import DONE, Job, Measurement, digest, point_directory
-from verl_speculator.sweep.points import labels_of
+from verl_speculator.sweep.grid import Values, hydra_value, labels_of
 from verl_speculator.sweep.settings import SweepSettings
-from verl_speculator.sweep.values import Values, hydra_value
+from verl_speculator.sweep.trial import DONE, Measurement, Trial, digest, point_directory
+from verl_speculator.utils.errors import UserError
 
 # Settings that decide where and how a run writes, and nothing of what it learns.
 INDIFFERENT = (
@@ -33,8 +32,8 @@ INDIFFERENT = (
 FILES = ("data.train_files", "data.val_files", "model.path", "model.partial_pretrain", "model.speculator.path")
 
 
-def check_sweep(settings: SweepSettings) -> list[Job]:
-    """Every point as a job, each once, in the order in which they are to be trained.
+def check_sweep(settings: SweepSettings) -> list[Trial]:
+    """Every point as a trial, each once, in the order in which they are to be trained.
 
     Raises:
         UserError: naming the point where it is a point's, for the first thing that the launcher or the evaluation
@@ -43,29 +42,29 @@ def check_sweep(settings: SweepSettings) -> list[Job]:
     check_base_name(settings.base)
     _check_machine(settings)
     prompts = {name: read_prompts(path) for name, path in settings.prompts.items()}
-    jobs: dict[str, Job] = {}
+    trials: dict[str, Trial] = {}
     read: set[str] = set()
     for label, values in zip(labels_of(settings.points), settings.points, strict=True):
         try:
-            job, config = _make_job(settings, label, values)
-            if digest(job.identity) in jobs:
+            trial, config = _make_job(settings, label, values)
+            if digest(trial.identity) in trials:
                 continue
-            if job.training().get("status") != DONE:
+            if trial.training().get("status") != DONE:
                 _check_training(settings, config, read)
             _check_drafts(settings, config)
         except UserError as error:
             raise UserError(f"point {label}: {error}") from None
-        jobs[digest(job.identity)] = job
+        trials[digest(trial.identity)] = trial
     if settings.texts and prompts:
-        from verl_speculator.decoding.load import load_tokenizer
+        from verl_speculator.base_model.loading import load_tokenizer
 
         tokenizer = load_tokenizer(settings.base)
         for path in settings.texts.values():
             read_texts(path, tokenizer)
-    return list(jobs.values())
+    return list(trials.values())
 
 
-def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Job, DictConfig]:
+def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Trial, DictConfig]:
     overrides = {"model.partial_pretrain": hydra_value(settings.base), "trainer.max_ckpt_to_keep": "1"}
     if settings.train_files:
         overrides["data.train_files"] = hydra_value(list(settings.train_files))
@@ -86,7 +85,7 @@ def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Job,
             for kind, files in (("prompts", settings.prompts), ("texts", settings.texts))
         },
     }
-    job = Job(
+    trial = Trial(
         label=label,
         values=values,
         overrides=tuple(lines),
@@ -96,7 +95,7 @@ def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Job,
         measurements=_measurements(settings, directory, measured),
         measured=measured,
     )
-    return job, config
+    return trial, config
 
 
 def identify(config: DictConfig) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def _check_drafts(settings: SweepSettings, config: DictConfig) -> None:
 
 def _check_machine(settings: SweepSettings) -> None:
     """Whether the evaluation's device and dtype exist here: it would refuse them only after the first training."""
-    from verl_speculator.decoding.load import choose_device, choose_dtype
+    from verl_speculator.base_model.loading import choose_device, choose_dtype
 
     options = settings.evaluation_settings()
     try:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from verl_speculator.errors import UserError, nearest
 from verl_speculator.evaluation.settings import EvaluationSettings
-from verl_speculator.files import check_writable
-from verl_speculator.sweep.points import Refinement, make_points
-from verl_speculator.sweep.values import Values, read_list, read_values, read_yaml, setting_name
+from verl_speculator.sweep.grid import Refinement, Values, make_points, read_list, read_values, read_yaml, setting_name
+from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.errors import UserError, nearest
 
 EXECUTORS = ("local", "ray")
 KEYS = (

@@ -1,0 +1,53 @@
+"""Shapes of every family that the contract suite runs over. A family without a row here fails the suite."""
+
+from verl_speculator.config.schema import SpeculatorConfig
+
+VARIANTS = {
+    "sum_rnn": [
+        {},
+        {"tie_weights": False},
+        {"scale_input": True, "n_predict": 1},
+        {"inner_dim": "24.32"},
+        {"inner_dim": "20.24", "emb_dim": "16.24", "proj_dim": "40.32.24", "tie_weights": False},
+    ],
+    "sum_lstm": [
+        {},
+        {"tie_lstm_embs": True, "n_predict": 1},
+        {"scale_input": True, "inner_dim": "24.32"},
+        {"inner_dim": 20, "emb_dim": "16.24", "proj_dim": "32.24", "tie_lstm_embs": True},
+        {"inner_dim": "16.24", "emb_dim": "16.24", "proj_dim": "16.24"},
+    ],
+    "medusa": [
+        {"inner_dim": None},
+        {"inner_dim": 8, "num_layers": 2},
+        {"head": "shared", "n_predict": 1},
+        {"head": "frozen_shared", "hidden_state": "pre_norm", "inner_dim": None},
+        {"hidden_state": "pre_norm", "num_layers": 3, "inner_dim": None},
+    ],
+    "early_exit": [
+        {"exit_layer": 1},
+        {"exit_layer": 0, "trainable": "head_and_block", "n_predict": 4},
+    ],
+}
+
+
+# The block of a base that an early exit trains a copy of.
+BLOCK_SHAPES = {"attention.q.weight": [20, 20], "norm.weight": [20], "mlp.up.bias": [24]}
+
+
+def shape_of(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> dict:
+    """What `build_speculator` needs to know of the base."""
+    block = BLOCK_SHAPES if config.trainable == "head_and_block" else None
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "block_shapes": block}
+
+
+def configurations() -> dict[str, SpeculatorConfig]:
+    """Every variant under a name for pytest."""
+    small = {"n_predict": 3, "inner_dim": 24, "emb_dim": 24, "proj_dim": 24}
+    return {
+        "-".join([method, *(f"{k}_{v}" for k, v in settings.items())]): SpeculatorConfig(
+            method=method, **(small | settings)
+        )
+        for method, variants in VARIANTS.items()
+        for settings in variants
+    }

@@ -1,0 +1,270 @@
+"""Our drafter for vLLM: the right rows of a batch, the training recurrence, and what it refuses before it loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from helpers.drafters import alone, load_base, states_of, train_quickly
+from helpers.vllm_runner import Request, engine_config, install
+from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
+from verl_speculator.decoding import SamplingPolicy, speculative_generate
+from verl_speculator.decoding.drafters import SpeculatorDrafter
+from verl_speculator.utils.errors import UserError
+from verl_speculator.vllm_plugin.acceptance_stats import rollout_metrics
+from verl_speculator.vllm_plugin.compat import ProposerSettings, check_signature, check_version
+from verl_speculator.vllm_plugin.proposer import draft_batch, greedy_drafts, newest_rows
+
+PROMPTS = [[5, 9, 23, 4, 77, 31, 8], [100, 3, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70]]
+FAMILIES = {
+    "sum_rnn": {},
+    "sum_rnn_untied": {"tie_weights": False, "scale_input": True, "inner_dim": "32.24"},
+    "sum_lstm": {"method": "sum_lstm", "tie_lstm_embs": True},
+    "medusa": {"method": "medusa", "inner_dim": None},
+}
+COUNT = 14
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load_base(base)
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    return [prompt + alone(model, prompt, COUNT, eos_token_id=None) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def trained(model, texts, tmp_path_factory):
+    """For each family a speculator that knows the texts in part, so that drafts are kept and refused."""
+    found = {}
+    for name, settings in FAMILIES.items():
+        speculator = train_quickly(model, texts, steps=12, **settings).requires_grad_(False)
+        found[name] = (speculator, save_speculator(speculator, tmp_path_factory.mktemp(name)))
+    return found
+
+
+def test_rows_of_a_mixed_batch():
+    """Nothing sampled, a first token, all drafts refused, some kept, all kept, nothing sampled in spite of drafts."""
+    sampled = [[], [7], [8], [1, 2, 3], [4, 5, 6, 9], [], [11]]
+    newest = newest_rows(sampled, [0, 0, 3, 3, 3, 2, 0])
+    assert newest.requests == [1, 2, 3, 4, 6]
+    assert newest.tokens == [7, 8, 3, 9, 11]
+    assert newest.rows == [1, 2, 6 + 2, 10 + 3, 14 + 3]
+    assert newest_rows([[3], [], [5]], None).rows == [0, 2]
+    with pytest.raises(ValueError, match="request 1 got 2 tokens from 0 drafts"):
+        newest_rows([[1], [2, 3]], [0, 0])
+    with pytest.raises(ValueError):
+        newest_rows([[1], [2]], [0])
+
+
+def test_nothing_is_computed_for_a_batch_without_tokens():
+    def never(hidden, tokens):
+        raise AssertionError
+
+    assert draft_batch(never, torch.zeros(2, 4), [[], []], None) == [[], []]
+    assert draft_batch(never, torch.zeros(0, 4), [], None) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_the_training_recurrence_row_by_row(trained, model, family):
+    speculator, _ = trained[family]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 32, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(speculator.vocab_size, (9,), generator=generator)
+    drafts = greedy_drafts(speculator, hidden, tokens)
+    fed = torch.cat([tokens[:, None], drafts[:, :-1]], dim=1)
+    states = speculator.unroll(hidden, fed)
+    for k in range(speculator.n_predict):
+        assert torch.equal((states[k] @ speculator.head(k).T).argmax(-1), drafts[:, k])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_served_batch_drafts_what_our_decoder_drafts(trained, model, texts, family, monkeypatch):
+    """Prompts in chunks of four, requests that come and go, one preempted in the middle: the text is the base's own,
+    and every draft is the one that our decoder makes at that place."""
+    speculator, path = trained[family]
+    runner = install(monkeypatch)(engine_config(path, model, speculator.n_predict), model, chunk=4)
+    requests = [Request(list(prompt), COUNT) for prompt in PROMPTS]
+    for step in range(60):
+        if step == 6:
+            requests[0].read, requests[0].drafts = 0, []  # preempted: its cache is gone, its tokens are not
+        waits = step in (6, 7, 8)
+        batch = [r for r in requests if len(r.answer) < r.want and not (waits and r is requests[0])]
+        if batch:
+            runner.step(batch if step % 2 else batch[::-1])
+    for request, text in zip(requests, texts, strict=True):
+        assert request.tokens[: len(text)] == text
+    propose = SpeculatorDrafter(speculator, SamplingPolicy(0.0, 1.0, 0), sampled=False).propose
+    # Again with the requests' own histories: each step's tokens are what the drafts were made from.
+    history = {id(request): list(request.tokens[: request.prompt]) for request in requests}
+    kinds = set()
+    for batch, sampled, drafts in runner.seen:
+        for request, got, found in zip(batch, sampled, drafts, strict=True):
+            history[id(request)] += got
+            kinds.add(min(len(got), 3))
+            if not got:
+                assert found == []
+                continue
+            before = history[id(request)]
+            hidden, token = states_of(model, before[:-1])[-1:], torch.tensor(before[-1:])
+            assert found == propose(hidden, token, None, speculator.n_predict).tokens.tolist()
+    assert kinds >= {0, 1, 2}
+    account = runner.drafter.account.take()
+    accepted = [n for request in requests for n in request.accepted]
+    assert (account["rounds"], account["accepted"]) == (len(accepted), sum(accepted))
+    assert account["drafted"] == speculator.n_predict * len(accepted) and 0 < sum(accepted) < account["drafted"]
+    assert rollout_metrics([account])["rollout/accepted_length"] == pytest.approx(1 + sum(accepted) / len(accepted))
+
+
+def test_acceptance_is_our_own_decoders(trained, model, monkeypatch):
+    speculator, path = trained["sum_rnn"]
+    own = speculative_generate(model, speculator, PROMPTS[1], max_new_tokens=COUNT, eos_token_id=())
+    runner = install(monkeypatch)(engine_config(path, model, 3), model)
+    request = Request(list(PROMPTS[1]), COUNT)
+    while len(request.answer) < COUNT:
+        runner.step([request])
+    assert request.answer == own.tokens
+    # The last round of a text may be cut short.
+    assert request.accepted[:-1] == [r.accepted for r in own.rounds[1:-1]]
+
+
+def test_it_traces_as_one_graph(trained, model, monkeypatch):
+    """What torch.compile gets on CUDA: nothing in it falls back to Python, for any number of requests."""
+    _, path = trained["sum_lstm"]
+    traced = []
+
+    def count(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compiled = partial(torch.compile, backend=count, fullgraph=True)
+    monkeypatch.setattr("verl_speculator.vllm_plugin.proposer.torch.compile", compiled)
+    torch._dynamo.reset()
+    runner = install(monkeypatch)(engine_config(path, model, 3, compile=True), model)
+    warm = len(traced)
+    assert warm == 2
+    for size in (1, 2, 5):
+        runner.step([Request([4 + i, 5], 5) for i in range(size)])
+    assert len(traced) == warm
+    torch._dynamo.reset()
+
+
+def test_other_drafters_are_left_alone(trained, model, monkeypatch):
+    _, path = trained["sum_rnn"]
+    kind = install(monkeypatch)
+    runner = kind(engine_config(path, model, 3), model)
+    wrapped = kind.propose_draft_token_ids
+    other = kind(engine_config(path, model, 3), model)
+    assert kind.propose_draft_token_ids is wrapped  # once per process
+
+    class Ngram:
+        def propose(self, sampled, *rest, slot_mappings):
+            return [[1] for _ in sampled]
+
+    other.drafter = Ngram()
+    other.step([Request([3, 4], 1)])
+    assert other.seen[0][2] == [[1]]
+    with pytest.raises(RuntimeError, match="in another way than through GPUModelRunner"):
+        runner.drafter.propose([[1]], None, None)
+
+
+def test_a_changed_method_is_refused(trained, model, monkeypatch):
+    _, path = trained["sum_rnn"]
+    kind = install(monkeypatch)
+
+    def changed(self, scheduler_output, sampled_token_ids, sampling_metadata, states, slot_mappings):
+        raise AssertionError
+
+    monkeypatch.setattr(kind, "propose_draft_token_ids", changed)
+    with pytest.raises(UserError) as error:
+        kind(engine_config(path, model, 3), model)
+    assert "GPUModelRunner.propose_draft_token_ids has changed (without hidden_states" in str(error.value)
+    assert "with states" in str(error.value) and "0.24 to 0.33" in str(error.value)
+
+
+def test_the_installed_vllm_still_is_what_was_read():
+    runner = pytest.importorskip("vllm.v1.worker.gpu_model_runner")
+    check_signature(runner.GPUModelRunner.propose_draft_token_ids)
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.26.1.dev3+cu129", "0.33.0"])
+def test_versions_that_were_read(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.23.1", "0.34.0", "1.24.0", "main", None])
+def test_other_versions_are_refused(version):
+    with pytest.raises(UserError, match=r"0\.24 to 0\.33"):
+        check_version(version)
+
+
+def refusal(kind, config, model) -> str:
+    with pytest.raises(UserError) as error:
+        kind(config, model)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_refused_before_a_weight_is_read(trained, model, monkeypatch, tmp_path):
+    _, path = trained["sum_rnn"]
+    kind = install(monkeypatch)
+    (path / "pytorch_model.bin").rename(tmp_path / "away")
+    good = partial(engine_config, path, model)
+    assert "num_speculative_tokens=4: expected 3, the n_predict of" in refusal(kind, good(4), model)
+    config = good(3)
+    config.use_v2_model_runner = True
+    assert "VLLM_USE_V2_MODEL_RUNNER=1" in refusal(kind, config, model)
+    config = good(3)
+    config.model_config.get_hidden_size = lambda: 64
+    assert "trained for a base of width (hidden_size) 32, this base has 64" in refusal(kind, config, model)
+    config = good(3)
+    config.model_config.get_vocab_size = lambda: 99
+    assert "vocabulary (vocab_size)" in refusal(kind, config, model)
+    assert "expected an absolute path" in refusal(kind, engine_config("runs/one", model, 3), model)
+    assert "did you mean 'compile'" in refusal(kind, good(3, compiled=True), model)
+    assert "compile=yes: expected true, false or null" in refusal(kind, good(3, compile="yes"), model)
+    config = good(3)
+    config.additional_config = {}
+    assert 'expected {"verl_speculator": {"path"' in refusal(kind, config, model)
+    assert refusal(kind, good(3), model).endswith("pytorch_model.bin: no such file")
+    (tmp_path / "away").rename(path / "pytorch_model.bin")
+
+
+def test_families_that_it_cannot_serve_are_named(model, monkeypatch, tmp_path):
+    config = SpeculatorConfig(method="medusa", n_predict=3, hidden_state="pre_norm")
+    vocab = model.config.vocab_size
+    save_speculator(build_speculator(config, hidden_size=32, vocab_size=vocab, seed=0), tmp_path)
+    told = refusal(install(monkeypatch), engine_config(tmp_path, model, 3), model)
+    assert "cannot serve it: hidden_state=pre_norm: vLLM hands over the state after the final norm" in told
+    assert "train with hidden_state=post_norm" in told
+
+
+def test_an_untrained_speculator_is_said_to_be_one(model, monkeypatch, tmp_path, caplog):
+    config = SpeculatorConfig(n_predict=2, inner_dim=8, emb_dim=8, proj_dim=8)
+    save_speculator(build_speculator(config, hidden_size=32, vocab_size=model.config.vocab_size, seed=0), tmp_path)
+    install(monkeypatch)(engine_config(tmp_path, model, 2), model)
+    assert "no training step has changed its tensors" in caplog.text
+
+
+def test_importing_it_needs_no_vllm():
+    code = (
+        "import sys; sys.modules['vllm'] = None; "
+        "import verl_speculator.vllm_plugin.proposer, verl_speculator.vllm_plugin.worker; "
+        "assert 'verl' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    light = (
+        "import sys, verl_speculator.rl.rollout_args, verl_speculator.interop.engine_formats; assert 'torch' not in "
+    )
+    subprocess.run([sys.executable, "-c", light + "sys.modules"], check=True)
+
+
+def test_settings_as_vllm_hands_them_over():
+    parsed = ProposerSettings.parse({"verl_speculator": {"path": "/a/b", "compile": False}, "other": 1})
+    assert parsed == ProposerSettings("/a/b", False)

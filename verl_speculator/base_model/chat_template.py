@@ -1,0 +1,147 @@
+"""What training needs of a tokenizer: a chat template, the tokens that end a turn, and plain text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl_speculator.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+# An assistant's content that no chat template writes by itself.
+PROBE = "Zq7 probe"
+# Every message closes with the end token, so that the turns of a conversation tokenize alike alone and together.
+DEFAULT_CHAT_TEMPLATE = (
+    "{%- if bos_token %}{{- bos_token }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- message['role'] | capitalize + ': ' + message['content'] }}{{- eos_token if eos_token else '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- 'Assistant:' }}{%- endif %}"
+)
+
+
+def ensure_chat_template(tokenizer: Any) -> bool:
+    """Give a tokenizer the plain default template if it has none; whether it had none."""
+    if getattr(tokenizer, "chat_template", None):
+        return False
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return True
+
+
+def end_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
+    """All tokens that end a turn; one line of the log names them.
+
+    They are the end tokens of the generation configuration, and the token with which the chat template closes an
+    assistant's turn. The tokenizer's own end token counts only where the generation configuration names none: a reader
+    of GGUF files may give it that of another tokenizer (SmolLM2's becomes `<|im_start|>`).
+
+    Args:
+        tokenizer: of the base model, with the chat template that is used.
+        generation_config: of the base model, None where there is none.
+    """
+    own = _eos_ids(tokenizer)
+    ids = set(_eos_ids(generation_config) or own)
+    closing = closing_token_id(tokenizer)
+    if closing is not None:
+        ids.add(closing)
+    ends = tuple(sorted(ids))
+    logger.info("a turn ends at %s", _named(tokenizer, ends) or "no token: generation stops at its length")
+    if ends and not ids & set(own) and own:
+        logger.warning(
+            "the tokenizer's eos_token %s ends no turn: generation config and chat template say %s",
+            _named(tokenizer, own),
+            _named(tokenizer, ends),
+        )
+    return ends
+
+
+def closing_token_id(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an assistant's content, None where it writes none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    try:
+        text = _render(tokenizer, messages, add_generation_prompt=False)
+    except UserError:  # whoever renders the user's conversations says so
+        return None
+    _, found, behind = text.rpartition(PROBE)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    return next((token for token in ids if token in special), None)
+
+
+def _eos_ids(source: Any) -> list[int]:
+    ids = getattr(source, "eos_token_id", None)
+    return [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])]
+
+
+def _named(tokenizer: Any, ids: Sequence[int]) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
+
+
+def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
+    """Token ids of each text.
+
+    Args:
+        tokenizer: of the base.
+        texts: plain documents, or conversations that the chat template has rendered.
+        plain: a document begins as the tokenizer begins one, and is closed with its end token. What a template has
+            rendered is complete.
+    """
+    # What is too long for the base is said by whoever cuts or refuses it.
+    rows = tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [ids if not plain or end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
+
+
+def tokenize_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue.
+
+    Raises:
+        UserError: if the chat template refuses the messages.
+    """
+    (ids,) = tokenize_texts(tokenizer, [_render(tokenizer, messages, add_generation_prompt=True)], plain=False)
+    return ids
+
+
+def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of a conversation, as verl's dataset makes them for training.
+
+    Returns:
+        Two lists of one length. The mask is 1 for what an assistant's message adds behind the template's prompt for
+        it, the end token and a line break after it included. A message that opens the conversation answers nothing:
+        its mask is 0.
+
+    Raises:
+        UserError: if the chat template refuses the messages, or writes earlier ones otherwise once others follow.
+    """
+    whole = _render(tokenizer, messages, add_generation_prompt=False)
+    answers = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+    before = [_render(tokenizer, messages[:i], add_generation_prompt=True) for i in answers]
+    after = [_render(tokenizer, messages[: i + 1], add_generation_prompt=False) for i in answers]
+    ids, *parts = tokenize_texts(tokenizer, [whole, *before, *after], plain=False)
+    mask = [0] * len(ids)
+    for k, i in enumerate(answers):
+        start, end = len(parts[k]), len(parts[len(answers) + k])
+        appends = after[k].startswith(before[k]) and whole.startswith(after[k])
+        # Only the end has to fall between two tokens: as in verl's mask, an answer's first characters may merge into
+        # the last token of the prompt for it, and are then no target.
+        if not appends or ids[:end] != parts[len(answers) + k]:
+            raise UserError(
+                f"the chat template writes messages[{i}] otherwise alone than in the whole conversation, so that its "
+                "tokens cannot be told apart; expected a template that only appends"
+            )
+        mask[start:end] = [1] * (end - start)
+    return ids, mask

@@ -1,0 +1,455 @@
+"""A speculator on disk: `pytorch_model.bin` with its weights alone, and `config.json` that explains them.
+
+`config.json` is what ArcticInference reads, as it stands (docs/checkpoint-format.md), with our own keys beside it.
+Loading is strict: exactly the tensors and shapes that the configuration calls for, or an error that names them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_speculator.base_model.loading import UNQUANTIZED, BaseModelFormat, base_path, base_shape
+from verl_speculator.checkpoint.provenance import weights_fingerprint
+from verl_speculator.config.families import FAMILIES
+from verl_speculator.config.schema import SpeculatorConfig
+from verl_speculator.utils.atomic_io import SAFETENSORS_FILE, TORCH_FILE, atomic_file, read_tensors
+from verl_speculator.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from verl_speculator.models import Slot, Speculator
+
+WEIGHTS_FILE = TORCH_FILE
+# A format of another program's that only it reads.
+ARCTIC_MLP = "ArcticMLPSpeculatorPreTrainedModel"
+CONFIG_FILE = "config.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+STATE_DIRECTORY = "training_state"
+STATE_FILES = ("optimizer.pt", "lr_scheduler.pt", "random.pt")
+BASE_DIRECTORY = "huggingface"
+STEP_DIRECTORY = re.compile(r"^global_step_(\d+)$")
+PROVENANCE_KEY = "verl_speculator"
+BLOCK_KEY = "block_shapes"
+BLOCK_PREFIX = "block."
+CAP_KEY = "logit_cap"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `config.json` says, without reading a weight.
+
+    Attributes:
+        directory: where the checkpoint lies.
+        config: family and shape.
+        hidden_size: width D of the base it was trained for.
+        vocab_size: V, the rows of the base's output head.
+        dtype: of the tensors on disk, as in `torch.<dtype>`.
+        block_shapes: of the parameters of the base's block that it holds a trained copy of; empty where it has none.
+        provenance: base, data, step, seed and versions; empty for checkpoints made elsewhere.
+        logit_cap: the soft cap of its logits, None where it has none.
+    """
+
+    directory: Path
+    config: SpeculatorConfig
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    block_shapes: dict[str, list[int]]
+    provenance: dict[str, Any]
+    logit_cap: float | None = None
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What `build_speculator` needs to know of the base."""
+        return {
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "block_shapes": self.block_shapes,
+            "logit_cap": self.logit_cap,
+        }
+
+    def differences(self, config: SpeculatorConfig, logit_cap: float | None) -> list[str]:
+        """Where it differs from a speculator of this configuration and soft cap, as `SpeculatorConfig.differences`."""
+        capped = [] if self.logit_cap == logit_cap else [f"{CAP_KEY} ({self.logit_cap}, {logit_cap})"]
+        return self.config.differences(config) + capped
+
+    def check_base(self, hidden_size: int, vocab_size: int) -> None:
+        """Refuse a base of another width or vocabulary.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        for name, mine, theirs in (
+            ("width (hidden_size)", self.hidden_size, hidden_size),
+            ("vocabulary (vocab_size)", self.vocab_size, vocab_size),
+        ):
+            if mine != theirs:
+                raise UserError(f"{self.directory}: trained for a base of {name} {mine}, this base has {theirs}")
+
+    @property
+    def base_name(self) -> str:
+        """The base it was trained for, as the run named it."""
+        if (self.directory / BASE_DIRECTORY).is_dir():
+            return str(self.directory / BASE_DIRECTORY)
+        name = self.provenance.get("base", {}).get("name", "a base that its config.json does not name")
+        return self.base_form.name_of(name)
+
+    @property
+    def base_form(self) -> BaseModelFormat:
+        """The form in which the base was held while it was trained."""
+        if (self.directory / BASE_DIRECTORY).is_dir():
+            return UNQUANTIZED
+        recorded = self.provenance.get("base", {})
+        return BaseModelFormat(recorded.get("quantization"), recorded.get("gguf_file"))
+
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the base's weights, None if it is not known. A base that was trained too lies beside."""
+        if (self.directory / BASE_DIRECTORY).is_dir():
+            return weights_fingerprint(str(self.directory / BASE_DIRECTORY))
+        return self.provenance.get("base", {}).get("weights_fingerprint")
+
+    def check_base_weights(self, base: str, form: BaseModelFormat = UNQUANTIZED, *, allow_other: bool = False) -> None:
+        """Refuse a base with other weights than the one that the speculator was trained for, or warn of it.
+
+        The same weights in 4 bits and as they lie go with each other, at the price of some acceptance: the log says so.
+
+        Args:
+            base: directory or hub name. Where either fingerprint is not to be had, that is said in the log.
+            form: in which it is held.
+            allow_other: warn of other weights instead of refusing them.
+
+        Raises:
+            UserError: naming both bases.
+        """
+        mine, theirs = self.base_fingerprint(), weights_fingerprint(base, form.gguf_file)
+        name = form.name_of(base)
+        if mine is None or theirs is None:
+            unknown = self.directory if mine is None else name
+            logger.warning("%s: the base's weights cannot be compared: no fingerprint of %s", self.directory, unknown)
+        elif mine != theirs:
+            differ = f"{self.directory}: trained for the weights of {self.base_name}, those of {name} are others"
+            if not allow_other:
+                raise UserError(
+                    f"{differ}; a base fine-tuned from it can be told to be fine: --allow-other-base "
+                    "(allow_other_base=True)"
+                )
+            logger.warning("%s: expect fewer accepted drafts", differ)
+        elif self.base_form.quantization != form.quantization:
+            logger.warning("%s: trained on the states of %s, not of %s", self.directory, self.base_name, name)
+
+
+def latest_step(run: Path) -> int | None:
+    """The step that a run's tracker file names, None where there is none."""
+    try:
+        return int((run / TRACKER_FILE).read_text().strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise UserError(f"{run / TRACKER_FILE}: expected a step number") from None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The directory of a checkpoint: itself, or the latest step of a run's folder.
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
+    directory = Path(path).expanduser()
+    if (directory / CONFIG_FILE).is_file():
+        return directory
+    step = latest_step(directory)
+    if step is not None and (directory / f"global_step_{step}" / CONFIG_FILE).is_file():
+        return directory / f"global_step_{step}"
+    raise UserError(f"{path}: no speculator checkpoint here (expected {CONFIG_FILE} or a run's {TRACKER_FILE})")
+
+
+def find_resume_path(directory: Path, settings: Any) -> Path | None:
+    """The checkpoint that a run continues, None for a fresh start.
+
+    Args:
+        directory: the run's folder.
+        settings: verl's `trainer` settings: resume_mode and resume_from_path.
+
+    Raises:
+        UserError: if the settings name a checkpoint that is not there.
+    """
+    mode, named = settings.resume_mode, settings.resume_from_path
+    if mode == "disable":
+        return None
+    if named is not None:
+        folder = Path(named).expanduser()
+        if not STEP_DIRECTORY.match(folder.name) or not folder.is_dir():
+            raise UserError(f"trainer.resume_from_path={named}: expected an existing global_step_N folder")
+    elif mode == "resume_path":
+        raise UserError("trainer.resume_mode=resume_path needs trainer.resume_from_path=<a global_step_N folder>")
+    else:
+        step = latest_step(directory)
+        if step is None:
+            return None
+        folder = directory / f"global_step_{step}"
+        if not folder.is_dir():
+            raise UserError(f"{directory / TRACKER_FILE} names step {step}, but {folder} is not there")
+    if not (folder / STATE_DIRECTORY).is_dir():
+        raise UserError(
+            f"{folder} has no {STATE_DIRECTORY} to resume from; start from its weights: model.speculator.path={folder}"
+        )
+    return folder
+
+
+def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
+    """Read `config.json`. Imports no torch.
+
+    Raises:
+        UserError: if there is no checkpoint, or its configuration cannot be used.
+    """
+    directory = resolve_checkpoint(path)
+    try:
+        content = json.loads((directory / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {error}") from None
+    _check_is_speculator(directory, content)
+    try:
+        settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}
+        return CheckpointInfo(
+            directory=directory,
+            config=SpeculatorConfig(**settings),
+            hidden_size=int(content["input_hidden_dim"]),
+            vocab_size=int(content["vocab_size"]),
+            dtype=str(content.get("torch_dtype", "float32")).removeprefix("torch."),
+            block_shapes={str(k): [int(n) for n in v] for k, v in content.get(BLOCK_KEY, {}).items()},
+            provenance=dict(content.get(PROVENANCE_KEY, {})),
+            logit_cap=None if content.get(CAP_KEY) is None else float(content[CAP_KEY]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {reason}") from None
+
+
+def _check_is_speculator(directory: Path, content: Any) -> None:
+    """Refuse an export that another program alone reads, Medusa heads in another format, and a model, by what it is.
+
+    Raises:
+        UserError: saying what was expected.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: expected an object")
+    if ARCTIC_MLP in content.get("architectures", ()):
+        raise UserError(
+            f"{directory}: an export for ArcticInference alone (arctic-mlp); expected the checkpoint that it was "
+            "made of, or an export in another format"
+        )
+    if "input_hidden_dim" in content:
+        return
+    if "medusa_num_heads" in content or content.get("model_type") == "medusa":
+        raise UserError(
+            f"{directory}: Medusa heads in another format; expected a checkpoint of ours, which "
+            f"`verl-speculator convert {directory} --out DIR` makes of it"
+        )
+    if named := content.get("architectures") or content.get("model_type"):
+        kind = ", ".join(named) if isinstance(named, list) else named
+        raise UserError(
+            f"{directory}: a model ({kind}), expected a speculator's checkpoint, as training writes it: a "
+            "global_step_N folder, or a run's folder for its latest step; the model itself is --base"
+        )
+
+
+def config_content(
+    config: SpeculatorConfig,
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: str,
+    block_shapes: Mapping[str, Sequence[int]] | None = None,
+    logit_cap: float | None = None,
+    base_architectures: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `config.json`: the settings, the keys by which a serving engine knows them, then our own."""
+    facts = {
+        "base_model_archs": list(base_architectures),
+        "torch_dtype": dtype,
+        "input_hidden_dim": hidden_size,
+        "vocab_size": vocab_size,
+    } | config.to_dict()
+    if block_shapes:
+        facts[BLOCK_KEY] = dict(block_shapes)
+    if logit_cap is not None:
+        facts[CAP_KEY] = logit_cap
+    return FAMILIES[config.method].serving_keys(facts) | facts | {PROVENANCE_KEY: dict(provenance or {})}
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: SpeculatorConfig,
+    state: Mapping[str, torch.Tensor],
+    *,
+    hidden_size: int,
+    vocab_size: int,
+    logit_cap: float | None = None,
+    base_architectures: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint from the parameters of a speculator.
+
+    Args:
+        directory: made if it does not exist.
+        config: family and shape.
+        state: every parameter of the module, whole and on the CPU, under the module's own names.
+        hidden_size: D.
+        vocab_size: V.
+        logit_cap: the soft cap of the speculator's logits, `Speculator.logit_cap`.
+        base_architectures: as in the base's own `config.json`.
+        provenance: kept under the key `verl_speculator`.
+
+    Returns:
+        The directory.
+    """
+    import torch
+
+    from verl_speculator.models import build_speculator
+
+    shape = {"hidden_size": hidden_size, "vocab_size": vocab_size}
+    shape["block_shapes"] = {
+        name.removeprefix(BLOCK_PREFIX): list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)
+    }
+    slots = build_speculator(config, **shape, device="meta").checkpoint_slots()
+    tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
+    (dtype,) = {tensor.dtype for tensor in tensors.values()}
+    content = config_content(
+        config,
+        **shape,
+        logit_cap=logit_cap,
+        dtype=str(dtype).removeprefix("torch."),
+        base_architectures=base_architectures,
+        provenance=provenance,
+    )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(directory / WEIGHTS_FILE) as path:
+        torch.save(tensors, path)
+    with atomic_file(directory / CONFIG_FILE) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    return directory
+
+
+def save_speculator(
+    speculator: Speculator,
+    directory: str | Path,
+    *,
+    base_architectures: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save a speculator that lives in this process (the trainer saves sharded ones by itself).
+
+    Args:
+        speculator: any family.
+        directory: made if it does not exist; its two files are replaced if it does.
+        base_architectures: as in the base's own `config.json`; some versions of ArcticInference demand it.
+        provenance: anything worth keeping, under the key `verl_speculator`.
+
+    Returns:
+        The directory.
+    """
+    return write_checkpoint(
+        directory,
+        speculator.config,
+        {name: parameter.detach().cpu() for name, parameter in speculator.named_parameters()},
+        hidden_size=speculator.hidden_size,
+        vocab_size=speculator.vocab_size,
+        logit_cap=speculator.logit_cap,
+        base_architectures=base_architectures,
+        provenance=provenance,
+    )
+
+
+def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint under the module's own names, memory-mapped and strictly checked.
+
+    Raises:
+        UserError: if the file is missing or truncated, or holds other tensors than the configuration calls for.
+    """
+    import torch
+
+    from verl_speculator.models import build_speculator
+
+    path = info.directory / WEIGHTS_FILE
+    if not path.exists() and (info.directory / SAFETENSORS_FILE).exists():
+        path = info.directory / SAFETENSORS_FILE
+    tensors = read_tensors(path)
+    module = build_speculator(info.config, **info.shape, device="meta")
+    slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
+    faults = [f"missing {key}" for key in slots if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in slots]
+    found: dict[Slot, torch.Tensor] = {}
+    for key, slot in slots.items():
+        if key not in tensors:
+            continue
+        tensor, shape = tensors[key], slot.of(parameters).shape
+        if tensor.shape != shape:
+            faults.append(f"{key} is {list(tensor.shape)}, the configuration says {list(shape)}")
+        elif not torch.equal(found.setdefault(slot, tensor), tensor):
+            faults.append(f"{key} differs from the tensor that it is tied to")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(faults[:5])}{more}")
+    return join_slots(found, {name: p.shape for name, p in parameters.items()})
+
+
+def join_slots(found: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The parameters that these tensors are or are parts of."""
+    state: dict[str, torch.Tensor] = {}
+    for slot, tensor in found.items():
+        if slot.part is None:
+            state[slot.parameter] = tensor
+            continue
+        if slot.parameter not in state:
+            state[slot.parameter] = tensor.new_empty(shapes[slot.parameter])
+        slot.of(state).copy_(tensor)
+    return state
+
+
+def load_speculator(
+    path: str | Path,
+    *,
+    base: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    allow_other_base: bool = False,
+) -> Speculator:
+    """Load a trained speculator, strictly. The log says which base it was trained for.
+
+    Args:
+        path: a checkpoint's directory, or a run's folder for its latest step.
+        base: a model, a configuration or a path; if given, its width and vocabulary must be those of the speculator,
+            and its weights, where they are at hand, those that it was trained for.
+        device: where to put it.
+        dtype: of its parameters; the one on disk by default.
+        allow_other_base: let the base have other weights, as one has that was fine-tuned from it; the log warns.
+
+    Raises:
+        UserError: if there is no checkpoint, it is incomplete, or the base is another one.
+    """
+    import torch
+
+    from verl_speculator.models import build_speculator
+
+    info = read_checkpoint_info(path)
+    if base is not None:
+        info.check_base(*base_shape(base))
+        name = str(base) if isinstance(base, (str, Path)) else base_path(base)
+        if name:
+            info.check_base_weights(name, allow_other=allow_other_base)
+    logger.info("%s: trained for %s", info.directory, info.base_name)
+    speculator = build_speculator(info.config, **info.shape, device="meta")
+    state = {name: tensor.clone() for name, tensor in read_weights(info).items()}
+    speculator.load_state_dict(state, assign=True)
+    return speculator.to(device=device, dtype=dtype or getattr(torch, info.dtype))

@@ -1,0 +1,1 @@
+"""Settings: every `model.speculator.*` key, the table of families, the objective, and Hydra's composition."""

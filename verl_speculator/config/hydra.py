@@ -1,0 +1,219 @@
+"""From a command line to one resolved configuration. Imports Hydra, and torch only to find the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from verl_speculator.config.families import FAMILIES
+from verl_speculator.config.schema import DIM_KEYS, PREFIX, check_setting_names, split_settings
+from verl_speculator.utils.errors import UserError, nearest
+
+CONFIG_NAME = "speculator_sft"
+DEVICES = ("cuda", "npu", "cpu")
+_OVERRIDE = re.compile(r"^(?P<sign>[+~]{0,2})(?P<key>[^=@:]+)=(?P<value>.*)$", re.DOTALL)
+
+
+def common_overrides() -> str:
+    """The overrides that most runs need, for a usage text: the families are those of the registry."""
+    methods = list(FAMILIES)
+    return f"""Common overrides (all of verl's, and those of docs/configuration.md):
+  model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
+  model.speculator.method={methods[0]:<27} {", ".join(methods[:-1])} or {methods[-1]}
+  model.speculator.n_predict=5                        number of draft tokens
+  data.train_files=train.parquet data.val_files=test.parquet
+  optim.lr=1e-4 trainer.total_epochs=1 data.train_batch_size=256 data.micro_batch_size_per_gpu=4
+"""
+
+
+def quote_dims(override: str) -> str:
+    """Widths as text: Hydra would read `inner_dim=1024.2560` as the number 1024.256."""
+    match = _OVERRIDE.match(override)
+    if not match or match["key"] not in {PREFIX + name for name in DIM_KEYS}:
+        return override
+    value = match["value"].strip()
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    if re.fullmatch(r"[+-]?\d+|null", value):
+        return f"{match['sign']}{match['key']}={value}"
+    return f"{match['sign']}{match['key']}='{value.replace(chr(39), '')}'"
+
+
+def _verl_config_directory() -> Path:
+    spec = importlib.util.find_spec("verl")  # finds the package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("verl is not installed: pip install verl==0.9.1")
+    return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        name = f"{prefix}{key}"
+        yield name
+        if OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key):
+            value = config._get_node(key)
+            if isinstance(value, DictConfig) and not value._is_none():
+                yield from _leaves(value, name + ".")
+
+
+def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        if _OVERRIDE.match(override) is None and not override.startswith("~"):
+            raise UserError(f"{override!r} is not an override: expected key=value")
+    search = f"hydra.searchpath=['file://{_verl_config_directory()}']"
+    with initialize_config_dir(str(directory), version_base=None):
+        try:
+            return hydra_compose(name, overrides=[search, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            text = str(error).split("\n")[0].strip()
+            wrong = re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text)
+            if wrong:
+                known = list(_leaves(hydra_compose(name, overrides=[search])))
+                key = wrong[1]
+                text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
+            raise UserError(text) from None
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration tree with `overrides` (Hydra's syntax) applied; nothing is resolved yet.
+
+    Raises:
+        UserError: for an override that Hydra refuses, with the nearest key there is.
+    """
+    matches = filter(None, map(_OVERRIDE.match, overrides))
+    check_setting_names(match["key"].removeprefix(PREFIX) for match in matches if match["key"].startswith(PREFIX))
+    return _compose(Path(__file__).resolve().parent, CONFIG_NAME, list(map(quote_dims, overrides)))
+
+
+def compose_ppo(overrides: Sequence[str]) -> DictConfig:
+    """verl's configuration of PPO with `overrides` applied; nothing is resolved yet.
+
+    Raises:
+        UserError: as `compose`.
+    """
+    return _compose(_verl_config_directory(), "ppo_trainer", overrides)
+
+
+def detect_device() -> str:
+    """The accelerator of this machine, or `cpu`. Imports torch."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if hasattr(torch, "npu") and torch.npu.is_available():
+        return "npu"
+    return "cpu"
+
+
+def flash_attention_installed() -> bool:
+    """Whether the `flash_attn` package can be imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def device_runs_flash_attention() -> bool:
+    """Whether the CUDA device can run flash-attn 2: Ampere and later. Imports torch."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def as_files(value: Any) -> list[str]:
+    """A file setting as a list of paths, `~` expanded: one path, or a list of them."""
+    if value is None:
+        return []
+    values = list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
+    return [str(Path(v).expanduser()) if str(v).startswith("~") else str(v) for v in values]
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Fill in everything that depends on the machine or on other settings; checks each setting that it reads.
+
+    Raises:
+        UserError: for a setting that cannot be used.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(config.model.speculator, DictConfig):
+        raise UserError(f"model.speculator={config.model.speculator}: expected settings, model.speculator.<name>=…")
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    with open_dict(config):
+        speculator, training = split_settings(OmegaConf.to_container(config.model.speculator))
+        if training.train is False:
+            raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
+        config.model.speculator = speculator.to_dict() | vars(training)
+        _resolve_base(config)
+        if config.trainer.device == "auto":
+            config.trainer.device = detect_device()
+        elif config.trainer.device not in DEVICES:
+            raise UserError(f"trainer.device={config.trainer.device}: expected auto, {', '.join(DEVICES)}")
+        _resolve_types(config)
+        _resolve_warmup(config)
+        for name in ("project_name", "experiment_name"):  # Hydra reads experiment_name=3 as a number
+            if type(config.trainer[name]) in (int, float):
+                config.trainer[name] = str(config.trainer[name])
+        _resolve_attention(config)
+        config.data.train_files = as_files(config.data.train_files)
+        config.data.val_files = as_files(config.data.val_files)
+    return config
+
+
+def _resolve_base(config: DictConfig) -> None:
+    """`model.partial_pretrain` and `model.path` name the same thing."""
+    default = "Qwen/Qwen2.5-0.5B-Instruct"
+    model = config.model
+    if model.path != model.partial_pretrain and model.partial_pretrain != default:
+        raise UserError(
+            f"model.path={model.path} and model.partial_pretrain={model.partial_pretrain} name the same thing: set one"
+        )
+    if not isinstance(model.path, str) or not model.path:
+        raise UserError(f"model.partial_pretrain={model.path}: expected a directory or a hub name")
+    path = str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
+    model.path = model.partial_pretrain = path.rstrip("/") or path
+
+
+def _resolve_types(config: DictConfig) -> None:
+    precision = config.engine.mixed_precision
+    if precision is not None and precision.get("param_dtype") == "auto":
+        precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
+    if config.engine.model_dtype == "auto":
+        compute = "bf16" if precision is None else precision.get("param_dtype", "bf16")
+        config.engine.model_dtype = compute if config.model.freeze_base_model else "fp32"
+
+
+def _resolve_warmup(config: DictConfig) -> None:
+    """No steps are no warm-up, and null leaves it to the ratio: verl takes 0 for the latter, and fails on null."""
+    steps = config.optim.lr_warmup_steps
+    if type(steps) is int and steps == 0:
+        config.optim.lr_warmup_steps_ratio = 0.0
+    if steps is None or (type(steps) is int and steps == 0):
+        config.optim.lr_warmup_steps = -1
+
+
+def _resolve_attention(config: DictConfig) -> None:
+    """flash-attn where it is installed and the device has it, else sdpa; what the user names stays."""
+    if config.model.override_config is None:
+        config.model.override_config = {}
+    if "attn_implementation" in config.model.override_config:
+        return
+    precision = config.engine.mixed_precision
+    half = precision is None or precision.get("param_dtype") not in ("fp32", "float32")
+    usable = config.trainer.device == "cuda" and half and flash_attention_installed() and device_runs_flash_attention()
+    config.model.override_config["attn_implementation"] = "flash_attention_2" if usable else "sdpa"
+
+
+def load_settings(overrides: Sequence[str]) -> DictConfig:
+    """`compose`, then `resolve`."""
+    return resolve(compose(overrides))

@@ -1,1 +1,0 @@
-"""Medusa heads from elsewhere as checkpoints of ours."""

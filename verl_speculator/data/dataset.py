@@ -1,0 +1,115 @@
+"""Training data: verl's conversations, plain text, and validation without a lost row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from tqdm import tqdm
+from verl.trainer.sft_trainer import create_sft_dataset
+
+from verl_speculator.base_model.chat_template import tokenize_texts
+from verl_speculator.data.alignment import states_read
+from verl_speculator.utils.errors import UserError
+
+
+class TextDataset(Dataset):
+    """Rows of plain text, closed with the tokenizer's end token; every token is a target.
+
+    Args:
+        files: parquet files.
+        tokenizer: of the base.
+        config: verl's `data` settings: text_key, max_length, truncation.
+        max_samples: rows to keep, all if not positive.
+    """
+
+    def __init__(self, files: Sequence[str], tokenizer: Any, config: Any, max_samples: int = -1) -> None:
+        self.texts: list[str] = []
+        for file in files:
+            self.texts += pq.read_table(file, columns=[config.text_key])[config.text_key].to_pylist()
+        self.texts = self.texts[:max_samples] if max_samples > 0 else self.texts
+        self.tokenizer, self.max_length, self.truncation = tokenizer, config.max_length, config.truncation
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        (ids,) = tokenize_texts(self.tokenizer, [self.texts[item]], plain=True)
+        if len(ids) > self.max_length:
+            if self.truncation == "error":
+                raise UserError(f"text row {item} has {len(ids)} tokens, data.max_length is {self.max_length}")
+            ids = ids[-self.max_length :] if self.truncation == "left" else ids[: self.max_length]
+        tokens = torch.tensor(ids, dtype=torch.long)
+        return {"input_ids": tokens, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(tokens)}
+
+
+def is_text(files: Sequence[str], config: Any) -> bool:
+    """Whether the files hold plain text: no column of conversations, but one named `text_key`."""
+    names = pq.read_schema(files[0]).names
+    return config.messages_key not in names and config.text_key in names
+
+
+def build_dataset(files: Sequence[str], config: Any, tokenizer: Any, processor: Any, max_samples: int) -> Dataset:
+    """verl's dataset (or the user's, `data.custom_cls`) for conversations, `TextDataset` for plain text."""
+    if not config.custom_cls.get("path") and is_text(files, config):
+        return TextDataset(files, tokenizer, config, max_samples)
+    return create_sft_dataset(list(files), config, tokenizer, processor, max_samples=max_samples)
+
+
+class NumberedDataset(Dataset):
+    """A dataset whose rows say which one they are, in `row` [1]."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        return self.dataset[item] | {"row": torch.tensor([item])}
+
+
+def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool) -> torch.Tensor:
+    """[len(rows)] how many of the base's states a draft may read in each of these rows."""
+    loader = DataLoader(Subset(dataset, rows), batch_size=None, num_workers=num_workers)
+    counts = torch.zeros(len(rows), dtype=torch.long)
+    for i, row in enumerate(tqdm(loader, desc="Counting states", disable=not show)):
+        mask = row["loss_mask"]
+        counts[i] = len(states_read(mask, torch.tensor([0, len(mask)])))
+    return counts
+
+
+class PaddedDataset(Dataset):
+    """A dataset made longer, to a multiple of `multiple` rows, by copies of its last row that count for nothing."""
+
+    def __init__(self, dataset: Dataset, multiple: int) -> None:
+        self.dataset, self.rows = dataset, len(dataset)
+        self.padded = -(-self.rows // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.padded
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        row = self.dataset[min(item, self.rows - 1)]
+        return row if item < self.rows else row | {"loss_mask": torch.zeros_like(row["loss_mask"])}
+
+
+class ResumableSampler(DistributedSampler):
+    """A distributed sampler that can start in the middle of an epoch.
+
+    Rank r takes every world-size-th row from r on, so a global batch holds the same rows for any number of ranks, and
+    the place in the data follows from the step alone.
+    """
+
+    skip = 0
+
+    def set_position(self, epoch: int, skip: int) -> None:
+        """Epoch, and how many rows of this rank's to leave out at its beginning."""
+        self.set_epoch(epoch)
+        self.skip = skip
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[self.skip :])

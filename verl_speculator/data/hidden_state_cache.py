@@ -1,0 +1,253 @@
+"""The base's states of a training set on disk: written while the first epoch runs, read by every later one.
+
+    <directory>/manifest.json     of what these are the states: base, data, tokenizer, settings, versions
+    <directory>/lengths.npy       [N] states of each row
+    <directory>/states.bf16       [Σ lengths, D]
+    <directory>/checksums.u32     [N] CRC-32 of each row's states, 0 where they are not written yet
+
+Only the states that a draft may read are kept (`alignment.states_read`), so that one cache serves speculators of any
+family and length. A row counts as written once its checksum fits, so a kill at any moment costs the rows that were
+being written and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from verl_speculator.base_model.loading import BaseModelFormat
+from verl_speculator.checkpoint.provenance import weights_fingerprint
+from verl_speculator.utils.atomic_io import atomic_directory, check_writable
+from verl_speculator.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+SETTING = "data.cache_hidden_states"
+FORMAT = 2  # 1 had states of a base whose RoPE frequencies were in the compute type
+MANIFEST, LENGTHS, STATES, CHECKSUMS = "manifest.json", "lengths.npy", "states.bf16", "checksums.u32"
+BYTES = 2  # of a number in bf16
+READABLE = ("format", "engine.mixed_precision.param_dtype")
+# Settings of `data` that change neither rows nor tokens.
+IRRELEVANT = {
+    *("train_batch_size", "micro_batch_size_per_gpu", "max_token_len_per_gpu", "use_dynamic_bsz", "num_workers"),
+    *("train_files", "val_files", "val_max_samples", "balance_dp_token", "use_shm", "cache_hidden_states"),
+}
+
+
+def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
+    """All that the states of a run depend on, by name: what a manifest holds.
+
+    Args:
+        config: the resolved configuration.
+        tokenizer: of the base, with the chat template that training uses.
+
+    Raises:
+        UserError: if the base's weights cannot be told from others.
+    """
+    from omegaconf import OmegaConf
+
+    base, data = config.model.path, OmegaConf.to_container(config.data)
+    fingerprint = weights_fingerprint(base, config.model.gguf_file)
+    if fingerprint is None:
+        raise UserError(f"{SETTING}: {base} has no *.safetensors, so its weights cannot be told from others")
+    custom = data["custom_cls"]["path"]
+    return {
+        "format": FORMAT,
+        "versions": {name: metadata.version(name) for name in ("verl_speculator", "transformers")},
+        "the base's weights": BaseModelFormat(config.model.quantization).name_of(fingerprint),
+        "engine.mixed_precision.param_dtype": (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
+        "model.speculator.hidden_state": config.model.speculator.get("hidden_state", "post_norm"),
+        "model.override_config": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},
+        "the contents of data.train_files": [file_digest(Path(file)) for file in data["train_files"]],
+        "tokenizer or chat template": tokenizer_digest(tokenizer),
+        "data": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT},
+        "the code of data.custom_cls": file_digest(Path(custom)) if custom else None,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Of vocabulary, rules and chat template; what a tokenizer pads or cuts with is not part of it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps([rules, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
+
+
+def check_directory(directory: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a cache of these states lies there already; False where one can be made.
+
+    Raises:
+        UserError: if the directory holds something else, a torn cache or that of other states, or cannot be written.
+    """
+    setting = f"{SETTING}={directory}"
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        check_writable(setting, directory)
+        return False
+    otherwise = "; remove it, or name another directory"
+    if not directory.is_dir():
+        raise UserError(f"{setting}: a file, expected a directory")
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"{setting}: has no {MANIFEST}, so it is no cache; expected an empty directory, or a new one")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        found, rows, width = manifest["identity"], int(manifest["rows"]), int(manifest["width"])
+        lengths = np.load(directory / LENGTHS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{setting}: torn, {' '.join(str(error).split())}{otherwise}") from None
+    for name, size in {STATES: int(lengths.sum()) * width * BYTES, CHECKSUMS: 4 * rows}.items():
+        file = directory / name
+        has = file.stat().st_size if file.is_file() else 0
+        if has != size:
+            raise UserError(f"{setting}: torn, {name} has {has} bytes, expected {size}{otherwise}")
+    if differing := list(_differences(found, dict(identity))):
+        raise UserError(f"{setting}: holds other states (its own, this run's): {', '.join(differing)}{otherwise}")
+    return True
+
+
+def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    """What differs, by name, with both values where people can read them."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in dict.fromkeys([*mine, *theirs]):
+            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+    elif mine != theirs:
+        told = name in READABLE or name.startswith(("data.", "model.override_config.", "versions."))
+        yield f"{name} ({mine}, {theirs})" if told else name
+
+
+def check_space(directory: Path, needed: int, *, estimated: bool = False) -> None:
+    """Whether the disk has room for `needed` bytes.
+
+    Raises:
+        UserError: naming what is needed and what there is.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        about = "about " if estimated else ""
+        raise UserError(f"{SETTING}={directory}: needs {about}{say_size(needed)}, the disk has {say_size(free)} left")
+
+
+def say_size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+class StateCache:
+    """States of a training set by row, some of them written and some not yet.
+
+    Processes of a run share the files: each writes the rows that it trains on.
+
+    Args:
+        directory: where `create` made one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        manifest = json.loads((directory / MANIFEST).read_text())
+        self.rows, self.width = manifest["rows"], manifest["width"]
+        self.lengths = np.load(directory / LENGTHS)
+        self._ends = self.lengths.cumsum()
+        mode = "r+" if os.access(directory / STATES, os.W_OK) else "r"
+        self._checksums = np.memmap(directory / CHECKSUMS, np.uint32, mode, shape=(self.rows,))
+        shape = (int(self._ends[-1]), self.width)
+        # A file without a byte cannot be mapped.
+        self._states = np.memmap(directory / STATES, np.uint16, mode, shape=shape) if shape[0] else np.empty(shape)
+        self._writable = mode == "r+"
+        self._known = np.zeros(self.rows, bool)
+
+    @classmethod
+    def create(
+        cls, directory: Path, identity: Mapping[str, Any], lengths: Sequence[int] | np.ndarray, width: int
+    ) -> StateCache:
+        """A cache without a row, with the disk space for all of them.
+
+        Args:
+            directory: does not exist yet, or is empty.
+            identity: what `identify_states` says.
+            lengths: [N] states of each row.
+            width: D.
+
+        Raises:
+            UserError: if the disk has too little space, or cannot be written to.
+        """
+        lengths = np.asarray(lengths, np.int64)
+        size = int(lengths.sum()) * width * BYTES
+        check_space(directory, size)
+        try:
+            with atomic_directory(directory) as folder:
+                np.save(folder / LENGTHS, lengths)
+                for name, count in ((STATES, size), (CHECKSUMS, 4 * len(lengths))):
+                    with (folder / name).open("wb") as file:
+                        if count:
+                            os.posix_fallocate(file.fileno(), 0, count)
+                manifest = {"identity": dict(identity), "rows": len(lengths), "width": width}
+                (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{SETTING}={directory}: {say_size(size)} cannot be written: {reason}") from None
+        return cls(directory)
+
+    @property
+    def written(self) -> int:
+        """Rows that have been written, by whichever run; whether they are whole shows when they are read."""
+        return int(np.count_nonzero(self._checksums))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all states."""
+        return int(self._ends[-1]) * self.width * BYTES
+
+    def _part(self, row: int) -> np.ndarray:
+        end = self._ends[row]
+        return self._states[end - self.lengths[row] : end]
+
+    def has(self, rows: Iterable[int]) -> bool:
+        """Whether all these rows are written, and as they were written."""
+        return all(self._has(row) for row in rows)
+
+    def _has(self, row: int) -> bool:
+        if not self._known[row]:
+            self._known[row] = self._checksums[row] == _checksum(self._part(row))
+        return bool(self._known[row])
+
+    def read(self, rows: Iterable[int]) -> Tensor:
+        """[S, D] bf16, the states of these rows one after the other."""
+        import torch
+
+        parts = [self._part(row) for row in rows]
+        return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
+
+    def write(self, row: int, states: Tensor) -> None:
+        """Keep [lengths[row], D] states in bf16, unless they are there, or the files are read-only."""
+        import torch
+
+        if not self._writable or self._has(row):
+            return
+        part = self._part(row)
+        if states.shape != part.shape:
+            raise ValueError(f"row {row}: states of shape {tuple(states.shape)}, expected {part.shape}")
+        part[:] = states.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        self._checksums[row] = _checksum(part)
+        self._known[row] = True
+
+
+def _checksum(part: np.ndarray) -> int:
+    """CRC-32, with 0 kept for what is not written."""
+    return zlib.crc32(np.ascontiguousarray(part)) or 1

@@ -1,0 +1,177 @@
+"""What a checkpoint records of its run's settings and data, and what another value means to a run that resumes it.
+
+The trainer writes the record into `config.json`, the checks before a run compare it with the run's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl_speculator.base_model.loading import BaseModelFormat
+from verl_speculator.checkpoint.provenance import data_fingerprint
+from verl_speculator.config.schema import PREFIX, SpeculatorTraining, split_settings
+from verl_speculator.data.hidden_state_cache import IRRELEVANT, file_digest, tokenizer_digest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+RECORD = "settings"  # the record's key in a checkpoint's provenance
+TRAIN_CONTENTS, VAL_CONTENTS = "the contents of data.train_files", "the contents of data.val_files"
+TOKENIZER, BASE_CONFIGURATION = "the tokenizer or its chat template", "the base model's configuration"
+CUSTOM_CODE = "the code of data.custom_cls"
+# What is recorded as a digest, which says nothing to a reader.
+DIGESTS = (TRAIN_CONTENTS, VAL_CONTENTS, TOKENIZER, BASE_CONFIGURATION, CUSTOM_CODE)
+# Entries of a base model's configuration that say by what it was written, or in which type, which is a setting here.
+WRITER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+# Settings of the optimizer by whose state another one cannot continue.
+OPTIMIZER_KIND = ("optim.optimizer", "optim.optimizer_impl")
+# Settings of `data` that the number of rows says better, or that no run has another value of.
+UNRECORDED_DATA = {*IRRELEVANT, "train_max_samples", "pad_mode", "custom_cls"}
+UNRECORDED_OPTIM = {"_target_", "total_training_steps"}
+ADJUSTABLE = (PREFIX + "lr", "trainer.total_epochs", "trainer.total_training_steps", VAL_CONTENTS)
+
+
+def record_settings(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
+    """Every setting that decides what a run computes, by its name, in the values of JSON.
+
+    A setting that has no effect in this run, such as η without the loss that reads it, is left out.
+
+    Args:
+        config: the resolved configuration.
+        tokenizer: of the base model, with the chat template that training uses.
+    """
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(config)
+    training = split_settings(tree["model"]["speculator"])[1]
+    record = {
+        **_objective(tree["model"], training),
+        **_data(tree["data"]),
+        "model.custom_chat_template": tree["model"]["custom_chat_template"],
+        TOKENIZER: tokenizer_digest(tokenizer),
+        BASE_CONFIGURATION: _base_configuration(tree["model"]),
+        "trainer.seed": tree["trainer"]["seed"],
+        **{f"optim.{name}": value for name, value in tree["optim"].items() if name not in UNRECORDED_OPTIM},
+        PREFIX + "lr": tree["optim"]["lr"] if training.lr is None else training.lr,
+        **{f"trainer.{name}": tree["trainer"][name] for name in ("total_epochs", "total_training_steps")},
+        "engine.model_dtype": tree["engine"]["model_dtype"],
+        "engine.mixed_precision.param_dtype": (tree["engine"]["mixed_precision"] or {}).get("param_dtype"),
+        "model.override_config": tree["model"]["override_config"],
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def _objective(model: Mapping[str, Any], training: SpeculatorTraining) -> dict[str, Any]:
+    objective, frozen = training.objective, model["freeze_base_model"]
+    losses = dict(objective.weights)
+    return {
+        "model.freeze_base_model": frozen,
+        "model.quantization": model["quantization"] or "null",
+        "model.speculator_loss_coeff": float(model["speculator_loss_coeff"]),
+        PREFIX + "loss": losses,
+        PREFIX + "depth_weights": objective.weights_of_depths,
+        **({PREFIX + "kl_temperature": objective.kl_temperature} if "kl" in losses else {}),
+        **({PREFIX + "lk_eta": objective.lk_eta} if "lk" in losses else {}),
+        **({} if frozen else {PREFIX + "detach_hidden": training.detach_hidden}),
+    }
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    unread = UNRECORDED_DATA | ({"max_length"} if data["truncation"] == "error" else set())  # nothing is cut there
+    return {
+        "data.train_batch_size": data["train_batch_size"],
+        **{f"data.{name}": value for name, value in data.items() if name not in unread},
+        TRAIN_CONTENTS: _contents(data["train_files"]),
+        VAL_CONTENTS: _contents(data["val_files"]),
+        CUSTOM_CODE: _custom_code(data["custom_cls"]),
+    }
+
+
+def _custom_code(custom: Mapping[str, Any]) -> list[str | None] | None:
+    """The class that reads the data, with a digest of its file (the name of what is not a file); None for verl's."""
+    if not (path := custom.get("path")):
+        return None
+    return [custom.get("name"), file_digest(Path(path)) if Path(path).is_file() else str(path)]
+
+
+def _base_configuration(model: Mapping[str, Any]) -> str:
+    """A digest of the base model's configuration as it is written, wherever it lies."""
+    from transformers import PretrainedConfig
+
+    if named := model["hf_config_path"]:
+        values, _ = PretrainedConfig.get_config_dict(named)
+    else:
+        values, _ = PretrainedConfig.get_config_dict(model["path"], **BaseModelFormat(None, model["gguf_file"]).reading)
+    values = {name: value for name, value in values.items() if name not in WRITER}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _contents(files: Any) -> list[str]:
+    """A fingerprint of each file, in order; the name of what is not a file, which custom datasets may read."""
+    return [data_fingerprint(Path(file)) if Path(file).is_file() else str(file) for file in files or []]
+
+
+def earlier_record(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as far as the other sections of a provenance hold it, which is all that early checkpoints have."""
+    base, training = (provenance.get(section, {}) for section in ("base", "training"))
+    joint = base.get("trained_jointly")
+    known = {
+        "model.freeze_base_model": None if joint is None else not joint,
+        # A checkpoint that names none was trained on the hidden states of the weights as they lie.
+        "model.quantization": base.get("quantization") or "null",
+        "data.train_batch_size": training.get("train_batch_size"),
+        "optim.lr": training.get("lr"),
+        PREFIX + "lr": training.get("speculator_lr") or training.get("lr"),
+        "trainer.seed": training.get("seed"),
+        "model.speculator_loss_coeff": training.get("speculator_loss_coeff"),
+        **{PREFIX + name: training.get(name) for name in ("loss", "kl_temperature", "depth_weights")},
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint's record beside that of a run which resumes it; names with both values, the checkpoint's first.
+
+    Attributes:
+        refused: settings by which the run would be another one: its objective, its rows or their order.
+        adjusted: settings that a run may go on with in another value.
+        unrecorded: names of settings that the checkpoint says nothing of.
+    """
+
+    refused: tuple[str, ...]
+    adjusted: tuple[str, ...]
+    unrecorded: tuple[str, ...]
+
+
+def compare_records(recorded: Mapping[str, Any], own: Mapping[str, Any]) -> Comparison:
+    """Compare a checkpoint's record with a run's own."""
+    both = [name for name in own if name in recorded]
+    differing = {name: _both_values(name, recorded[name], own[name]) for name in both if recorded[name] != own[name]}
+    return Comparison(
+        refused=tuple(text for name, text in differing.items() if not is_adjustable(name)),
+        adjusted=tuple(text for name, text in differing.items() if is_adjustable(name)),
+        unrecorded=tuple(name for name in own if name not in recorded),
+    )
+
+
+def is_adjustable(name: str) -> bool:
+    """Whether a run may go on with another value of this setting."""
+    optimizer = name.startswith("optim.") and name not in OPTIMIZER_KIND
+    return optimizer or name in ADJUSTABLE or name.startswith(("engine.", "model.override_config"))
+
+
+def _both_values(name: str, recorded: Any, own: Any) -> str:
+    if name in DIGESTS:
+        return name
+    return f"{name} ({_say(recorded)}, {_say(own)})"
+
+
+def _say(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)

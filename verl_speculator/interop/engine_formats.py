@@ -1,0 +1,276 @@
+"""Which serving engine can load a speculator, and exactly what each demands: tensors, shapes, configuration.
+
+Read from the sources of the versions that are named (docs/serving-engines.md). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from verl_speculator.checkpoint.format import ARCTIC_MLP
+from verl_speculator.config.schema import SpeculatorConfig
+
+Shapes = dict[str, tuple[int, ...]]
+ARCTIC = "ArcticInference 0.3.0 (vLLM 0.26.0)"
+VLLM_MEDUSA = "vLLM 0.24 to 0.32 without plugins"
+PROPOSER_ENGINE = "vLLM 0.24 to 0.33 with SpeculatorProposer"
+GATES = ("forget", "input", "output", "cell")
+
+# Our drafter inside vLLM.
+PROPOSER = "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
+# Under this key of vLLM's additional_config are our settings: speculative_config refuses keys that it does not know.
+KEY = "verl_speculator"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One engine's answer to a checkpoint.
+
+    Attributes:
+        engine: name and versions.
+        unsupported_reason: why it cannot load the checkpoint, None if it can.
+    """
+
+    engine: str
+    unsupported_reason: str | None
+
+
+def arctic_obstacle(config: SpeculatorConfig) -> str | None:
+    """What keeps ArcticInference 0.3.0 from serving a speculator, and what to train instead; None if nothing does."""
+    if config.method not in ("sum_rnn", "sum_lstm"):
+        return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these"
+    for name, dims in (("emb_dim", config.emb_dims), ("proj_dim", config.proj_dims)):
+        if len(dims) > 1:
+            return f"{name}={getattr(config, name)}: it reads a single width; train with {name}={dims[-1]}"
+    merge = config.emb_dims[-1]
+    if config.inner_dims[0] != merge:
+        # It computes the weight of the embedding from inner_dim[0]; training here and there takes emb_dim[-1].
+        return (
+            f"inner_dim={config.inner_dim}, emb_dim={config.emb_dim}: it takes both for one number; "
+            f"train with inner_dim={merge}, or one that starts with it"
+        )
+    if config.method == "sum_lstm":
+        if len(config.inner_dims) > 1:
+            return (
+                f"inner_dim={config.inner_dim}: it reads a single width for sum_lstm; train with inner_dim={merge}, "
+                "or sum_rnn"
+            )
+        if not config.tie_lstm_embs:
+            return "tie_lstm_embs=false: it decodes with tied embeddings alone; train with tie_lstm_embs=true"
+        if config.n_predict == 1:
+            return "n_predict=1: it loads the projections of a second depth for sum_lstm; train with n_predict=2"
+    return None
+
+
+def arctic_mlp_obstacle(config: SpeculatorConfig) -> str | None:
+    """As `arctic_obstacle`, for its MLP speculator: sum_rnn of one width throughout."""
+    if config.method != "sum_rnn":
+        return f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
+    dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
+    if len(set(dims.values())) > 1 or len(config.inner_dims) > 1:
+        told = ", ".join(f"{name}={value}" for name, value in dims.items())
+        return f"{told}: it knows one width; train with the same single one in all three"
+    return None
+
+
+def medusa_obstacle(config: SpeculatorConfig) -> str | None:
+    """What keeps vLLM 0.24 to 0.32 from serving a speculator as Medusa heads, None if nothing does."""
+    if config.method != "medusa":
+        return f"method={config.method}: no released version serves it by itself; train medusa"
+    if config.inner_dim is not None:
+        return f"inner_dim={config.inner_dim}: it knows no bottleneck; train with inner_dim=null"
+    if config.hidden_state != "post_norm":
+        return (
+            f"hidden_state={config.hidden_state}: it hands over the state after the final norm; "
+            "train with hidden_state=post_norm"
+        )
+    return None
+
+
+def proposer_obstacle(config: SpeculatorConfig) -> str | None:
+    """What keeps our own drafter for vLLM from serving a speculator, None if nothing does."""
+    if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
+        return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
+    if config.hidden_state != "post_norm":
+        return (
+            f"hidden_state={config.hidden_state}: vLLM hands over the state after the final norm; "
+            "train with hidden_state=post_norm"
+        )
+    return None
+
+
+def serving_engines(config: SpeculatorConfig) -> list[Serving]:
+    """Every engine that is known, with what keeps it from serving a speculator of this configuration."""
+    return [
+        Serving("verl_speculator.decoding", None),
+        Serving(PROPOSER_ENGINE, proposer_obstacle(config)),
+        Serving(ARCTIC, arctic_obstacle(config)),
+        Serving(VLLM_MEDUSA, medusa_obstacle(config)),
+    ]
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _arctic_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> Shapes:
+    """`ArcticLSTMSpeculator` of ArcticInference 0.3.0, spec_dec/arctic_speculator.py."""
+    count, inner = config.n_predict, config.inner_dims
+    merge = config.emb_dims[0]
+    before = [hidden_size, *[inner[-1]] * (count - 1)]
+    shapes: Shapes = {f"head.{k}.weight": (vocab_size, inner[-1]) for k in range(count)}
+    projections = min(count, 2) if config.tie_weights else count
+    if config.method == "sum_lstm":
+        shapes |= {f"{gate}_emb.0.weight": (vocab_size, merge) for gate in GATES}
+        shapes |= {f"{gate}_proj.{k}.weight": (merge, before[k]) for gate in GATES for k in range(projections)}
+        return shapes | _norm("cell_ln.0", merge) | _norm("state_ln.0", merge)
+    shapes |= {f"proj.{k}.0.weight": (merge, before[k]) for k in range(projections)}
+    for k in range(1 if config.tie_weights else count):
+        shapes |= {f"emb.{k}.0.weight": (vocab_size, merge)} | _norm(f"ln.{k}.0", inner[0])
+        for i in range(1, len(inner)):
+            shapes |= {f"ln.{k}.{3 * i - 1}.weight": (inner[i], inner[i - 1])} | _norm(f"ln.{k}.{3 * i}", inner[i])
+    return shapes
+
+
+def _arctic_mlp_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> Shapes:
+    """`ArcticMLPSpeculator` of ArcticInference 0.3.0, spec_dec/arctic_speculator.py."""
+    count, width = config.n_predict, config.inner_dims[0]
+    before = [hidden_size, *[width] * (count - 1)]
+    shapes: Shapes = {f"head.{k}.weight": (vocab_size, width) for k in range(count)}
+    shapes |= {f"proj.{k}.weight": (width, before[k]) for k in range(min(count, 2) if config.tie_weights else count)}
+    for k in range(1 if config.tie_weights else count):
+        shapes |= {f"emb.{k}.weight": (vocab_size, width)} | _norm(f"ln.{k}", width)
+    return shapes
+
+
+def _medusa_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> Shapes:
+    """`Medusa` of vLLM 0.24.0, model_executor/models/medusa.py."""
+    heads = config.n_predict if config.head == "copy" else 1
+    shapes: Shapes = {f"lm_heads.{k}.weight": (vocab_size, hidden_size) for k in range(heads)}
+    for k in range(config.n_predict):
+        for j in range(config.num_layers):
+            shapes |= {f"blocks.{k}.layers.{j}.weight": (hidden_size, hidden_size)}
+            shapes |= {f"blocks.{k}.layers.{j}.bias": (hidden_size,)}
+    return shapes
+
+
+def _as_trained(content: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(content)
+
+
+def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
+    """There `emb_dim` is the base's width. Tied weights of a single depth are asserted against, and no different."""
+    kept = ("base_model_archs", "n_predict", "scale_input", "top_k_tokens_per_head", "torch_dtype", "vocab_size")
+    return {
+        "model_type": "mlp_speculator",
+        "architectures": [ARCTIC_MLP],
+        **{key: content[key] for key in kept},
+        "emb_dim": content["input_hidden_dim"],
+        "inner_dim": content["inner_dim"],
+        "tie_weights": content["tie_weights"] and content["n_predict"] > 1,
+    }
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A format, and what reads it.
+
+    Attributes:
+        engine: name and versions of what reads it.
+        weights_file: its file of tensors.
+        unsupported_reason: what keeps a configuration out of it, and what to train instead; None if nothing does.
+        tensors: from configuration, D and V to the shape of every tensor there may be; None where a checkpoint's own
+            names are the contract.
+        content: from a checkpoint's `config.json` (without provenance) to that of the export.
+        keys: the keys of that `config.json`; None where a checkpoint's own are the contract.
+        ours: whether `load_speculator` and `SpeculatorProposer` read it too.
+    """
+
+    engine: str
+    weights_file: str
+    unsupported_reason: Callable[[SpeculatorConfig], str | None]
+    tensors: Callable[[SpeculatorConfig, int, int], Shapes] | None = None
+    content: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_trained
+    keys: frozenset[str] | None = None
+    ours: bool = True
+
+
+_MLP_KEYS = frozenset(
+    {
+        *("architectures", "base_model_archs", "emb_dim", "inner_dim", "model_type", "n_predict", "scale_input"),
+        *("tie_weights", "top_k_tokens_per_head", "torch_dtype", "vocab_size"),
+    }
+)
+_MEDUSA_KEYS = frozenset(
+    {
+        *("architectures", "base_model_archs", "head", "hidden_size", "hidden_state", "inner_dim", "input_hidden_dim"),
+        *("medusa_fc_bias", "method", "model_type", "n_predict", "num_heads", "num_hidden_layers", "num_layers"),
+        *("torch_dtype", "vocab_size"),
+    }
+)
+
+FORMATS: Mapping[str, Contract] = MappingProxyType(
+    {
+        "arctic": Contract(
+            engine=ARCTIC,
+            weights_file="pytorch_model.bin",
+            unsupported_reason=arctic_obstacle,
+            tensors=_arctic_tensors,
+            keys=_MLP_KEYS | {"input_hidden_dim", "method", "proj_dim", "tie_lstm_embs"},
+        ),
+        "arctic-mlp": Contract(
+            engine=ARCTIC,
+            weights_file="pytorch_model.bin",
+            unsupported_reason=arctic_mlp_obstacle,
+            tensors=_arctic_mlp_tensors,
+            content=_arctic_mlp_content,
+            keys=_MLP_KEYS,
+            ours=False,
+        ),
+        "vllm-medusa": Contract(
+            engine=VLLM_MEDUSA,
+            weights_file="model.safetensors",
+            unsupported_reason=medusa_obstacle,
+            tensors=_medusa_tensors,
+            keys=_MEDUSA_KEYS,
+        ),
+        "safetensors": Contract(
+            engine="verl_speculator, and " + PROPOSER_ENGINE,
+            weights_file="model.safetensors",
+            unsupported_reason=lambda config: None,
+        ),
+    }
+)
+
+
+def contract_faults(
+    name: str, config: SpeculatorConfig, hidden_size: int, vocab_size: int, shapes: Shapes, content: Mapping[str, Any]
+) -> list[str]:
+    """In what tensors and configuration depart from a format's table: no engine here checks that all of them are there.
+
+    Args:
+        name: a key of `FORMATS`.
+        config: family and shape.
+        hidden_size: D.
+        vocab_size: V.
+        shapes: of every tensor.
+        content: of `config.json`, without provenance.
+    """
+    contract, faults = FORMATS[name], []
+    if contract.tensors is not None:
+        wanted = contract.tensors(config, hidden_size, vocab_size)
+        faults += [f"missing {key}" for key in wanted if key not in shapes]
+        faults += [f"unexpected {key}" for key in shapes if key not in wanted]
+        faults += [
+            f"{key} is {list(shapes[key])}, expected {list(shape)}"
+            for key, shape in wanted.items()
+            if key in shapes and tuple(shapes[key]) != shape
+        ]
+    if contract.keys is not None:
+        optional = {"original_lm_head", "logit_cap"} if name == "vllm-medusa" else set()
+        faults += [f"config.json has no {key}" for key in sorted(contract.keys - content.keys())]
+        faults += [f"config.json has {key}" for key in sorted(content.keys() - contract.keys - optional)]
+    return faults

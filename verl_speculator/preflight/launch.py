@@ -1,0 +1,152 @@
+"""The launcher behind `run_speculator_training.sh`: check everything in this process, then become torchrun.
+
+What is the user's to mend is found here where it can be, before the workers start and the base model loads, and ends
+with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import verl_speculator
+from verl_speculator.config.hydra import common_overrides
+from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.process import CPU_ALLOCATOR
+
+USAGE = f"""usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
+
+  nproc_per_node   processes on this machine: one per GPU
+  save_path        where checkpoints go: <save_path>/global_step_N
+
+  --cfg job        print the resolved configuration and stop
+  --version        print the version and stop
+  -h, --help       print this and stop
+
+{common_overrides()}
+More than one machine: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or any of torchrun's
+own PET_* variables.
+"""
+# Where torchrun's options come from, besides the PET_* variables that it reads itself.
+TORCHRUN_ENVIRONMENT = {
+    "--nnodes": "NNODES",
+    "--node-rank": "NODE_RANK",
+    "--master-addr": "MASTER_ADDR",
+    "--master-port": "MASTER_PORT",
+}
+# torchrun's own variables that say where processes meet; its others, such as PET_LOG_DIR, do not.
+RENDEZVOUS = ("PET_RDZV_", "PET_MASTER_", "PET_NODE_RANK", "PET_STANDALONE")
+
+
+def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The command line of torchrun for this machine."""
+    command = [sys.executable, "-m", "verl_speculator.training.torchrun", f"--nproc-per-node={processes}"]
+    return [*command, *_rendezvous(environment), "-m", "verl_speculator.train", *overrides]
+
+
+def _rendezvous(environment: Mapping[str, str]) -> list[str]:
+    """torchrun's options of where processes meet. One machine needs no address: MASTER_* that a scheduler or an outer
+    job left in the environment would be another's. What PET_* variables say of it torchrun reads itself."""
+    if node_count(environment) > 1:
+        return [f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment]
+    return [] if any(name.startswith(RENDEZVOUS) for name in environment) else ["--standalone"]
+
+
+def node_count(environment: Mapping[str, str]) -> int:
+    """Machines that take part; of an elastic `min:max` the largest number."""
+    text = environment.get("NNODES", environment.get("PET_NNODES", "1")).rpartition(":")[2]
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise UserError(f"NNODES={text}: expected a number of machines")
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in environment]
+    if "NNODES" in environment and int(text) > 1 and missing and not any(n.startswith("PET_") for n in environment):
+        raise UserError(f"NNODES={text}: set {' and '.join(missing)} too, or torchrun's own PET_* variables")
+    port = environment.get("MASTER_PORT", "29500")
+    if int(text) > 1 and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"MASTER_PORT={port}: expected a port from 1 to 65535, the same on every machine")
+    return int(text)
+
+
+def worker_environment(device: str, processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the workers: on a CPU the thread count and the allocator are set, unless they are already."""
+    if device != "cpu":
+        return dict(environment)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {"OMP_NUM_THREADS": str(threads)} | CPU_ALLOCATOR | dict(environment)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
+    """Processes per node, save path and overrides.
+
+    Raises:
+        UserError: for what is missing or is no number.
+    """
+    if len(argv) < 2 or any(re.match(r"[+~]*\w+(\.\w+)+=", argument) for argument in argv[:2]):
+        raise UserError(f"expected <nproc_per_node> <save_path>, got {' '.join(argv[:2]) or 'nothing'}\n\n{USAGE}")
+    if not (argv[0].isascii() and argv[0].isdigit()) or int(argv[0]) < 1:
+        raise UserError(f"nproc_per_node={argv[0]}: expected a positive integer")
+    save_path = Path(argv[1]).expanduser()
+    check_writable(f"save_path={argv[1]}", save_path)
+    return int(argv[0]), save_path, list(argv[2:])
+
+
+def launch(argv: Sequence[str]) -> None:
+    """Check the run and replace this process by torchrun.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        sys.stdout.write(f"verl_speculator {verl_speculator.__version__}\n")
+        return
+    show = [i for i, argument in enumerate(argv) if argument == "--cfg"]
+    arguments = [a for i, a in enumerate(argv) if not show or i not in (show[0], show[0] + 1)]
+    processes, save_path, overrides = parse_arguments(arguments)
+    if any(override.lstrip("+").startswith("trainer.default_local_dir=") for override in overrides):
+        raise UserError("trainer.default_local_dir: this is <save_path>, the second argument")
+    quoted = str(save_path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    overrides.append(f"trainer.default_local_dir='{quoted}'")
+
+    from omegaconf import OmegaConf
+
+    from verl_speculator.config.hydra import compose, resolve
+    from verl_speculator.config.schema import ignored_settings
+    from verl_speculator.preflight import check_run
+
+    config = compose(overrides)
+    given = config.model.speculator
+    config = resolve(config)
+    if ignored := ignored_settings(OmegaConf.to_container(given)):
+        sys.stderr.write(f"note: model.speculator.method={given.method} does not read {', '.join(ignored)}: ignored\n")
+    if show:
+        sys.stdout.write(OmegaConf.to_yaml(config))
+        return
+    check_run(
+        config,
+        processes=processes * node_count(os.environ),
+        processes_per_node=processes,
+        # Only the first machine reads checkpoints; the others' disks need not hold them.
+        first_node=os.environ.get("NODE_RANK", os.environ.get("PET_NODE_RANK", "0")) == "0",
+    )
+    command = torchrun_command(processes, overrides, os.environ)
+    sys.stdout.flush()
+    os.execve(command[0], command, worker_environment(config.trainer.device, processes, os.environ))
+
+
+def main() -> None:
+    """Console entry: a user's error is one line and exit code 2."""
+    try:
+        launch(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

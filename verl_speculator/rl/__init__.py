@@ -1,0 +1,1 @@
+"""Reinforcement learning with verl: rollouts that draft with the policy's speculator."""

@@ -1,1 +1,0 @@
-"""Serving engines: what each demands of a checkpoint, and our drafter in those that take one."""

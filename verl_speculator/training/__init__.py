@@ -1,0 +1,9 @@
+"""verl's SFT training with a speculator: engine, trainers, checkpoints.
+
+Outside of this folder and rl/ only `train.py`, `train_ppo.py`, `data/dataset.py` and `vllm_plugin/verl_worker.py`
+import verl.
+"""
+
+from verl_speculator.utils.import_warnings import silence_import_warnings
+
+silence_import_warnings()  # before any module here imports verl

@@ -1,0 +1,135 @@
+"""verl's HFModelConfig with a speculator beside the base."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+from verl.workers.config import HFModelConfig
+
+from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
+from verl_speculator.base_model.loading import BaseModelFormat, check_language_model, supported_attention
+from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.config.schema import SpeculatorConfig, SpeculatorTraining, split_settings
+from verl_speculator.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SpeculatorModelConfig(HFModelConfig):
+    """The base as verl describes it, and the speculator that goes with it.
+
+    Attributes:
+        partial_pretrain: another name for `path`.
+        speculator: the `model.speculator.*` keys. With `path`, what they leave out of the shape is the checkpoint's.
+        speculator_loss_coeff: weight of the speculator's loss.
+        freeze_base_model: whether the base keeps its weights.
+        quantization: None, or `bnb4`: the base in 4 bits.
+        gguf_file: None, or the file inside `path` that the base is read from.
+        form: what the last two say, checked.
+        use_remove_padding: whether rows are packed without padding. `auto`: unless the base does not keep packed
+            documents apart. It becomes a bool here.
+        packing_required: whether such a base is refused, packing having been asked for by name. verl's own settings of
+            a policy say true without anybody asking.
+        speculator_config: what `speculator` says, validated: the shape.
+        speculator_training: what `speculator` says, validated: how to train it.
+        end_token_ids: tokens that end an assistant's turn. The trainer empties it for plain text.
+    """
+
+    _mutable_fields = HFModelConfig._mutable_fields | {
+        "form",
+        "packing_required",
+        "use_remove_padding",
+        "speculator_config",
+        "speculator_training",
+        "end_token_ids",
+    }
+    # Whether the base is a policy: trained by reinforcement, with the speculator apart from it.
+    is_policy: ClassVar[bool] = False
+
+    partial_pretrain: str | None = None
+    speculator: Any = field(default_factory=dict)
+    speculator_loss_coeff: float = 1.0
+    freeze_base_model: bool = True
+    quantization: str | None = None
+    gguf_file: str | None = None
+    form: BaseModelFormat | None = None
+    use_remove_padding: bool | str = "auto"
+    packing_required: bool = False
+    speculator_config: SpeculatorConfig | None = None
+    speculator_training: SpeculatorTraining | None = None
+    end_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.form = BaseModelFormat(self.quantization, self.gguf_file)
+        self.form.check("model.", frozen=self.freeze_base_model)
+        self.packing_required = self.use_remove_padding is True and not self.is_policy
+        self.use_remove_padding = self.use_remove_padding in (True, "auto")
+        self._describe_base()
+        check_language_model(f"model.path={self.path}", self.hf_config)
+        self._fit_description()
+        settings: Mapping[str, Any] = dict(self.speculator)
+        if settings.get("path"):
+            settings = read_checkpoint_info(settings["path"]).config.to_dict() | settings
+        self.speculator_config, self.speculator_training = split_settings(settings)
+        if ensure_chat_template(self.tokenizer):
+            logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
+        self.end_token_ids = end_token_ids(self.tokenizer, self.generation_config)
+
+    def _describe_base(self) -> None:
+        """verl's own reading of configuration and tokenizer, which knows folders only."""
+        if self.gguf_file is None:
+            super().__post_init__()
+            return
+        named = self.hf_config_path, self.tokenizer_path
+        with TemporaryDirectory() as folder:
+            self.form.write_description(self.path, Path(folder))
+            self.hf_config_path, self.tokenizer_path = (path or folder for path in named)
+            super().__post_init__()
+        self.hf_config_path, self.tokenizer_path = (path or self.path for path in named)
+        self.local_hf_config_path = self.local_tokenizer_path = self.local_path
+
+    def _fit_description(self) -> None:
+        """What the configuration needs for architectures that verl does not have in mind."""
+        wanted = self.hf_config._attn_implementation
+        attention = supported_attention(self.hf_config, wanted)
+        if attention != wanted:
+            logger.info("base %s has no attention by %s: using %s", self.path, wanted, attention)
+            self.hf_config._attn_implementation = attention
+        text = self.hf_config.get_text_config()
+        # verl reads it of every base, for sequence parallelism alone, and older architectures have none.
+        if not hasattr(text, "num_key_value_heads") and hasattr(text, "num_attention_heads"):
+            text.num_key_value_heads = text.num_attention_heads
+
+
+@dataclass
+class SpeculatorPolicyConfig(SpeculatorModelConfig):
+    """The policy of PPO or GRPO, and the speculator that its rollouts are drafted with.
+
+    The policy learns as if there were no speculator. With `speculator.train` the speculator learns from the states that
+    the policy's update makes, and never moves the policy.
+    """
+
+    is_policy: ClassVar[bool] = True
+
+    freeze_base_model: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        training = self.speculator_training
+        if self.freeze_base_model:
+            raise UserError("model.freeze_base_model=true: a policy is trained; expected false")
+        if self.lora_rank > 0:
+            raise UserError(
+                f"model.lora_rank={self.lora_rank}: a policy with a speculator trains whole weights; expected 0"
+            )
+        if not training.path and not training.train:
+            raise UserError(
+                "model.speculator.path=null: expected a trained one, or model.speculator.train=true for a fresh one"
+            )
+        self.speculator_training = replace(training, train=bool(training.train), detach_hidden=True)

@@ -1,0 +1,162 @@
+"""One process of a training run on Ray, and all of them as the trainer sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from tensordict import TensorDict
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.losses import sft_loss
+
+import verl_speculator.training.plugin  # noqa: F401  (fails loudly in a worker, where verl's own loading fails silently)
+from verl_speculator.data.hidden_state_cache import StateCache
+from verl_speculator.training.checkpointing import RunCheckpoints
+from verl_speculator.training.platform_cpu import start_process_group
+from verl_speculator.training.trainer import SpeculatorTrainer
+
+
+class SpeculatorWorker(TrainingWorker):
+    """verl's training worker, which also keeps a run's checkpoints and cached states."""
+
+    def __init__(self, config: TrainingWorkerConfig) -> None:
+        start_process_group()
+        super().__init__(config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def open_run(self, directory: str, settings: Any, save_state: bool, state_cache: str | None) -> int:
+        """Take up the run in a directory; the step reached, as `RunCheckpoints.load_checkpoint`."""
+        if state_cache is not None:
+            self.engine.state_cache = StateCache(Path(state_cache))
+        self._recorded: dict[str, Any] = {}
+        self.checkpoints = RunCheckpoints(
+            self.engine, directory, settings, save_state=save_state, provenance=lambda step: self._recorded
+        )
+        return self.checkpoints.load_checkpoint()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_run(self, step: int, provenance: dict[str, Any]) -> None:
+        """Write a step, with what its config.json records."""
+        self._recorded = provenance
+        self.checkpoints.save_checkpoint(step)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.engine.optimizer.param_groups[0]["lr"]
+
+
+@dataclass
+class RayWorkers:
+    """All workers, under the names by which the trainer calls a training client and an engine of its own process.
+
+    The trainer is the only rank it knows of: it hands over global batches, and verl cuts them.
+
+    Args:
+        config: of each worker.
+        loss_function: of the base.
+        nodes: number of machines.
+        processes_per_node: workers on each.
+        device: the trainer's.
+    """
+
+    config: TrainingWorkerConfig
+    loss_function: Any
+    nodes: int
+    processes_per_node: int
+    device: str
+    state_cache: StateCache | None = None
+
+    def reset(self) -> None:
+        """Start the workers and build their engines; the number of steps must be known by now."""
+        self.group = RayWorkerGroup(
+            resource_pool=RayResourcePool(process_on_nodes=[self.processes_per_node] * self.nodes),
+            ray_cls_with_init=RayClassWithInitArgs(ray.remote(SpeculatorWorker), config=self.config),
+            device_name=self.device,
+        )
+        self.group.set_loss_fn(loss_fn=self.loss_function)
+        self.group.reset()
+
+    def train_batch(self, data: TensorDict) -> TensorDict:
+        """One step on a global batch."""
+        return self.group.train_batch(data).get()
+
+    def infer_batch(self, data: TensorDict) -> TensorDict:
+        """The metrics of a global batch."""
+        return self.group.infer_batch(data).get()
+
+    def start_profile(self) -> None:
+        self.group.start_profile()
+
+    def stop_profile(self) -> None:
+        self.group.stop_profile()
+
+    def step_profile(self) -> None:
+        """The workers' profilers count for themselves."""
+
+    @property
+    def optimizer(self) -> SimpleNamespace:
+        """What of an optimizer the trainer looks at."""
+        return SimpleNamespace(param_groups=[{"lr": self.group.learning_rate()[0]}])
+
+    def get_data_parallel_size(self) -> int:
+        return 1
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_group(self) -> None:
+        return None
+
+
+@dataclass
+class RayCheckpoints:
+    """`RunCheckpoints` in the workers, called from the trainer."""
+
+    trainer: Any
+
+    def load_checkpoint(self) -> int:
+        """The step reached."""
+        config, workers = self.trainer.config, self.trainer.engine
+        save_state = "optimizer" in config.checkpoint.save_contents
+        cache = config.data.cache_hidden_states
+        settings = config.trainer
+        return workers.group.open_run(settings.default_local_dir, settings, save_state, cache)[0]
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write a step."""
+        self.trainer.engine.group.save_run(step, self.trainer._provenance(step))
+
+
+class RaySpeculatorTrainer(SpeculatorTrainer):
+    """Trains as `SpeculatorTrainer` does, on the workers of a Ray cluster; runs in a process group of its own, alone.
+
+    A step's global batch has the rows that it has under torchrun: both follow one permutation.
+    """
+
+    @property
+    def processes(self) -> int:
+        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
+
+    def _build_engine(self) -> None:
+        settings = self.config.trainer
+        self.training_client = self.engine = RayWorkers(
+            self._worker_config(),
+            partial(sft_loss, config=None),
+            settings.nnodes,
+            settings.n_gpus_per_node,
+            settings.device,
+        )
+
+    def _build_ckpt_handler(self) -> None:
+        self.ckpt_handler = RayCheckpoints(self)
+
+    def _get_batch_seqlens(self, data: TensorDict) -> list[int]:
+        return data["input_ids"].offsets().diff().tolist()

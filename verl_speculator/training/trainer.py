@@ -1,0 +1,341 @@
+"""verl's SFT trainer with a speculator: its own loop, because validation, metrics and resuming differ."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorData
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+from verl.trainer.sft_trainer import SFTTrainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.memory_utils import aggressive_empty_cache
+from verl.utils.tracking import FileLogger, Tracking
+
+from verl_speculator.checkpoint.provenance import git_commit, versions, weights_fingerprint
+from verl_speculator.data.dataset import (
+    NumberedDataset,
+    PaddedDataset,
+    ResumableSampler,
+    build_dataset,
+    count_states,
+    is_text,
+)
+from verl_speculator.data.hidden_state_cache import SETTING, StateCache, check_directory, identify_states, say_size
+from verl_speculator.data.run_record import RECORD, record_settings
+from verl_speculator.losses import DraftSums
+from verl_speculator.training.checkpointing import RunCheckpoints
+from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
+from verl_speculator.utils.atomic_io import check_metrics_file
+from verl_speculator.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FILE = "file"  # verl's name of the logger that writes metrics to a file
+
+
+class SpeculatorTrainer(SFTTrainer):
+    """Trains a speculator, alone or with its base, as verl trains a model.
+
+    verl's constructor calls the `_build_*` methods in order, with the engine after the data; `fit` then runs to
+    `trainer.total_training_steps`, or over `trainer.total_epochs`, whichever is set.
+    """
+
+    @property
+    def processes(self) -> int:
+        """All processes that train."""
+        return dist.get_world_size()
+
+    # Building
+
+    def _build_config(self) -> None:
+        super()._build_config()
+        self.tracking = self._start_tracking() if dist.get_rank() == 0 else None
+
+    @property
+    def _logger_names(self) -> list[str]:
+        given = self.config.trainer.logger
+        return [given] if isinstance(given, str) else list(given)
+
+    def _start_tracking(self) -> Tracking:
+        """The loggers, before anything heavy loads: a service may still refuse what looked well on this machine. verl's
+        file logger empties its file, so that it is only asked about here, and `_open_metrics_file` starts it."""
+        settings = self.config.trainer
+        names = self._logger_names
+        if FILE in names:
+            check_metrics_file(f"trainer.logger={FILE}", settings.project_name, settings.experiment_name)
+        try:
+            return Tracking(
+                project_name=settings.project_name,
+                experiment_name=settings.experiment_name,
+                default_backend=[name for name in names if name != FILE],
+                config=OmegaConf.to_container(self.config, resolve=True),
+            )
+        except Exception as error:  # each backend has errors of its own
+            raise UserError(f"trainer.logger={settings.logger}: {' '.join(str(error).split())[:200]}") from error
+
+    def _open_metrics_file(self) -> None:
+        """Start verl's file logger, if it is asked for, once nothing stands between the run and its first step."""
+        settings = self.config.trainer
+        if self.tracking is not None and FILE in self._logger_names:
+            self.tracking.logger[FILE] = FileLogger(settings.project_name, settings.experiment_name)
+
+    def _build_dataset(self) -> None:
+        data, model = self.config.data, self.model_config
+        build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
+        self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
+        self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
+        # Of the data as they are read here, not as they may lie there by the first checkpoint; only rank 0 writes it.
+        self._record = record_settings(self.config, model.tokenizer) if dist.get_rank() == 0 else {}
+        if is_text(data.train_files, data):
+            model.end_token_ids = ()  # every token is a target
+        self.state_cache = None
+        if data.cache_hidden_states:
+            self.state_cache = self._open_state_cache()
+            self.train_dataset = NumberedDataset(self.train_dataset)
+
+    def _open_state_cache(self) -> StateCache:
+        """The cache that the run names, made by the first process if there is none."""
+        data, model = self.config.data, self.model_config
+        directory = Path(data.cache_hidden_states)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        identity, exists = None, [None]
+        if rank == 0:
+            identity = identify_states(self.config, model.tokenizer)
+            exists = [check_directory(directory, identity)]
+        dist.broadcast_object_list(exists, src=0)
+        if not exists[0]:
+            mine = range(rank, len(self.train_dataset), ranks)
+            counts = count_states(self.train_dataset, mine, data.num_workers, show=rank == 0)
+            parts = [None] * ranks
+            dist.all_gather_object(parts, counts)
+            if rank == 0:
+                lengths = torch.zeros(len(self.train_dataset), dtype=torch.long)
+                for i, part in enumerate(parts):
+                    lengths[i::ranks] = part
+                width = model.hf_config.get_text_config().hidden_size
+                cache = StateCache.create(directory, identity, lengths.numpy(), width)
+                logger.info("%s: %s for %d states", directory, say_size(cache.size), lengths.sum())
+            dist.barrier()
+        if not directory.is_dir():
+            raise UserError(f"{SETTING}={directory}: expected a directory that all machines share")
+        cache = StateCache(directory)
+        logger.info("%s: states of %d of %d rows are there", directory, cache.written, cache.rows)
+        return cache
+
+    def _worker_config(self) -> Any:
+        """What a worker of verl's is made from, in this process or another."""
+        from verl.workers.engine_workers import TrainingWorkerConfig
+
+        return TrainingWorkerConfig(
+            model_type=MODEL_TYPE,
+            model_config=self.model_config,
+            engine_config=self.engine_config,
+            optimizer_config=self.optimizer_config,
+            checkpoint_config=self.checkpoint_config,
+            profiler_config=self.profiler_config,
+        )
+
+    def _build_engine(self) -> None:
+        from verl.workers.engine_workers import TrainingWorker
+        from verl.workers.utils.losses import sft_loss
+
+        self.training_client = TrainingWorker(self._worker_config())
+        self.training_client.set_loss_fn(partial(sft_loss, config=None))
+        self.engine = self.training_client.engine
+        self.engine.state_cache = self.state_cache
+
+    def _build_dataloader(self) -> None:
+        data = self.config.data
+        ranks = self.engine.get_data_parallel_size()
+        self.global_batch_size = data.train_batch_size
+        self.batch_size_per_rank = self.global_batch_size // ranks
+        place = {"num_replicas": ranks, "rank": self.engine.get_data_parallel_rank(), "drop_last": True}
+        load = partial(
+            DataLoader,
+            batch_size=self.batch_size_per_rank,
+            collate_fn=SFTTensorCollator(data.pad_mode),
+            num_workers=data.num_workers,
+        )
+        self.train_sampler = ResumableSampler(self.train_dataset, shuffle=True, seed=self.config.trainer.seed, **place)
+        self.train_dataloader = load(self.train_dataset, sampler=self.train_sampler, drop_last=True)
+        self.val_dataloader = None
+        if self.val_dataset is not None:
+            # Every rank needs as many whole micro-batches as the others; what fills them up counts for nothing.
+            padded = PaddedDataset(self.val_dataset, self.processes * data.micro_batch_size_per_gpu)
+            self.val_dataloader = load(padded, sampler=DistributedSampler(padded, shuffle=False, **place))
+
+    def _build_ckpt_handler(self) -> None:
+        self.ckpt_handler = RunCheckpoints(
+            self.engine,
+            self.config.trainer.default_local_dir,
+            self.config.trainer,
+            save_state="optimizer" in self.config.checkpoint.save_contents,
+            provenance=self._provenance,
+        )
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return weights_fingerprint(self.model_config.path, self.model_config.gguf_file)
+
+    def _provenance(self, step: int) -> dict[str, Any]:
+        model, data = self.model_config, self.config.data
+        trained = not model.freeze_base_model
+        objective = model.speculator_training.objective
+        return {
+            "base": {
+                "name": model.path,
+                "quantization": model.quantization,
+                "gguf_file": model.gguf_file,
+                "trained_jointly": trained,
+                # A jointly trained base is no longer the one that the fingerprint was taken of.
+                "weights_fingerprint": None if trained else self._fingerprint,
+            },
+            "data": {
+                "train_files": list(data.train_files),
+                "train_rows": len(self.train_dataset),
+                "val_files": list(data.val_files),
+                "val_rows": 0 if self.val_dataset is None else len(self.val_dataset),
+            },
+            "training": {
+                "step": step,
+                "total_steps": self.total_training_steps,
+                "train_batch_size": self.global_batch_size,
+                "lr": self.optimizer_config.lr,
+                "speculator_lr": model.speculator_training.lr,
+                "speculator_loss_coeff": model.speculator_loss_coeff,
+                "loss": dict(objective.weights),
+                "kl_temperature": objective.kl_temperature,
+                "depth_weights": objective.weights_of_depths,
+                "seed": self.config.trainer.seed,
+                "cached_states": self.state_cache is not None,
+                "processes": self.processes,
+            },
+            RECORD: self._record,
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+
+    # Metrics
+
+    def _metrics(self, sums: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
+        """Scalars from the sums of a batch, or of many."""
+        values = DraftSums.unstack(sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
+        loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
+        if BASE_SUMS in sums:
+            total, tokens = sums[BASE_SUMS].tolist()
+            values["base_loss"] = total / max(tokens, 1.0)
+            loss += values["base_loss"]
+        return {f"{prefix}/{name}": value for name, value in ({"loss": loss} | values).items()}
+
+    @staticmethod
+    def _sums(output: TensorDict) -> dict[str, torch.Tensor]:
+        """The sums of a batch; verl collects one copy per rank, and all are alike."""
+        metrics = tu.get(output, "metrics")
+        return {
+            name: torch.tensor(metrics[name][0], dtype=torch.float64)
+            for name in (DRAFT_SUMS, BASE_SUMS)
+            if name in metrics
+        }
+
+    # The loop
+
+    @property
+    def _batch_settings(self) -> dict[str, Any]:
+        data = self.config.data
+        return {
+            "use_remove_padding": self.model_config.use_remove_padding,
+            "use_dynamic_bsz": data.use_dynamic_bsz,
+            "max_token_len_per_gpu": data.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+            "temperature": 1.0,
+            "global_batch_size": self.global_batch_size,
+            "pad_mode": data.pad_mode,
+            "pad_token_id": self.model_config.tokenizer.pad_token_id,
+        }
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimizer step on a rank's share of a global batch; the metrics of the whole batch."""
+        start = time.perf_counter()
+        data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
+        seqlens = self._get_batch_seqlens(data=data)
+        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(seqlens))
+        lr = self.engine.optimizer.param_groups[0]["lr"]
+        output = self.training_client.train_batch(data=data)
+        self.training_client.step_profile()
+        metrics = self._metrics(self._sums(output), "train")
+        told = tu.get(output, "metrics")
+        return metrics | {
+            "train/grad_norm": told["grad_norm"],
+            "train/lr": lr,
+            "train/global_tokens": sum(seqlens),
+            "perf/tokens_per_second": sum(seqlens) / (time.perf_counter() - start),
+            "perf/max_memory_allocated_gb": told["perf/max_memory_allocated_gb"],
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Metrics over every row of the validation files, each counted once."""
+        total: dict[str, torch.Tensor] = {}
+        for batch in self.val_dataloader:
+            data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
+            for name, sums in self._sums(self.training_client.infer_batch(data)).items():
+                total[name] = total.get(name, 0) + sums
+        return self._metrics(total, "val")
+
+    def fit(self) -> None:
+        """Train from the step resumed from to the last; save and validate on the way and at the end."""
+        step, last = self.resume_global_step, self.total_training_steps
+        if step >= last:
+            logger.info("nothing to train: step %d of %d is reached", step, last)
+            return
+        self._open_metrics_file()
+        total_epochs = -(-last // self.steps_per_epoch)
+        while step < last:
+            epoch, done = divmod(step, self.steps_per_epoch)
+            self.train_sampler.set_position(epoch, skip=done * self.batch_size_per_rank)
+            aggressive_empty_cache(force_sync=True)
+            end = min(self.steps_per_epoch, last - epoch * self.steps_per_epoch)
+            progress = tqdm(
+                islice(self.train_dataloader, end - done),
+                initial=done,
+                total=end,
+                desc=f"Epoch {epoch + 1}/{total_epochs}",
+                disable=self.tracking is None,
+            )
+            for batch in progress:
+                step += 1
+                if step == self.start_profile_step:
+                    self.training_client.start_profile()
+                metrics = self.train_step(batch)
+                if step == self.end_profile_step:
+                    self.training_client.stop_profile()
+                if _is_due(step, last, self.save_freq):  # first: a validation that fails costs no training
+                    aggressive_empty_cache(force_sync=True)
+                    self.ckpt_handler.save_checkpoint(step=step)
+                if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
+                    metrics |= self.validate()
+                if self.tracking is not None:
+                    self.tracking.log(data=metrics, step=step)
+
+    def _init_engine(self) -> None:
+        super()._init_engine()
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"data.train_batch_size={self.global_batch_size}: the training files have only "
+                f"{len(self.train_dataset)} rows"
+            )
+
+
+def _is_due(step: int, last: int, frequency: int | None) -> bool:
+    """Whether something that happens every `frequency` steps, and at the last one, happens now."""
+    return step == last or bool(frequency and frequency > 0 and step % frequency == 0)

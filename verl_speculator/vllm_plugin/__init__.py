@@ -1,0 +1,1 @@
+"""The drafter inside vLLM, and the update of its weights."""
