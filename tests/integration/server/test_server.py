@@ -349,14 +349,14 @@ def test_an_answer_that_the_server_stops_says_so(servers, client, slow):
 
 def test_a_failure_is_said_and_the_next_is_answered(client, monkeypatch, caplog):
     expected = chat(client).choices[0].message.content
-    advance = loop.ChainDraftAndVerify.advance
-    monkeypatch.setattr(loop.ChainDraftAndVerify, "advance", lambda *_: 1 / 0)
+    advance = loop.DraftAndVerify.advance
+    monkeypatch.setattr(loop.DraftAndVerify, "advance", lambda *_: 1 / 0)
     with pytest.raises(openai.InternalServerError, match="log says why"):
         chat(client)
     with pytest.raises(openai.APIError, match="log says why"):
         list(chat(client, stream=True))
     assert "ZeroDivisionError" in caplog.text
-    monkeypatch.setattr(loop.ChainDraftAndVerify, "advance", advance)
+    monkeypatch.setattr(loop.DraftAndVerify, "advance", advance)
     assert chat(client).choices[0].message.content == expected
 
 

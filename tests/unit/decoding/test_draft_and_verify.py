@@ -9,8 +9,8 @@ from helpers.drafters import Oracle, alone, load_base, train_quickly
 from helpers.tiny_models import ARCHITECTURES
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.decoding import Round, SamplingPolicy, speculative_generate, speculative_stream
-from verl_speculator.decoding.cache import roll_back, rollback_cache
 from verl_speculator.decoding.generate import StopRule
+from verl_speculator.decoding.target import Target
 from verl_speculator.utils.errors import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
@@ -251,15 +251,14 @@ def test_learnt_positions_under_an_older_name():
 @pytest.mark.parametrize("architecture", ["qwen2_tied", "gemma2"])
 def test_a_rolled_back_cache_is_one_that_never_saw_the_rest(bases, architecture):
     base = load_base(bases[architecture])
-    tokens = torch.tensor([[(11 * i) % 300 for i in range(200)]])
-    cache = rollback_cache()
-    with torch.no_grad():
-        base(input_ids=tokens[:, :120], past_key_values=cache)
-        base(input_ids=tokens[:, 150:], past_key_values=cache)
-        roll_back(cache, 100)
-        again = base(input_ids=tokens[:, 100:], past_key_values=cache).logits
-        expected = base(input_ids=tokens, use_cache=False).logits[:, 100:]
-    assert cache.get_seq_length() == 200
+    tokens = torch.tensor([(11 * i) % 300 for i in range(200)])
+    with torch.no_grad(), Target(base) as target:
+        target.read(tokens[:120])
+        target.read(tokens[150:])
+        target.roll_back(100)
+        _, again = target.read(tokens[100:])
+        expected = base(input_ids=tokens[None], use_cache=False).logits[0, 100:]
+    assert target.length == 200
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-9)
 
 

@@ -15,9 +15,8 @@ from helpers.tiny_models import ARCHITECTURES
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.decoding import DraftTree, read_tree, speculative_generate, speculative_stream
 from verl_speculator.decoding.drafters import TreeDrafter
-from verl_speculator.decoding.target import Target
+from verl_speculator.decoding.target import Target, TreeAttention
 from verl_speculator.decoding.tree import MOST_NODES, most_frequent, prefix_counts, write_tree
-from verl_speculator.decoding.tree_attention import TreeAttention
 from verl_speculator.decoding.verification import verify_tree
 from verl_speculator.models import DraftState, Speculator
 from verl_speculator.utils.errors import UserError
@@ -185,7 +184,7 @@ def test_a_cache_holds_the_accepted_branch_alone(bases, architecture):
     following = torch.tensor([7, 8])
     with Target(base) as target, Target(base) as plain:
         target.read(torch.tensor(PROMPT))
-        hidden, logits = target.read(tokens, arrangement=TreeAttention(base, TREE.parents).arguments(len(PROMPT)))
+        hidden, logits = target.read(tokens, tree=TreeAttention(base, TREE.parents).arguments(len(PROMPT)))
         target.keep(len(PROMPT), [0, *branch])
         plain.read(torch.tensor(PROMPT))
         expected = plain.read(tokens[[0, *branch]])

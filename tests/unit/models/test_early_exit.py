@@ -17,7 +17,7 @@ from verl_speculator.base_model.hidden_states import block_list, block_of
 from verl_speculator.checkpoint.format import save_speculator, write_checkpoint
 from verl_speculator.data.alignment import align
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.decoding.self_speculative import SharedTarget
+from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target
 from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.evaluation.metrics import Document
@@ -79,7 +79,7 @@ def test_the_cache_after_any_round_is_that_of_a_plain_read(bases, layer, trainab
     model = load_base(bases["gemma2"])
     speculator = exit_of(model, layer, trainable)
     tokens = torch.tensor(PROMPT)
-    with torch.inference_mode(), Target(model) as plain, SharedTarget(model, speculator) as shared:
+    with torch.inference_mode(), Target(model) as plain, SelfSpeculativeTarget(model, speculator) as shared:
         plain.read(tokens)
         expected = plain.read(torch.tensor([3, 4, 5, 6]))[1]
         shared.read(tokens)
@@ -91,7 +91,7 @@ def test_the_cache_after_any_round_is_that_of_a_plain_read(bases, layer, trainab
         shared.read_ahead(torch.tensor([5]))
         logits = shared.read(torch.tensor([5, 6]))[1]
         torch.testing.assert_close(logits, expected[2:], rtol=0, atol=1e-12)
-        assert {layer.get_seq_length() for layer in shared._layers} == {len(PROMPT) + 4}
+        assert {layer.get_seq_length() for layer in shared._caches} == {len(PROMPT) + 4}
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
@@ -109,8 +109,8 @@ def test_no_block_runs_twice_on_a_token(bases, trainable):
         hook.remove()
     read = len(PROMPT) + sum(one.drafted + 1 for one in found.rounds[1:])
     assert seen == [read, read]
-    target = SharedTarget(model, speculator)
-    assert len(target._layers) == 2 + (trainable == "head_and_block")
+    target = SelfSpeculativeTarget(model, speculator)
+    assert len(target._caches) == 2 + (trainable == "head_and_block")
     own = {p.data_ptr() for p in speculator.parameters()}
     theirs = {p.data_ptr() for p in model.parameters()}
     used = {p.data_ptr() for view in (target.front, target.back) for p in view.parameters()}
