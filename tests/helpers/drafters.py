@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.data.alignment import align
+from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.models import DraftState, Speculator
 
 
@@ -35,6 +36,42 @@ def alone(base: nn.Module, prompt: list[int], count: int, **settings) -> list[in
 def states_of(base: nn.Module, tokens: list[int]) -> torch.Tensor:
     """[T, D] the base's states after its final norm."""
     return base.base_model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
+def untrained_speculator(base: nn.Module, n_predict: int, **settings) -> Speculator:
+    """A speculator of random weights in float64."""
+    vocab, width = base.get_output_embeddings().weight.shape
+    config = SpeculatorConfig(**({"n_predict": n_predict, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16} | settings))
+    return build_speculator(config, hidden_size=width, vocab_size=vocab, seed=3, dtype=torch.float64)
+
+
+def assert_third_token_has_base_distribution(
+    base: nn.Module, speculator: Speculator, prompt: list[int], policy: SamplingPolicy, *, draws: int, **settings
+) -> None:
+    """Chi-square test of the third token, whose exact distribution sums over all first and second ones. Seeded."""
+    with torch.no_grad():
+        first = policy.probabilities(base(torch.tensor([prompt])).logits[0, -1])
+        exact = torch.zeros_like(first)
+        for token in first.nonzero().flatten().tolist():
+            second = policy.probabilities(base(torch.tensor([[*prompt, token]])).logits[0, -1])
+            following = second.nonzero().flatten()
+            batch = torch.tensor([[*prompt, token, other] for other in following.tolist()])
+            third = policy.probabilities(base(batch).logits[:, -1])
+            exact += first[token] * (second[following, None] * third).sum(0)
+    counts = torch.zeros_like(exact)
+    settings = {"temperature": policy.temperature, "top_k": policy.top_k, "eos_token_id": ()} | settings
+    for seed in range(draws):
+        result = speculative_generate(base, speculator, prompt, max_new_tokens=3, seed=seed, **settings)
+        counts[result.tokens[2]] += 1
+    assert counts[exact == 0].sum() == 0
+    expected = exact * draws
+    large = expected >= 5
+    observed = torch.cat([counts[large], counts[~large].sum()[None]])
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    possible = expected > 0
+    statistic, freedom = float(((observed - expected) ** 2 / expected)[possible].sum()), int(possible.sum()) - 1
+    # The 99.9 % quantile of chi-square, by Wilson and Hilferty.
+    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
 def train_quickly(base: nn.Module, texts: list[list[int]], *, steps: int = 60, **settings) -> Speculator:

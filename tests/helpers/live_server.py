@@ -65,10 +65,10 @@ def until(holds, seconds: float = 10) -> None:
 
 def slow_rounds(monkeypatch, seconds: float = 0.05) -> None:
     """Make rounds take a while, so that a test can act between them."""
-    advance = loop.ChainDraftAndVerify.advance
+    advance = loop.DraftAndVerify.advance
 
     def waiting(self, count):
         time.sleep(seconds)
         return advance(self, count)
 
-    monkeypatch.setattr(loop.ChainDraftAndVerify, "advance", waiting)
+    monkeypatch.setattr(loop.DraftAndVerify, "advance", waiting)

@@ -49,8 +49,8 @@ def tree(
 
     loaded = load(base, speculator, device=device, dtype=dtype)
 
+    from verl_speculator.decoding.target import windows
     from verl_speculator.decoding.tree import write_tree
-    from verl_speculator.decoding.tree_attention import windows
     from verl_speculator.evaluation.tree_search import sample_ranks
 
     windows(loaded.base)  # a base that cannot read a tree needs none

@@ -1,4 +1,4 @@
-"""Lossless speculative decoding with any base and any family of speculator."""
+"""Lossless speculative decoding with any base model and any family of speculator."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verl_speculator.decoding.generate import GenerationStream, speculative_generate, speculative_stream
-    from verl_speculator.decoding.outputs import Generation, Round
+    from verl_speculator.decoding.draft_and_verify import Round
+    from verl_speculator.decoding.generate import (
+        Generation,
+        GenerationOptions,
+        GenerationStream,
+        speculative_generate,
+        speculative_stream,
+    )
     from verl_speculator.decoding.sampling_policy import SamplingPolicy
     from verl_speculator.decoding.tree import DraftTree, read_tree
     from verl_speculator.decoding.verification import verify, verify_greedy
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DraftTree",
     "Generation",
+    "GenerationOptions",
     "GenerationStream",
     "Round",
     "SamplingPolicy",
@@ -25,19 +32,18 @@ __all__ = [
     "verify_greedy",
 ]
 
-_HOMES = {name: "verl_speculator.decoding.generate" for name in __all__} | {
-    "DraftTree": "verl_speculator.decoding.tree",
-    "Generation": "verl_speculator.decoding.outputs",
-    "Round": "verl_speculator.decoding.outputs",
-    "SamplingPolicy": "verl_speculator.decoding.sampling_policy",
-    "read_tree": "verl_speculator.decoding.tree",
-    "verify": "verl_speculator.decoding.verification",
-    "verify_greedy": "verl_speculator.decoding.verification",
+_MODULES = {
+    "DraftTree": "tree",
+    "Round": "draft_and_verify",
+    "SamplingPolicy": "sampling_policy",
+    "read_tree": "tree",
+    "verify": "verification",
+    "verify_greedy": "verification",
 }
 
 
 def __getattr__(name: str):
-    # On first use: the policy alone is read by checks that should load neither torch nor transformers.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    # Imported on first use: checks of settings need `sampling_policy` and `tree` without torch and transformers.
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'generate')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

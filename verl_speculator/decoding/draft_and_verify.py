@@ -1,68 +1,108 @@
-"""A round: drafting, one call of the target, verification, and forgetting what was rejected."""
+"""A round: draft, one forward pass of the target, verification, and rollback of the rejected drafts."""
 
 from __future__ import annotations
 
-import abc
 import time
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from verl_speculator.decoding.drafters import Drafter, SpeculatorDrafter, TreeDrafter
-from verl_speculator.decoding.outputs import Seconds
+from verl_speculator.decoding.drafters import Proposal, SpeculatorDrafter, TreeDrafter
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
-from verl_speculator.decoding.self_speculative import EarlyExitDrafter, SharedTarget
-from verl_speculator.decoding.target import Target
+from verl_speculator.decoding.target import Target, TreeAttention
 from verl_speculator.decoding.tree import DraftTree
-from verl_speculator.decoding.tree_attention import TreeAttention
-from verl_speculator.decoding.verification import draw, verify, verify_greedy, verify_tree
+from verl_speculator.decoding.verification import draw, verify, verify_tree
 from verl_speculator.models import Speculator
 
 
-class Outcome(NamedTuple):
-    """What a round came to.
+@dataclass(frozen=True)
+class Round:
+    """One forward pass of the target and its result. The first of a generation is the prefill, which verifies nothing.
 
     Attributes:
-        tokens: the accepted drafts and the token after them.
-        accepted: number of those drafts.
-        overlap: Σ_v min(p, q) at the drafts up to the first rejected one.
-        nodes: number of drafts that the target read.
+        tokens: the emitted tokens: the accepted drafts and the token after them, cut where the text ends.
+        drafted: number of drafts that could be accepted: the length of a chain, the depth of a tree.
+        accepted: number of accepted drafts, before the cut.
+        overlap: Σ_v min(p, q) at each draft up to the first rejected one.
+        nodes: number of drafts that the target read: more than `drafted` in a tree.
+        finish: why the text ends with this round: "stop" (end token or stop string), "length", or None.
+        full_length: False if the target's position limit shortened the draft.
     """
 
-    tokens: list[int]
-    accepted: int
-    overlap: tuple[float, ...]
-    nodes: int
+    tokens: tuple[int, ...]
+    drafted: int = 0
+    accepted: int = 0
+    overlap: tuple[float, ...] = ()
+    nodes: int = 0
+    finish: str | None = None
+    full_length: bool = True
 
 
-def wait_and_read() -> float:
-    """The time once the accelerator has done all that it was given."""
+@dataclass
+class Seconds:
+    """Wall time of a generation in seconds.
+
+    Attributes:
+        prefill: until the first token.
+        decode: of all rounds after it.
+        draft: of these, drafting.
+        target: of these, the target's forward passes. On an accelerator the two are measured with `time_parts` only,
+            because each measurement waits for the device.
+    """
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    draft: float = 0.0
+    target: float = 0.0
+
+
+def synchronized_time() -> float:
+    """The time after the accelerator has finished all work it was given."""
     torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-class DraftAndVerify(abc.ABC):
-    """One generation's state: the target's cache, the newest token, and the hidden state before it."""
+class DraftAndVerify:
+    """The state of one generation: the target's cache, the newest token and the hidden state before it.
 
-    def __init__(self, target: Target, policy: SamplingPolicy, generator: torch.Generator, *, time_parts: bool) -> None:
-        self.target, self.policy, self.generator = target, policy, generator
+    Args:
+        target: entered by the caller.
+        drafter: None for the target alone, whose rounds have no drafts.
+        policy: the sampling policy.
+        generator: of all random draws.
+        time_parts: measure drafting and the target's passes on an accelerator.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: SpeculatorDrafter | None,
+        policy: SamplingPolicy,
+        generator: torch.Generator,
+        *,
+        time_parts: bool,
+    ) -> None:
+        self.target, self.drafter, self.policy, self.generator = target, drafter, policy, generator
         self.device = target.base.device
         self.seconds = Seconds()
-        self.clock = wait_and_read if time_parts and self.device.type != "cpu" else time.perf_counter
+        self.clock = synchronized_time if time_parts and self.device.type != "cpu" else time.perf_counter
 
     def uniforms(self, count: int) -> Tensor | None:
-        """[count] in [0, 1) to draw with; None where nothing is drawn."""
+        """[count] in [0, 1); None for a greedy policy, which draws nothing."""
         if self.policy.greedy:
             return None
         return torch.rand(count, generator=self.generator, dtype=torch.float64).to(self.device)
 
     @torch.inference_mode()
-    def prefill(self, prompt: Tensor) -> int:
-        """Read the prompt; the first token.
+    def prefill(self, prompt: Tensor) -> Round:
+        """Read the prompt [N] and emit the first token.
 
         Raises:
-            UserError: for a base that keeps no KV cache.
+            UserError: for a base model without a KV cache.
         """
         self.hidden, logits = self.target.read(prompt, last_only=True)
         self.target.check_cache(len(prompt))
@@ -70,135 +110,102 @@ class DraftAndVerify(abc.ABC):
             self.token = logits.argmax(-1)
         else:
             self.token = draw(self.policy.probabilities(logits), self.uniforms(1))
-        return int(self.token)
-
-    @abc.abstractmethod
-    def advance(self, count: int) -> Outcome:
-        """A round of drafts that go `count` tokens ahead."""
-
-
-class ChainDraftAndVerify(DraftAndVerify):
-    """Each draft goes on from the one before.
-
-    Args:
-        drafter: None for the base alone, whose rounds have no drafts.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter | None,
-        policy: SamplingPolicy,
-        generator: torch.Generator,
-        *,
-        time_parts: bool,
-    ) -> None:
-        super().__init__(target, policy, generator, time_parts=time_parts)
-        self.drafter = drafter
+        return Round((int(self.token),))
 
     @torch.inference_mode()
-    def advance(self, count: int) -> Outcome:
-        """`DraftAndVerify.advance`"""
-        begin, clock = self.target.length, self.clock
-        uniforms = self.uniforms(2 * count + 1)
-        start = clock()
-        if count:
-            draft_uniforms = None if uniforms is None else uniforms[count + 1 :]
-            drafts, q = self.drafter.propose(self.hidden, self.token, draft_uniforms, count)
-            inputs = torch.cat([self.token, drafts])
-        else:
-            drafts, q, inputs = self.token[:0], None, self.token
-        drafted = clock()
-        hidden, logits = self.target.read(inputs)
-        read = clock()
-        self.seconds.draft += drafted - start
-        self.seconds.target += read - drafted
+    def advance(self, count: int) -> Round:
+        """One round with draft length `count`."""
+        length, uniforms = self.target.length, self.uniforms(2 * count + 1)
+        with self._timed("draft"):
+            proposal = self.draft(count, None if uniforms is None else uniforms[count + 1 :])
+        with self._timed("target"):
+            tokens = torch.cat([self.token, proposal.tokens])
+            hidden, logits = self.target.read(tokens, tree=self.tree_arguments(length))
         if self.policy.greedy:
-            best = logits.argmax(-1)
-            flat = torch.cat([drafts, best]).tolist()
-            tokens = flat[:count]
-            accepted, last = verify_greedy(flat[count:], tokens)
-            overlap = (1.0,) * accepted + (0.0,) * (accepted < count)
-            self.token = best[accepted : accepted + 1]
+            result, rows = self._verify_greedy(count, proposal.tokens, logits)
         else:
-            verdict = verify(self.policy.probabilities(logits), q, drafts, uniforms[: count + 1])
-            # One transfer for everything that Python needs to know.
-            facts = torch.cat([verdict.accepted.view(1), verdict.token.view(1), drafts, verdict.overlap]).tolist()
-            accepted, last, tokens = int(facts[0]), int(facts[1]), [int(t) for t in facts[2 : 2 + count]]
-            overlap = tuple(facts[2 + count :][: accepted + 1])
-            self.token = verdict.token.view(1)
-        # The target has read the newest token before this round, and the drafts; rejected ones are forgotten.
-        self.target.roll_back(begin + 1 + accepted)
-        self.hidden = hidden[accepted : accepted + 1]
-        return Outcome([*tokens[:accepted], last], accepted, overlap, count)
+            result, rows = self._verify_sampled(proposal, logits, uniforms[: count + 1])
+        # The cache keeps the newest token before this round and the accepted drafts.
+        self.target.keep(length, rows)
+        self.hidden = hidden[rows[-1] : rows[-1] + 1]
+        return result
+
+    def draft(self, count: int, uniforms: Tensor | None) -> Proposal:
+        """Draft `count` tokens after the newest one."""
+        if not count:
+            return Proposal(self.token[:0])
+        return self.drafter.propose(self.hidden, self.token, uniforms, count)
+
+    def tree_arguments(self, length: int) -> dict[str, Any] | None:
+        """Mask and positions of the drafts; None for a chain."""
+        return None
+
+    def parents(self, count: int) -> Sequence[int]:
+        """Parents of the draft nodes 1 … N, which verification walks; 0 is the newest token."""
+        return range(count)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = self.clock()
+        yield
+        setattr(self.seconds, part, getattr(self.seconds, part) + self.clock() - start)
+
+    def _verify_greedy(self, count: int, drafts: Tensor, logits: Tensor) -> tuple[Round, list[int]]:
+        """The round, and the rows of what was read that stay in the cache."""
+        best, size = logits.argmax(-1), len(drafts)
+        tokens = torch.cat([drafts, best]).tolist()  # one transfer from the device
+        path, last = verify_tree(self.parents(count), tokens[size:], tokens[:size])
+        rows = [0, *path]
+        self.token = best[rows[-1] : rows[-1] + 1]
+        overlap = (1.0,) * len(path) + (0.0,) * (len(path) < count)
+        return Round((*(tokens[node - 1] for node in path), last), count, len(path), overlap, size), rows
+
+    def _verify_sampled(self, proposal: Proposal, logits: Tensor, uniforms: Tensor) -> tuple[Round, range]:
+        """As `_verify_greedy`, for a chain above temperature 0."""
+        drafts, count = proposal.tokens, len(proposal.tokens)
+        verdict = verify(self.policy.probabilities(logits), proposal.probabilities, drafts, uniforms)
+        # One transfer from the device for all that Python needs.
+        values = torch.cat([verdict.accepted.view(1), verdict.token.view(1), drafts, verdict.overlap]).tolist()
+        accepted, last, *tokens = (int(value) for value in values[: 2 + count])
+        self.token = verdict.token.view(1)
+        overlap = tuple(values[2 + count :][: accepted + 1])
+        return Round((*tokens[:accepted], last), count, accepted, overlap, count), range(accepted + 1)
 
 
 class TreeDraftAndVerify(DraftAndVerify):
-    """Drafts branch, and the target reads all branches at once. Greedy only.
+    """Rounds that draft a tree, which the target reads in one forward pass. Greedy only.
 
     Args:
-        speculator: what drafts.
-        tree: to be drafted; less of it where the base's positions end.
+        target: entered by the caller.
+        speculator: of any family that reads one hidden state.
+        tree: to be drafted; cut near the target's position limit.
+        generator: of all random draws.
+        time_parts: as in `DraftAndVerify`.
 
     Raises:
-        UserError: for a base that cannot read a tree.
+        UserError: for a base model that cannot read a tree.
     """
 
     def __init__(
         self, target: Target, speculator: Speculator, tree: DraftTree, generator: torch.Generator, *, time_parts: bool
     ) -> None:
-        super().__init__(target, SamplingPolicy(), generator, time_parts=time_parts)
+        super().__init__(target, None, SamplingPolicy(), generator, time_parts=time_parts)
         self.speculator, self.tree = speculator, tree
         self._prepare(tree.depth)
 
     def _prepare(self, count: int) -> None:
-        """Drafting and reading the tree's first `count` levels."""
+        """Use the first `count` levels of the tree."""
         self.count = count
-        self.drafter = TreeDrafter(self.speculator, self.tree.cut(count)) if count else None
-        parents = self.drafter.tree.parents if count else ()
-        self.parents, self.attention = parents, TreeAttention(self.target.base, parents)
+        self.tree_drafter = TreeDrafter(self.speculator, self.tree.cut(count)) if count else None
+        self.attention = TreeAttention(self.target.base, self.parents(count))
 
-    @torch.inference_mode()
-    def advance(self, count: int) -> Outcome:
-        """`DraftAndVerify.advance`"""
+    def parents(self, count: int) -> Sequence[int]:
+        return self.tree_drafter.tree.parents if count else ()
+
+    def draft(self, count: int, uniforms: Tensor | None) -> Proposal:
         if count != self.count:
             self._prepare(count)
-        begin, clock, size = self.target.length, self.clock, len(self.parents)
-        start = clock()
-        drafts = self.drafter.propose(self.hidden, self.token) if count else self.token[:0]
-        drafted = clock()
-        hidden, logits = self.target.read(torch.cat([self.token, drafts]), arrangement=self.attention.arguments(begin))
-        read = clock()
-        self.seconds.draft += drafted - start
-        self.seconds.target += read - drafted
-        best = logits.argmax(-1)
-        flat = torch.cat([drafts, best]).tolist()
-        path, last = verify_tree(self.parents, flat[size:], flat[:size])
-        place = path[-1] if path else 0
-        # Of what the target has read, the newest token before this round and the accepted branch are kept.
-        self.target.keep(begin, [0, *path])
-        self.token, self.hidden = best[place : place + 1], hidden[place : place + 1]
-        overlap = (1.0,) * len(path) + (0.0,) * (len(path) < count)
-        return Outcome([*(flat[node - 1] for node in path), last], len(path), overlap, size)
+        return Proposal(self.tree_drafter.propose(self.hidden, self.token) if count else self.token[:0])
 
-
-def make_target_and_drafter(
-    base: nn.Module, speculator: Speculator | None, policy: SamplingPolicy, *, sampled: bool
-) -> tuple[Target, Drafter | None]:
-    """The base as a target, and the drafter of a speculator: beside the base, or a part of it.
-
-    Args:
-        base: a Hugging Face causal language model in evaluation mode.
-        speculator: of any family, None for the base alone.
-        policy: of sampling, the same for both.
-        sampled: draw the drafts; otherwise take the most likely tokens.
-
-    Raises:
-        UserError: for a base that does not go with it, or whose state cannot be rolled back.
-    """
-    if speculator is None:
-        return Target(base), None
-    if speculator.shared_blocks is None:
-        return Target(base, speculator.hidden_state_source), SpeculatorDrafter(speculator, policy, sampled=sampled)
-    target = SharedTarget(base, speculator)
-    return target, EarlyExitDrafter(speculator, target, policy, sampled=sampled)
+    def tree_arguments(self, length: int) -> dict[str, Any] | None:
+        return self.attention.arguments(length)

@@ -1,41 +1,27 @@
-"""How many tokens a round drafts: always as many, or as many as pay. Pure arithmetic; importing it loads no torch."""
+"""Draft length: how many tokens a round drafts, fixed or adaptive. Pure arithmetic; importing it loads no torch."""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 from verl_speculator.utils.errors import UserError
 
 AUTO = "auto"
 DraftLength = int | Literal["auto"] | None
 
-# What one more draft costs, its step and its place in the target's pass, as a share of a pass without it. A step reads
-# little more than the speculator's head: for 128k tokens and a width of 4,096 a fifteenth of what a base of 8 billion
-# parameters reads. A constant, since a clock would make sampled texts depend on the machine.
+# Cost of one more draft token, its step and its row in the target's pass, relative to a pass without it. A step reads
+# little more than the speculator's head: at 128k tokens and width 4,096 one fifteenth of what an 8B base model reads.
+# A constant, because measured times would make sampled texts depend on the machine.
 STEP_COST = 0.1
-# What a round leaves of the weight of those before it: the last ten count for two thirds.
+# Weight of a round relative to the next one: the last ten rounds hold two thirds of the weight.
 DECAY = 0.9
-# The first depth's chance before anything is known, and how many rounds' worth a depth is assumed to be like the one
-# before it.
-FIRST_CHANCE, ASSUMED = 0.7, 1.0
-
-
-class Lengths(Protocol):
-    """What a round's draft length is asked of."""
-
-    most: int
-
-    def choose(self) -> int:
-        """Drafts of the next round."""
-        ...
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """What the last round came to."""
-        ...
+# Acceptance rate of the first depth before any round, and the weight, in rounds, of the assumption that a depth is
+# accepted as often as the one before it.
+FIRST_RATE, PRIOR_WEIGHT = 0.7, 1.0
 
 
 class FixedLength:
-    """Always as many.
+    """The same draft length in every round.
 
     Args:
         length: γ.
@@ -45,24 +31,23 @@ class FixedLength:
         self.most = length
 
     def choose(self) -> int:
-        """`Lengths.choose`"""
+        """Draft length of the next round."""
         return self.most
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """`Lengths.observe`: nothing to learn."""
+        """Learn from a round."""
 
 
 class AdaptiveLength:
-    """As many as give the most tokens for their cost, by what was accepted lately.
+    """The draft length that maximises the expected tokens per cost, estimated from past rounds.
 
-    The chance a_k that the draft at depth k is accepted once all before it were is estimated from the rounds that got
-    there, older ones weighing less. A depth that no round has reached lately is taken to be like the one before it, so
-    that a length that was lowered can rise again. With P_k = a_0 ⋯ a_k a round of γ drafts is expected to give
-    1 + P_0 + … + P_{γ−1} tokens for the cost 1 + STEP_COST·γ. The P_k fall, so that the best γ is where one more draft
-    no longer raises the ratio.
+    a_k is the rate at which depth k is accepted in rounds that reach it; older rounds weigh less, and a depth without
+    recent rounds is assumed to be like the one before it, so a lowered length can rise again. With P_k = a_0 ⋯ a_k a
+    round of γ drafts yields 1 + P_0 + … + P_{γ−1} expected tokens at the cost 1 + STEP_COST·γ. P_k decreases, so the
+    best γ is the first at which one more draft does not raise the ratio.
 
-    It is a function of the rounds before, and of no clock: a seeded text stays the same, and a length that does not
-    know the draws to come changes no distribution.
+    It depends on past rounds only: seeded texts are reproducible, and no distribution changes, because the length is
+    independent of the draws to come.
 
     Args:
         most: the speculator's n_predict.
@@ -75,34 +60,32 @@ class AdaptiveLength:
 
     def chances(self) -> list[float]:
         """a_0 … a_{most−1}"""
-        found, before = [], FIRST_CHANCE
+        rates, rate = [], FIRST_RATE
         for accepted, reached in zip(self.accepted, self.reached, strict=True):
-            before = (accepted + ASSUMED * before) / (reached + ASSUMED)
-            found.append(before)
-        return found
+            rate = (accepted + PRIOR_WEIGHT * rate) / (reached + PRIOR_WEIGHT)
+            rates.append(rate)
+        return rates
 
     def choose(self) -> int:
-        """`Lengths.choose`: 1 at least."""
+        """Draft length of the next round, at least 1."""
         tokens, reach, length = 1.0, 1.0, 0
-        for chance in self.chances():
-            reach *= chance
+        for rate in self.chances():
+            reach *= rate
             if length and reach * (1 + STEP_COST * length) <= STEP_COST * tokens:
                 break
             tokens, length = tokens + reach, length + 1
         return length
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """`Lengths.observe`"""
+        """Learn from a round."""
         for depth in range(self.most):
-            self.reached[depth] *= DECAY
-            self.accepted[depth] *= DECAY
-        for depth in range(min(drafted, accepted + 1)):
-            self.reached[depth] += 1
-            self.accepted[depth] += depth < accepted
+            reached = depth < min(drafted, accepted + 1)
+            self.reached[depth] = self.reached[depth] * DECAY + reached
+            self.accepted[depth] = self.accepted[depth] * DECAY + (reached and depth < accepted)
 
 
 def read_length(text: str | None) -> DraftLength:
-    """A draft length as it stands on a command line.
+    """Parse a draft length of the command line.
 
     Raises:
         UserError: if it is neither a number nor `auto`.
@@ -116,15 +99,11 @@ def read_length(text: str | None) -> DraftLength:
 
 
 def check_length(length: DraftLength, n_predict: int) -> None:
-    """Whether a speculator drafts so many.
-
-    Raises:
-        UserError: if it does not.
-    """
+    """Raise a UserError if a speculator with this `n_predict` cannot draft so many tokens."""
     if length not in (None, AUTO) and (not isinstance(length, int) or not 1 <= length <= n_predict):
         raise UserError(f"draft_length={length}: expected 1 to {n_predict}, the speculator's n_predict")
 
 
-def draft_length_policy(length: DraftLength, n_predict: int) -> Lengths:
-    """The policy that a draft length names; None is n_predict."""
+def draft_length_policy(length: DraftLength, n_predict: int) -> FixedLength | AdaptiveLength:
+    """The policy of a `draft_length` setting; None is n_predict."""
     return AdaptiveLength(n_predict) if length == AUTO else FixedLength(length or n_predict)

@@ -1,42 +1,151 @@
-"""The loop: prefill, then round after round until the text ends."""
+"""Generation: prefill, then round after round until the text ends."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.decoding.draft_and_verify import (
-    ChainDraftAndVerify,
-    DraftAndVerify,
-    Outcome,
-    TreeDraftAndVerify,
-    make_target_and_drafter,
-)
-from verl_speculator.decoding.draft_length import DraftLength, FixedLength, Lengths, check_length, draft_length_policy
-from verl_speculator.decoding.outputs import Generation, Round
+from verl_speculator.decoding.draft_and_verify import DraftAndVerify, Round, Seconds, TreeDraftAndVerify
+from verl_speculator.decoding.draft_length import DraftLength, FixedLength, check_length, draft_length_policy
+from verl_speculator.decoding.drafters import SpeculatorDrafter
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target, position_limit
 from verl_speculator.decoding.tree import DraftTree, check_beside
 from verl_speculator.models import Speculator
 from verl_speculator.utils.errors import UserError
 
-# Tokens that a stop string may begin before: enough for byte-level tokens that only together make one character.
+# Tokens decoded before a stop string's own length: byte-level tokens may form a character only together.
 MARGIN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a text is generated.
+
+    Attributes:
+        max_new_tokens: the most tokens to add. The base model's position limit ends the text too.
+        temperature: 0 for greedy.
+        top_p: share of the probability that is kept, in (0, 1].
+        top_k: number of tokens kept, 0 for all.
+        seed: of the draws; None for a random one.
+        draft_length: γ, drafts per round, up to the speculator's `n_predict`, the default; "auto" adapts it to the
+            acceptance in the rounds before.
+        draft_tree: draft a tree (`decoding.tree.read_tree`) instead of a chain. Temperature 0 only.
+        sampled_drafts: above temperature 0, draw the drafts from the speculator's distribution; False takes its most
+            likely tokens. Both are lossless.
+        eos_token_id: tokens that end the text; None for those of the base model's generation configuration.
+        stop: strings that end the text. The token that completes one is the last.
+        tokenizer: needed for `stop`.
+        time_parts: on an accelerator, measure drafting and the target's passes separately, which waits for both.
+
+    Raises:
+        UserError: for a value out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    draft_length: DraftLength = None
+    draft_tree: DraftTree | None = None
+    sampled_drafts: bool = True
+    eos_token_id: int | Sequence[int] | None = None
+    stop: str | Sequence[str] = ()
+    tokenizer: Any = None
+    time_parts: bool = False
+
+    def __post_init__(self) -> None:
+        policy = self.policy
+        if self.draft_tree is not None:
+            check_beside(self.draft_length, policy.temperature)
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: expected a number ≥ 1")
+
+    @property
+    def policy(self) -> SamplingPolicy:
+        """Temperature, top-k and top-p."""
+        return SamplingPolicy(self.temperature, self.top_p, self.top_k)
+
+    def check_speculator(self, speculator: Speculator | None) -> None:
+        """Raise a UserError if the speculator, or the lack of one, does not fit the draft settings."""
+        if speculator is None:
+            if self.draft_length or self.draft_tree is not None:
+                setting = f"draft_length={self.draft_length}" if self.draft_length else "draft_tree"
+                raise UserError(f"{setting}: there is no speculator to draft with")
+            return
+        check_length(self.draft_length, speculator.n_predict)
+        if self.draft_tree is not None:
+            self.draft_tree.check(speculator.config, speculator.vocab_size)
+
+
+@dataclass
+class Generation:
+    """A generation, finished or under way.
+
+    Attributes:
+        draft_length: the most drafts that a round can accept: γ, the bound of an adaptive length, the depth of a tree.
+        tokens: the new tokens, end token included.
+        rounds: the prefill, then every verification.
+        seconds: wall time.
+    """
+
+    draft_length: int
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    seconds: Seconds = field(default_factory=Seconds)
+
+    @property
+    def finish(self) -> str:
+        """ "stop" or "length"."""
+        return self.rounds[-1].finish
+
+    @property
+    def counted(self) -> list[Round]:
+        """The rounds over which acceptance is measured: not the prefill, the last round, whose end the text decides, or
+        rounds that the position limit shortened."""
+        return [r for r in self.rounds[1:-1] if r.full_length]
+
+    def _mean(self, name: str) -> float | None:
+        values = [getattr(r, name) for r in self.counted]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def accepted(self) -> float | None:
+        """E[accepted]: accepted drafts per counted round, None without one."""
+        return self._mean("accepted")
+
+    @property
+    def drafted(self) -> float | None:
+        """Drafts per counted round, a tree's depth; None without a round."""
+        return self._mean("drafted")
+
+    @property
+    def nodes(self) -> float | None:
+        """Drafts that the target read per counted round, None without one."""
+        return self._mean("nodes")
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens after the first over the time of the rounds, None if there was no round."""
+        return (len(self.tokens) - 1) / self.seconds.decode if len(self.rounds) > 1 else None
 
 
 class StopRule:
     """Cuts new tokens where the text ends.
 
     Args:
-        eos_token_ids: tokens that end the text; they are its last token.
-        strings: texts that end it; the token that completes one is its last.
+        eos_token_ids: tokens that end the text and are its last token.
+        strings: strings that end the text; the token that completes one is the last.
         tokenizer: needed for strings.
-        limit: number of tokens at which it ends anyway.
+        limit: the most tokens of the text.
 
     Raises:
         UserError: for strings without a tokenizer, or an empty string.
@@ -52,8 +161,8 @@ class StopRule:
         self.window = max((len(s.encode()) for s in strings), default=0) + MARGIN
 
     def cut(self, before: Sequence[int], new: Sequence[int]) -> tuple[list[int], str | None]:
-        """Those of the `new` tokens that belong to the text after the `before` ones, and why it ends there: "stop",
-        "length", or None if it goes on."""
+        """The `new` tokens that belong to the text after the tokens `before`, and why it ends there: "stop", "length",
+        or None if it continues."""
         for i, token in enumerate(new):
             if token in self.ends or (self.strings and self._completes(before, new[: i + 1])):
                 return list(new[: i + 1]), "stop"
@@ -67,191 +176,140 @@ class StopRule:
 
 
 class GenerationStream(Iterator[Round]):
-    """A generation under way: iterate for its rounds; `generation` holds what there is so far.
+    """A generation under way: iterate for its rounds; `generation` holds the result so far.
 
-    Made by `speculative_stream`. Ends by itself; a stream that is left earlier is closed with `close`.
+    Close a stream that is not iterated to its end.
+
+    Args:
+        base, speculator, input_ids: as in `speculative_generate`.
+        options: of the generation.
+
+    Raises:
+        UserError: as `speculative_generate`.
     """
 
     def __init__(
-        self, rounds: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: Lengths, limit: int | None
+        self,
+        base: nn.Module,
+        speculator: Speculator | None,
+        input_ids: Tensor | Sequence[int],
+        options: GenerationOptions,
     ) -> None:
-        self.generation = Generation(lengths.most, seconds=rounds.seconds)
-        self._rounds = self._run(rounds, prompt, rule, lengths, limit)
+        options.check_speculator(speculator)
+        if base.training:
+            raise UserError("base: in training mode; expected a base in evaluation mode (base.eval())")
+        prompt, limit, count = _prompt_tokens(input_ids, base.device), position_limit(base), options.max_new_tokens
+        if limit is not None and len(prompt) >= limit:
+            raise UserError(
+                f"input_ids: {len(prompt)} tokens, the base has {limit} positions and needs one for the answer"
+            )
+        ends = base.generation_config.eos_token_id if options.eos_token_id is None else options.eos_token_id
+        rule = StopRule(
+            [ends] if isinstance(ends, int) else ends or (),
+            [options.stop] if isinstance(options.stop, str) else options.stop,
+            options.tokenizer,
+            count if limit is None else min(count, limit - len(prompt)),
+        )
+        decoder = _make_decoder(base, speculator, options)
+        if options.draft_tree is not None:
+            lengths = FixedLength(options.draft_tree.depth)
+        elif speculator is not None:
+            lengths = draft_length_policy(options.draft_length, speculator.n_predict)
+        else:
+            lengths = FixedLength(0)
+        self.generation = Generation(lengths.most, seconds=decoder.seconds)
+        self._rounds = self._run(decoder, prompt, rule, lengths, limit)
 
     def _run(
-        self, rounds: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: Lengths, limit: int | None
+        self, decoder: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: Any, limit: int | None
     ) -> Iterator[Round]:
-        done, seconds = self.generation, rounds.seconds
-        with rounds.target as target:
+        generation, seconds = self.generation, decoder.seconds
+        with decoder.target as target:
             start = time.perf_counter()
-            outcome, meant, count = Outcome([rounds.prefill(prompt)], 0, (), 0), 0, 0
+            result = decoder.prefill(prompt)
             seconds.prefill = time.perf_counter() - start
             while True:
-                tokens, finish = rule.cut(done.tokens, outcome.tokens)
-                done.tokens += tokens
-                facts = (count, outcome.accepted, outcome.overlap, finish, outcome.nodes, count == meant)
-                done.rounds.append(Round(tuple(tokens), *facts))
-                yield done.rounds[-1]
+                tokens, finish = rule.cut(generation.tokens, result.tokens)
+                generation.tokens += tokens
+                generation.rounds.append(replace(result, tokens=tuple(tokens), finish=finish))
+                yield generation.rounds[-1]
                 if finish:
                     return
                 start = time.perf_counter()
-                meant = lengths.choose()
-                # The base reads the newest token and the drafts, and has positions up to its limit.
-                count = meant if limit is None else min(meant, limit - target.length - 1)
-                outcome = rounds.advance(count)
-                lengths.observe(count, outcome.accepted)
+                wanted = lengths.choose()
+                # The target reads the newest token and the drafts; all of them need a position.
+                count = wanted if limit is None else min(wanted, limit - target.length - 1)
+                result = replace(decoder.advance(count), full_length=count == wanted)
+                lengths.observe(count, result.accepted)
                 seconds.decode += time.perf_counter() - start
 
     def __next__(self) -> Round:
         return next(self._rounds)
 
     def close(self) -> None:
-        """Stop here and let go of the base."""
+        """End the generation and remove the hooks from the base model."""
         self._rounds.close()
 
 
-def speculative_stream(
-    base: nn.Module,
-    speculator: Speculator | None,
-    input_ids: Tensor | Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    draft_length: DraftLength = None,
-    draft_tree: DraftTree | None = None,
-    sampled_drafts: bool = True,
-    eos_token_id: int | Sequence[int] | None = None,
-    stop: str | Sequence[str] = (),
-    tokenizer: Any = None,
-    time_parts: bool = False,
-) -> GenerationStream:
-    """Generate text for one prompt, a round at a time. Arguments and errors are those of `speculative_generate`."""
-    policy = SamplingPolicy(temperature, top_p, top_k)
-    _check_drafts(speculator, policy, draft_length, draft_tree)
-    if base.training:
-        raise UserError("base: in training mode; expected a base in evaluation mode (base.eval())")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: expected a number ≥ 1")
-    prompt, limit = _prompt_of(input_ids, base.device), position_limit(base)
-    if limit is not None and len(prompt) >= limit:
-        raise UserError(f"input_ids: {len(prompt)} tokens, the base has {limit} positions and needs one for the answer")
-    ends = base.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-    rule = StopRule(
-        [ends] if isinstance(ends, int) else ends or (),
-        [stop] if isinstance(stop, str) else stop,
-        tokenizer,
-        max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)),
-    )
+def _make_decoder(base: nn.Module, speculator: Speculator | None, options: GenerationOptions) -> DraftAndVerify:
+    """Target and drafter: the one place that knows that a draft may be a part of the target."""
     generator = torch.Generator()
-    if seed is None:
+    if options.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
-    if draft_tree is not None:
-        rounds = TreeDraftAndVerify(
-            Target(base, speculator.hidden_state_source), speculator, draft_tree, generator, time_parts=time_parts
-        )
-        return GenerationStream(rounds, prompt, rule, FixedLength(draft_tree.depth), limit)
-    target, drafter = make_target_and_drafter(base, speculator, policy, sampled=sampled_drafts)
-    lengths = FixedLength(0) if speculator is None else draft_length_policy(draft_length, speculator.n_predict)
-    rounds = ChainDraftAndVerify(target, drafter, policy, generator, time_parts=time_parts)
-    return GenerationStream(rounds, prompt, rule, lengths, limit)
+        generator.manual_seed(options.seed)
+    policy, parts, drafter = options.policy, options.time_parts, None
+    if speculator is None:
+        target = Target(base)
+    elif speculator.shared_layers is None:
+        target = Target(base, speculator.hidden_state_source)
+        if options.draft_tree is not None:
+            return TreeDraftAndVerify(target, speculator, options.draft_tree, generator, time_parts=parts)
+        drafter = SpeculatorDrafter(speculator, policy, sampled=options.sampled_drafts)
+    else:
+        target = SelfSpeculativeTarget(base, speculator)
+        drafter = SpeculatorDrafter(speculator, policy, sampled=options.sampled_drafts, read=target.read_ahead)
+    return DraftAndVerify(target, drafter, policy, generator, time_parts=parts)
+
+
+def speculative_stream(
+    base: nn.Module, speculator: Speculator | None, input_ids: Tensor | Sequence[int], **options: Any
+) -> GenerationStream:
+    """Generate text for one prompt, a round at a time. Arguments and errors are those of `speculative_generate`."""
+    return GenerationStream(base, speculator, input_ids, GenerationOptions(**options))
 
 
 def speculative_generate(
-    base: nn.Module,
-    speculator: Speculator | None,
-    input_ids: Tensor | Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    draft_length: DraftLength = None,
-    draft_tree: DraftTree | None = None,
-    sampled_drafts: bool = True,
-    eos_token_id: int | Sequence[int] | None = None,
-    stop: str | Sequence[str] = (),
-    tokenizer: Any = None,
-    time_parts: bool = False,
+    base: nn.Module, speculator: Speculator | None, input_ids: Tensor | Sequence[int], **options: Any
 ) -> Generation:
-    """Generate text for one prompt: what the base alone would say, in fewer of its forward passes.
+    """Generate text for one prompt: the base model's own text in fewer of its forward passes.
 
-    At temperature 0 the tokens are those of `base.generate(do_sample=False)`; otherwise every token has the
-    distribution that the base gives it under the policy (Leviathan et al. 2023). Two things can differ in finite
-    precision only: a near-tie between two tokens, since one pass over several tokens rounds otherwise than several
-    passes. Penalties of the base's own generation configuration are not applied.
+    At temperature 0 the tokens are those of `base.generate(do_sample=False)`; above it every token has the
+    distribution that the base model gives it under the sampling policy (Leviathan et al. 2023). Finite precision can
+    change a near-tie between two tokens, because one pass over several tokens rounds differently from several passes.
+    Penalties of the base model's generation configuration are not applied.
 
     Args:
         base: a Hugging Face causal language model in evaluation mode.
-        speculator: a trained speculator of the same width and vocabulary; None for the base alone.
+        speculator: trained for this base model; None for the base model alone.
         input_ids: [N] or [1, N] tokens of the prompt.
-        max_new_tokens: the most tokens to add. The base's last position ends the text too.
-        temperature: 0 for greedy.
-        top_p: share of the probability that is kept, in (0, 1].
-        top_k: number of tokens kept, 0 for all.
-        seed: of the draws; None for another text each time.
-        draft_length: γ, drafts per round, at most the speculator's `n_predict`, which is the default; "auto" for as
-            many as pay, by what was accepted in the rounds before.
-        draft_tree: draft a tree (`decoding.tree.read_tree`) instead of a chain. At temperature 0 alone.
-        sampled_drafts: at a temperature above 0, draw the drafts from the speculator's distribution; False drafts
-            its most likely token. Both are lossless.
-        eos_token_id: tokens that end the text; None for those of the base's generation configuration.
-        stop: strings that end the text. The token that completes one is the last.
-        tokenizer: needed for `stop`.
-        time_parts: on an accelerator, tell drafting and the base's passes apart, at the price of waiting for both.
+        options: the fields of `GenerationOptions`; `max_new_tokens` is required.
 
     Returns:
-        The new tokens, every round and where the time went.
+        The new tokens, every round, and the time spent.
 
     Raises:
-        UserError: for a setting out of range, a prompt that is empty or as long as the base's limit, a base whose state
-            cannot be rolled back, or a tree with a base that cannot read one.
+        UserError: for an option out of range, a prompt that is empty or fills the position limit, a base model whose
+            state cannot be rolled back, or a tree with a base model that cannot read one.
     """
-    stream = speculative_stream(
-        base,
-        speculator,
-        input_ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        draft_length=draft_length,
-        draft_tree=draft_tree,
-        sampled_drafts=sampled_drafts,
-        eos_token_id=eos_token_id,
-        stop=stop,
-        tokenizer=tokenizer,
-        time_parts=time_parts,
-    )
+    stream = speculative_stream(base, speculator, input_ids, **options)
     for _ in stream:
         pass
     return stream.generation
 
 
-def _check_drafts(
-    speculator: Speculator | None, policy: SamplingPolicy, draft_length: DraftLength, draft_tree: DraftTree | None
-) -> None:
-    """Whether there is something to draft with, and what is asked for goes together."""
-    if draft_tree is not None:
-        check_beside(draft_length, policy.temperature)
-    if speculator is None:
-        asked = f"draft_length={draft_length}" if draft_length else "draft_tree"
-        if draft_length or draft_tree is not None:
-            raise UserError(f"{asked}: there is no speculator to draft with")
-        return
-    check_length(draft_length, speculator.n_predict)
-    if draft_tree is not None:
-        draft_tree.check(speculator.config, speculator.vocab_size)
-
-
-def _prompt_of(input_ids: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """[N] tokens on the base's device."""
+def _prompt_tokens(input_ids: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """[N] tokens on a device."""
     prompt = torch.as_tensor(input_ids, dtype=torch.long, device=device)
     if prompt.dim() == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
@@ -262,10 +320,10 @@ def _prompt_of(input_ids: Tensor | Sequence[int], device: torch.device) -> Tenso
 
 @contextmanager
 def generation_settings(base: nn.Module, policy: SamplingPolicy, **settings: Any) -> Iterator[None]:
-    """While the block lasts `base.generate` follows these settings alone.
+    """Make `base.generate` follow these settings only, within the context.
 
-    `generate` takes what a call leaves open from the base's own configuration, which may hold penalties: another
-    distribution. So that is replaced, and put back.
+    `generate` takes what a call leaves open from the model's own generation configuration, which may hold penalties
+    and so change the distribution. The configuration is replaced, and restored afterwards.
 
     Args:
         base: a Hugging Face causal language model.
@@ -277,8 +335,8 @@ def generation_settings(base: nn.Module, policy: SamplingPolicy, **settings: Any
     if not policy.greedy:
         settings |= {"do_sample": True, "temperature": policy.temperature}
         settings |= {"top_p": policy.top_p, "top_k": policy.top_k}
-    own, base.generation_config = base.generation_config, GenerationConfig(**settings)
+    original, base.generation_config = base.generation_config, GenerationConfig(**settings)
     try:
         yield
     finally:
-        base.generation_config = own
+        base.generation_config = original

@@ -1,4 +1,4 @@
-"""One policy from logits to probabilities, the same for draft and target. Importing it loads no torch."""
+"""The sampling policy: from logits to probabilities, for draft and target alike. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Below it logits over temperature leave float32's range, and nothing but the most likely token is ever drawn.
+# Below it, logits over temperature overflow float32, and only the most likely token is ever drawn.
 LEAST_TEMPERATURE = 1e-3
 
 
@@ -21,9 +21,9 @@ class SamplingPolicy:
     """Temperature, then top-k, then top-p: the order of Hugging Face's `generate` and of vLLM.
 
     Attributes:
-        temperature: 0 is greedy: the most likely token, and nothing softer.
+        temperature: 0 is greedy: always the most likely token.
         top_p: keep the most likely tokens whose probabilities together reach this; 1 keeps all.
-        top_k: keep this many most likely tokens (and those that tie with the last); 0 keeps all.
+        top_k: keep this many most likely tokens, and those that tie with the last; 0 keeps all.
 
     Raises:
         UserError: for a value out of range.
@@ -45,11 +45,11 @@ class SamplingPolicy:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the temperature is 0."""
         return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., V] probabilities of logits [..., V], in float32 at least; one-hot where the policy is greedy."""
+        """[..., V] probabilities of logits [..., V], in float32 at least; one-hot for a greedy policy."""
         import torch
 
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
@@ -57,8 +57,8 @@ class SamplingPolicy:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = logits / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            smallest = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
         if self.top_p < 1:
             ascending, order = logits.sort(stable=True)
             below = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p

@@ -1,12 +1,24 @@
-"""A draft that is a part of the base: its first blocks, on the base's own cache.
+"""A draft that is a part of the target model: its first decoder layers, on the target's own KV cache.
 
-The front (the first blocks, and the draft's own behind them) reads a token once, when it is drafted from; the back (all
-blocks behind the front) reads the states that the front has left, when the drafts are verified. Together they are the
-base: no block runs twice on a token, and no second copy of weights or cache is there for those that are shared.
+Let the base model have layers 0 … n−1, of which the draft runs the first s unchanged (`Speculator.shared_layers`) and,
+with `trainable=head_and_block`, a trained copy of layer s. Two views of the base model divide the work:
+
+    front   embedding, layers 0 … s−1, trained copy of layer s if any     the draft's head reads its output
+    back    layers s … n−1, final norm, LM head                           starts from the output of layer s−1
+
+One round with draft length γ after the newest token y_0:
+
+    draft      front reads y_0 and gives y_1, reads y_1 and gives y_2, …, reads y_{γ−1} and gives y_γ
+    verify     front reads y_γ, from which nothing was drafted; back reads the kept outputs of layer s−1 for y_0 … y_γ
+    roll back  all layers, and the trained copy, drop the rejected tokens
+
+So every layer reads every token once: a shared layer when the token is drafted from, the others when it is verified.
+Shared layers have no second copy of weights or cache; a trained copy has both of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,135 +26,106 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from verl_speculator.base_model.hidden_states import NORM_NAMES, block_list
-from verl_speculator.decoding.cache import RollbackLayer
-from verl_speculator.decoding.drafters import ChainDrafter
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
-from verl_speculator.decoding.target import Target
+from verl_speculator.decoding.target import RollbackLayer, Target
 from verl_speculator.models.early_exit import EarlyExit
 
 
-class _PrecomputedBlock(nn.Module):
-    """Stands for a block whose output is known: passes on what it is given, or what it holds."""
+class _LayerStub(nn.Module):
+    """Takes the place of a decoder layer in a view, so that the architecture's own forward still finds all its layers.
 
-    def __init__(self, block: nn.Module) -> None:
+    Returns the output of `run`, or `output` if that is set, or its input.
+    """
+
+    def __init__(self, layer: nn.Module, run: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        # Some architectures ask a block which mask it wants.
-        self.attention_type = getattr(block, "attention_type", None)
-        self.state: Tensor | None = None
-
-    def forward(self, state: Tensor, *inputs: Any, **arguments: Any) -> Tensor:
-        return state if self.state is None else self.state
-
-
-class _OwnBlock(nn.Module):
-    """The draft's own copy of a block, which leaves its input where verification finds it."""
-
-    def __init__(self, speculator: EarlyExit, block: nn.Module) -> None:
-        super().__init__()
-        self.attention_type = getattr(block, "attention_type", None)
-        self.__dict__["speculator"] = speculator
+        # Architectures with several kinds of layers ask each for its kind to choose a mask.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.run = run
         self.input: Tensor | None = None
+        self.output: Tensor | None = None
 
     def forward(self, state: Tensor, *inputs: Any, **arguments: Any) -> Tensor:
-        self.input = state
-        return self.speculator.run_block(state, **arguments)
+        if self.run is not None:
+            self.input = state
+            return self.run(state, **arguments)
+        return state if self.output is None else self.output
 
 
 def _shallow_replace(module: nn.Module, **modules: nn.Module) -> nn.Module:
-    """A second view of a module with some of its modules exchanged; it shares everything else, weights above all."""
+    """A view of a module with some submodules replaced; it shares everything else, the weights above all."""
     view = module.__class__.__new__(module.__class__)
     view.__dict__.update(module.__dict__)
     view.__dict__["_modules"] = module._modules | modules
-    # Hooks are for the module itself: of a view nobody wants to hear.
+    # Hooks of the module must not fire on the view: whoever registered them wants one call per forward pass.
     view.__dict__.update({name: type(hooks)() for name, hooks in module.__dict__.items() if name.endswith("_hooks")})
     return view
 
 
-class SharedTarget(Target):
-    """A base whose first blocks draft.
+class SelfSpeculativeTarget(Target):
+    """A base model whose first decoder layers draft.
 
     Args:
-        base: any Hugging Face causal language model whose cache holds keys and values of every layer.
-        speculator: an early exit, attached to this base.
+        base: a Hugging Face causal language model whose layers all cache keys and values.
+        speculator: an early exit of this base model.
     """
 
     def __init__(self, base: nn.Module, speculator: EarlyExit) -> None:
         super().__init__(base)
         speculator.attach(base)
         decoder = base.base_model
-        name, blocks = block_list(decoder)
-        shared, count = speculator.shared_blocks, len(blocks)
+        name, layers = block_list(decoder)
         norm = next(name for name in NORM_NAMES if hasattr(decoder, name))
-        own = [] if speculator.block is None else [_OwnBlock(speculator, blocks[shared])]
-        self._own = own[0] if own else None
-        rest = [_PrecomputedBlock(block) for block in blocks[shared + len(own) :]]
-        front = nn.ModuleList([*blocks[:shared], *own, *rest])
+        shared, count = speculator.shared_layers, len(layers)
+        copies = [] if speculator.block is None else [_LayerStub(layers[shared], speculator.run_block)]
+        skipped = [_LayerStub(layer) for layer in layers[shared + len(copies) :]]
+        # No final norm: the draft's head has its own, and the back needs the state before it.
+        front = nn.ModuleList([*layers[:shared], *copies, *skipped])
         self.front = _shallow_replace(decoder, **{name: front, norm: nn.Identity()})
-        given = [_PrecomputedBlock(block) for block in blocks[:shared]]
-        self._given = given[-1] if given else None
-        back = _shallow_replace(decoder, **{name: nn.ModuleList([*given, *blocks[shared:]])})
+        self._copy = copies[0] if copies else None
+        # Stubs pass the embedding on; the last one replaces it by the kept output of layer s−1.
+        done = [_LayerStub(layer) for layer in layers[:shared]]
+        self._last_shared = done[-1] if done else None
+        back = _shallow_replace(decoder, **{name: nn.ModuleList([*done, *layers[shared:]])})
         self.back = _shallow_replace(base, **{base.base_model_prefix: back})
 
-        layers = [RollbackLayer() for _ in range(count)]
-        drafts = [RollbackLayer() for _ in own]
-        self.cache = Cache(layers=layers)
-        self._layers = [*layers, *drafts]
-        # Positions and masks come from the length of a cache's first layer, so each view has its own there.
-        self._front_cache = Cache(layers=[*layers[:shared], *drafts, *layers[shared + len(own) :]])
-        first = [layers[shared]] * shared if shared < count else layers
-        self._back_cache = Cache(layers=[*first, *layers[shared:]])
+        caches = [RollbackLayer() for _ in layers]
+        copy_caches = [RollbackLayer() for _ in copies]
+        self.cache, self._caches = Cache(layers=caches), [*caches, *copy_caches]
+        # transformers takes positions and masks from the length of a cache's first layer. While drafts are verified the
+        # shared layers have already read them and the back has not, so its first entries are the cache of layer s.
+        self._front_cache = Cache(layers=[*caches[:shared], *copy_caches, *caches[shared + len(copies) :]])
+        behind = [caches[shared]] * shared if shared < count else caches
+        self._back_cache = Cache(layers=[*behind, *caches[shared:]])
         self._states: list[Tensor] = []
 
-    def __enter__(self) -> SharedTarget:
+    def __enter__(self) -> SelfSpeculativeTarget:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._states.clear()
 
     def read_ahead(self, tokens: Tensor) -> Tensor:
-        """[N, D] the draft's states for [N] tokens behind those already read, which the back has yet to read."""
-        found = self.front(input_ids=tokens.unsqueeze(0), past_key_values=self._front_cache, use_cache=True)
-        self._states.append(found.last_hidden_state if self._own is None else self._own.input)
-        return found.last_hidden_state[0]
+        """Run the front on tokens [N] and keep what the back needs of them; returns the draft's states [N, D]."""
+        output = self.front(input_ids=tokens[None], past_key_values=self._front_cache, use_cache=True).last_hidden_state
+        self._states.append(output if self._copy is None else self._copy.input)
+        return output[0]
 
-    def read(self, tokens: Tensor, *, last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """`Target.read`; the tokens that were read ahead are the first of these, and are not read again."""
+    def read(
+        self, tokens: Tensor, *, last_only: bool = False, tree: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`Target.read`. The first of the tokens are those of `read_ahead`; the front reads the others only.
+
+        Returns no hidden states, [N, 0]: the next draft starts by reading a token.
+        """
         ahead = sum(state.shape[1] for state in self._states)
         if ahead < len(tokens):
             self.read_ahead(tokens[ahead:])
-        if self._given is not None:
-            self._given.state = torch.cat(self._states, 1)
+        if self._last_shared is not None:
+            self._last_shared.output = torch.cat(self._states, 1)
         self._states.clear()
-        keep = {"logits_to_keep": 1} if last_only and self._last_only else {}
-        logits = self.back(
-            input_ids=tokens.unsqueeze(0), past_key_values=self._back_cache, use_cache=True, **keep
-        ).logits[0]
-        logits = logits[-1:] if last_only else logits
-        return logits[:, :0], logits  # no state leads to the next draft: it reads tokens
+        logits = self._forward(self.back, self._back_cache, tokens, last_only, tree)
+        return logits[:, :0], logits
 
     def roll_back(self, length: int) -> None:
-        for layer in self._layers:
-            layer.crop(length)
-
-
-class EarlyExitDrafter(ChainDrafter):
-    """Drafts with the front of a base, one token after the other.
-
-    Args:
-        speculator: an early exit.
-        target: the base that it is a part of.
-        policy: the target's policy, which shapes q too.
-        sampled: draw the drafts from q; otherwise take the most likely token.
-    """
-
-    def __init__(self, speculator: EarlyExit, target: SharedTarget, policy: SamplingPolicy, *, sampled: bool) -> None:
-        super().__init__(policy, sampled=sampled)
-        self.speculator, self.target = speculator, target
-        self.dtype = speculator.head(0).dtype
-
-    def begin(self, hidden: Tensor) -> None:
-        """The hidden state is not asked for: every token is read."""
-
-    def logits(self, depth: int, token: Tensor) -> Tensor:
-        state = self.speculator.start(self.target.read_ahead(token).to(self.dtype))
-        return self.speculator.logits(0, self.speculator.step(state, token).output)
+        for cache in self._caches:
+            cache.crop(length)

@@ -1,8 +1,9 @@
-"""A draft tree: which guesses a round puts before the base, as paths of ranks. Importing it loads no torch."""
+"""Draft trees: which draft tokens a round proposes, as paths of ranks. Importing it loads no torch."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,21 +16,21 @@ from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.errors import UserError
 
 MOST_NODES = 64
-# What stands in a file beside the paths: for people, and never read back.
+# Keys of a tree's file beside the paths. They inform people and are never read.
 NOTES = ("measured", "provenance")
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """A sparse set of paths of ranks: (0, 2) is the draft's third most likely token after its most likely one.
+    """A set of paths of ranks: (0, 2) is the draft's third most likely token after its most likely one.
 
     Nodes are numbered from 1 in the order of `paths`; 0 is the root, the newest token.
 
     Attributes:
-        paths: by depth, then by ranks; the beginning of every path is a path too.
+        paths: ordered by depth, then by ranks; every prefix of a path is a path too.
 
     Raises:
-        UserError: if it is empty, larger than MOST_NODES, or lacks the beginning of one of its paths.
+        UserError: if it is empty, larger than MOST_NODES, or lacks a prefix of one of its paths.
     """
 
     paths: tuple[tuple[int, ...], ...]
@@ -40,12 +41,11 @@ class DraftTree:
         for path in self.paths:
             if not path or not all(type(rank) is int and rank >= 0 for rank in path):
                 raise UserError(f"draft_tree: path {short(list(path))}, expected ranks, whole numbers ≥ 0")
-        known = set(self.paths)
-        if len(known) < len(self.paths):
-            twice = next(path for path in self.paths if self.paths.count(path) > 1)
-            raise UserError(f"draft_tree: path {list(twice)} is there twice, expected every path once")
+        for path, count in Counter(self.paths).items():
+            if count > 1:
+                raise UserError(f"draft_tree: path {list(path)} is there twice, expected every path once")
         for path in self.paths:
-            if path[:-1] and path[:-1] not in known:
+            if path[:-1] and path[:-1] not in self.paths:
                 raise UserError(
                     f"draft_tree: path {list(path)} without {list(path[:-1])}; expected the beginning of every path too"
                 )
@@ -53,7 +53,7 @@ class DraftTree:
 
     @classmethod
     def chain(cls, length: int) -> DraftTree:
-        """The most likely token at every depth, and nothing beside it."""
+        """The most likely token at every depth, as a tree."""
         return cls(tuple((0,) * depth for depth in range(1, length + 1)))
 
     @property
@@ -61,50 +61,34 @@ class DraftTree:
         """Length of the longest path."""
         return len(self.paths[-1])
 
-    @property
-    def widest(self) -> int:
-        """How many of the draft's most likely tokens are asked for at most: the largest rank, and one."""
-        return 1 + max(max(path) for path in self.paths)
-
     @cached_property
     def parents(self) -> tuple[int, ...]:
-        """For the nodes 1, 2, …: the number of the node before, 0 for the root. It is always the smaller one."""
+        """Number of the parent of each of the nodes 1, 2, …; always smaller than the node's."""
         number = {path: i for i, path in enumerate(self.paths, 1)}
         return tuple(number.get(path[:-1], 0) for path in self.paths)
 
     def cut(self, depth: int) -> DraftTree:
-        """What of it is at most `depth` ≥ 1 levels deep."""
+        """The nodes that are at most `depth` ≥ 1 levels deep."""
         return self if depth >= self.depth else DraftTree(tuple(path for path in self.paths if len(path) <= depth))
 
     def check(self, config: SpeculatorConfig, vocab_size: int) -> None:
-        """Whether a speculator can draft it.
-
-        Raises:
-            UserError: naming both numbers, or the family if it drafts no trees.
-        """
+        """Raise a UserError, with both numbers, if a speculator cannot draft this tree."""
         check_family(config)
         if self.depth > config.n_predict:
             raise UserError(f"draft_tree: {self.depth} levels, the speculator was trained to draft {config.n_predict}")
-        if self.widest > vocab_size:
-            raise UserError(f"draft_tree: rank {self.widest - 1}, the vocabulary has {vocab_size} tokens")
+        rank = max(map(max, self.paths))
+        if rank >= vocab_size:
+            raise UserError(f"draft_tree: rank {rank}, the vocabulary has {vocab_size} tokens")
 
 
 def check_family(config: SpeculatorConfig) -> None:
-    """Whether a family drafts trees: one that reads its drafts into the base's cache has room there for a chain alone.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Raise a UserError for a family that drafts no trees: one that reads its drafts into the target's KV cache."""
     if not config.drafts_trees:
         raise UserError(f"draft_tree: a speculator of method={config.method} drafts chains alone")
 
 
 def check_beside(draft_length: object, temperature: float) -> None:
-    """What else may be asked for where a tree is: no draft length, and the most likely token alone.
-
-    Raises:
-        UserError: for a draft length, or above temperature 0.
-    """
+    """Raise a UserError for a setting that a draft tree excludes: a draft length, or a temperature above 0."""
     if draft_length is not None:
         raise UserError(f"draft_length={draft_length}: a draft_tree has lengths of its own; expected one of the two")
     if temperature > 0:
@@ -112,39 +96,39 @@ def check_beside(draft_length: object, temperature: float) -> None:
 
 
 def read_tree(path: str | Path) -> DraftTree:
-    """The tree in a file of `write_tree`, or of one's own: `{"paths": [[0], [1], [0, 0]]}`.
+    """The tree in a file that `write_tree` or a user wrote: `{"paths": [[0], [1], [0, 0]]}`.
 
     Raises:
-        UserError: naming the file, if there is no tree in it.
+        UserError: naming the file, if it holds no tree.
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"draft_tree={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except ValueError as error:
         raise UserError(f"draft_tree={path}: not JSON ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("paths"), list):
-        raise UserError(f"draft_tree={path}: {short(found)}, expected an object with a list of paths")
-    if unknown := sorted(set(found) - {"paths", *NOTES}):
+    if not isinstance(content, dict) or not isinstance(content.get("paths"), list):
+        raise UserError(f"draft_tree={path}: {short(content)}, expected an object with a list of paths")
+    if unknown := sorted(set(content) - {"paths", *NOTES}):
         raise UserError(f"draft_tree={path}: unknown key {unknown[0]!r}, expected paths, {', '.join(NOTES)}")
-    for ranks in found["paths"]:
+    for ranks in content["paths"]:
         if not isinstance(ranks, list):
             raise UserError(f"draft_tree={path}: path {short(ranks)}, expected a list of ranks")
     try:
-        return DraftTree(tuple(map(tuple, found["paths"])))
+        return DraftTree(tuple(map(tuple, content["paths"])))
     except UserError as error:
         raise UserError(str(error).replace("draft_tree", f"draft_tree={path}", 1)) from None
 
 
 def write_tree(path: Path, tree: DraftTree, *, measured: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-    """Write a tree with what it was chosen by, in one piece; a key of the file is a line.
+    """Write a tree atomically, one line per key of the file.
 
     Args:
         path: of the file.
         tree: to be written.
-        measured: figures of the sample.
-        provenance: base, speculator, prompts, versions.
+        measured: figures of the sample that it was chosen on.
+        provenance: base model, speculator, prompts, versions.
     """
     record = {"paths": tree.paths, "measured": measured, "provenance": provenance}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
@@ -153,25 +137,21 @@ def write_tree(path: Path, tree: DraftTree, *, measured: Mapping[str, Any], prov
 
 
 def most_frequent(paths: Iterable[tuple[int, ...]], nodes: int) -> DraftTree:
-    """The tree of so many nodes that accepts the most on a sample.
+    """The tree of `nodes` nodes that accepts the most on a sample; smaller if the sample has fewer distinct prefixes.
 
-    A row whose path begins with a node's accepts that node, so E[accepted] of a tree is the sum over its nodes of the
-    share of such rows: the most frequent beginnings are the best tree. A beginning is at least as frequent as what goes
-    on from it, and comes first among equals, so the set is closed by itself.
+    E[accepted] is the sum over a tree's nodes of the share of sample paths that begin with the node's path, so the most
+    frequent prefixes are the best tree. A prefix is at least as frequent as its extensions and precedes them among
+    equals, so the set holds every prefix of its paths.
 
     Args:
-        paths: for each row of the sample, the ranks of the base's own tokens.
-        nodes: of the tree; fewer if the sample has fewer.
+        paths: for each position of the sample, the ranks that the draft gives the base model's own tokens.
+        nodes: number of nodes.
     """
     counts = prefix_counts(paths)
     best = sorted(counts, key=lambda path: (-counts[path], len(path), path))
     return DraftTree(tuple(best[:nodes]))
 
 
-def prefix_counts(paths: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """How many paths begin with each beginning."""
-    counts: dict[tuple[int, ...], int] = {}
-    for path in paths:
-        for length in range(1, len(path) + 1):
-            counts[path[:length]] = counts.get(path[:length], 0) + 1
-    return counts
+def prefix_counts(paths: Iterable[tuple[int, ...]]) -> Counter[tuple[int, ...]]:
+    """Number of paths that begin with each prefix."""
+    return Counter(path[:length] for path in paths for length in range(1, len(path) + 1))

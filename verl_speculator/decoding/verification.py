@@ -1,7 +1,7 @@
 """Lossless verification (Leviathan et al. 2023, arXiv 2211.17192): pure functions of p, q and the uniforms.
 
-Shapes: K drafted tokens, V vocabulary. p_k is the target's distribution for the token at which draft k stands, given
-all drafts before it; p_K that for the token after the last draft. q_k is what draft k was drawn from.
+Shapes: K draft tokens, V vocabulary. p_k is the target's distribution of the token at draft position k, given all
+drafts before it; p_K is that of the token after the last draft. q_k is the distribution that draft k was drawn from.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 
 class Verdict(NamedTuple):
-    """What a verification decides.
+    """Result of a verification.
 
     Attributes:
-        accepted: [] number of drafts accepted, 0 … K.
-        token: [] the token after them: from the residual after a rejection, from p_K when all were accepted.
+        accepted: [] number of accepted drafts, 0 … K.
+        token: [] the token after them: from the residual after a rejection, from p_K if all were accepted.
         overlap: [K] Σ_v min(p_k, q_k), the probability with which a draft from q_k is accepted.
     """
 
@@ -33,8 +33,7 @@ def verify(target: Tensor, draft: Tensor | None, tokens: Tensor, uniforms: Tenso
 
     Args:
         target: [K+1, V] the probabilities p_0 … p_K.
-        draft: [K, V] the probabilities q_0 … q_{K−1}; None for drafts that were not drawn but chosen, each q_k then
-            being a point mass on its token.
+        draft: [K, V] the probabilities q_0 … q_{K−1}; None for greedy drafts, whose q_k is a point mass on the token.
         tokens: [K] the drafts y_0 … y_{K−1}.
         uniforms: [K+1] in [0, 1), the last of them for the token after the accepted drafts.
     """
@@ -43,17 +42,17 @@ def verify(target: Tensor, draft: Tensor | None, tokens: Tensor, uniforms: Tenso
         draft = F.one_hot(tokens, vocab).to(target.dtype)
     column = tokens.unsqueeze(-1)
     p, q = target[:count].gather(-1, column).squeeze(-1), draft.gather(-1, column).squeeze(-1)
-    # u·q < p happens with probability min(1, p/q), never for p = 0, and needs no division.
+    # u·q < p has probability min(1, p/q), is never true for p = 0, and needs no division.
     accepted = (uniforms[:count] * q < p).long().cumprod(0).sum()
-    # After K acceptances nothing is subtracted: the bonus token comes from p_K itself.
+    # After K acceptances nothing is subtracted: the token comes from p_K itself.
     residual = (target[accepted] - F.pad(draft, (0, 0, 0, 1))[accepted]).clamp(min=0)
-    # Only rounding can leave nothing over: p and q are then the same.
+    # The residual is zero everywhere only by rounding; p and q are then equal.
     residual = torch.where(residual.sum() > 0, residual, target[accepted])
     return Verdict(accepted, draw(residual, uniforms[count]), torch.minimum(target[:count], draft).sum(-1))
 
 
 def verify_greedy(target: Sequence[int], tokens: Sequence[int]) -> tuple[int, int]:
-    """`verify` where every p_k is a one-hot: drafts are accepted for as long as they are the target's own tokens.
+    """`verify` for one-hot p_k: drafts are accepted as long as they are the target's most likely tokens.
 
     Args:
         target: K+1 tokens, the most likely ones of p_0 … p_K.
@@ -62,15 +61,13 @@ def verify_greedy(target: Sequence[int], tokens: Sequence[int]) -> tuple[int, in
     Returns:
         The number of accepted drafts and the token after them.
     """
-    accepted = 0
-    while accepted < len(tokens) and tokens[accepted] == target[accepted]:
-        accepted += 1
-    return accepted, target[accepted]
+    path, last = verify_tree(range(len(tokens)), target, tokens)
+    return len(path), last
 
 
 def verify_tree(parents: Sequence[int], target: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], int]:
-    """`verify_greedy` where drafts branch: from the root on to the node that is the target's own token, while there is
-    one. Nodes of one parent differ in their tokens, so there is never a choice.
+    """`verify_greedy` for a draft tree: walk from the root to the child that is the target's most likely token, as long
+    as there is one. Siblings have different tokens, so there is at most one.
 
     Args:
         parents: of the nodes 1 … N, each smaller than its node; 0 is the root.
@@ -89,17 +86,17 @@ def verify_tree(parents: Sequence[int], target: Sequence[int], tokens: Sequence[
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The token that a uniform picks by the inverse of the cumulative distribution.
+    """Draw a token by the inverse of the cumulative distribution.
 
     Args:
-        weights: [..., V] probabilities, up to a factor; not all zero.
+        weights: [..., V] probabilities up to a factor, not all zero.
         uniform: [...] in [0, 1).
 
     Returns:
-        [...] token ids; never one of weight zero.
+        [...] token ids, never one of weight zero.
     """
     cumulative = weights.double().cumsum(-1)
     total = cumulative[..., -1:]
-    # A product that rounds up to the total would fall behind the last token.
+    # A product that rounds up to the total would select a token after the last one.
     threshold = torch.minimum(uniform.double().unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

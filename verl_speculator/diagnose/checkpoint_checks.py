@@ -299,7 +299,7 @@ def number_type(patient: DiagnosisContext) -> Check:
     """The types that it is served in against float32; each read anew, since a narrow type rounds the weights too."""
     name, info = "number type", patient.info
     own = str(next(patient.speculator.parameters()).dtype).removeprefix("torch.")
-    if patient.speculator.shared_blocks is not None:
+    if patient.speculator.shared_layers is not None:
         return Check(name, FINE, f"it runs on the base's blocks, in their type, {own}")
     found = {own: patient.now}
     for kind in ("float32", "bfloat16"):

@@ -21,8 +21,7 @@ from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.decoding import DraftTree, Generation, SamplingPolicy, speculative_generate
 from verl_speculator.decoding.draft_length import AUTO, DraftLength, draft_length_policy
 from verl_speculator.decoding.generate import generation_settings
-from verl_speculator.decoding.target import position_limit
-from verl_speculator.decoding.tree_attention import windows
+from verl_speculator.decoding.target import position_limit, windows
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
 

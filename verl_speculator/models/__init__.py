@@ -1,4 +1,4 @@
-"""The speculator families. `build_speculator` makes one; their table is `verl_speculator.config.families`."""
+"""The speculator families and `build_speculator`. Their registry is `verl_speculator.config.families`."""
 
 from __future__ import annotations
 
@@ -31,34 +31,29 @@ def build_speculator(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Speculator:
-    """A freshly initialised speculator.
+    """Build a speculator with freshly initialised parameters.
 
     Args:
-        config: family and shape.
-        hidden_size: width D of the base's hidden states.
-        vocab_size: V, the rows of the base's output head.
-        block_shapes: of the parameters of the base's block that an early exit trains, by name.
-        logit_cap: the base's soft cap of its logits; ignored by families whose heads read states unlike the base's.
+        config: family and widths.
+        hidden_size: width D of the base model's hidden states.
+        vocab_size: V, the number of rows of the base model's LM head.
+        block_shapes: parameter shapes of the decoder layer that an early exit trains a copy of, by name.
+        logit_cap: soft cap of the base model's logits; ignored by families without `keeps_head_scale`.
         seed: of the initialisation; None draws from torch's global generator.
-        device: where the parameters live; `"meta"` skips the initialisation.
+        device: of the parameters; `"meta"` skips the initialisation.
         dtype: of the parameters, float32 by default.
-
-    Returns:
-        A module with `unroll(hidden [T, D], tokens [T, K]) -> states [K, T, E]`, `head(k) -> weight [V, E]`, and
-        `start` and `step` for decoding.
     """
-    more = {"block_shapes": block_shapes} if block_shapes else {}
+    shapes = {"block_shapes": block_shapes} if block_shapes else {}
     with torch.device("meta"):
-        speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size, **more)
+        speculator = family_class(config.method)(config, hidden_size=hidden_size, vocab_size=vocab_size, **shapes)
     speculator.logit_cap = logit_cap if speculator.keeps_head_scale else None
     device, dtype = torch.device(device or "cpu"), dtype or torch.float32
     frozen = speculator.frozen()
-    # By hand: `nn.Module.to` cannot convert where tensors are only reckoned with (FakeTensorMode).
+    # Not `nn.Module.to_empty`: it cannot convert under FakeTensorMode, with which memory is estimated.
     for path, module in speculator.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
-            trained = f"{path}.{name}" not in frozen
-            setattr(module, name, torch.nn.Parameter(empty, requires_grad=trained))
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=f"{path}.{name}" not in frozen))
     if device.type == "meta":
         return speculator
     speculator.reset_parameters(None if seed is None else torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
-"""Early exit: the draft is the base itself, cut behind one of its blocks, with an output head of its own.
+"""Early exit: the draft is the base model cut after one of its decoder layers, with an LM head of its own.
 
-It reads every token, so it has what the other families lack, the sequence; and it lives in the base, which shares
-weights and cache with it. The speculator holds only what is the draft's own.
+It reads every token, and shares decoder layers and KV cache with the base model in decoding
+(`decoding.self_speculative`). The speculator holds only the parameters that are the draft's own.
 """
 
 from __future__ import annotations
@@ -16,35 +16,30 @@ from torch.func import functional_call
 
 from verl_speculator.base_model.hidden_states import BLOCK_INPUT, BLOCK_OUTPUT, BlockCall, FrozenNorm, block_of
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.layers import OutputHead
+from verl_speculator.models.layers import NORM_CONSTANTS, OutputHead
 from verl_speculator.models.speculator import DraftState, Speculator
 from verl_speculator.utils.errors import UserError
 
 
-class ParameterTree(nn.Module):
-    """Parameters under dotted names, without the code that uses them.
-
-    Args:
-        shapes: of each.
-    """
-
-    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            *path, last = name.split(".")
-            place: nn.Module = self
-            for part in path:
-                if part not in place._modules:
-                    place.add_module(part, nn.Module())
-                place = place._modules[part]
-            place.register_parameter(last, nn.Parameter(torch.empty(tuple(shape))))
+def parameter_tree(shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Modules that hold parameters under these dotted names, without the code that uses them."""
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]
+        module.register_parameter(last, nn.Parameter(torch.empty(tuple(shape))))
+    return root
 
 
 class EarlyExit(Speculator):
-    """logits = W · norm(h), h being the state behind block ℓ, or behind a trained copy of that block.
+    """logits = W · norm(h), where h is the output of decoder layer ℓ, or of a trained copy of that layer ("block").
 
-    Trained at one depth: row t against the base's own distribution of the token behind it. The norm is a frozen copy of
-    the base's final one.
+    Trained at one depth: row t against the base model's distribution of token t + 1. The norm is a frozen copy of the
+    final norm.
     """
 
     method = "early_exit"
@@ -61,14 +56,14 @@ class EarlyExit(Speculator):
     ) -> None:
         super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
         self.norm = FrozenNorm(hidden_size)
-        # Not lm_head: verl makes every module of that name a sharding unit of its own.
+        # Not `lm_head`: verl makes every module of that name a sharding unit.
         self.exit_head = OutputHead(vocab_size, hidden_size)
         self.block = None
         if config.trainable == "head_and_block":
             if not block_shapes:
-                raise ValueError("trainable=head_and_block: block_shapes of the base's block are needed")
-            self.block = ParameterTree(block_shapes)
-        # The code of the block, with its parameters on the meta device; not a module of ours.
+                raise ValueError("trainable=head_and_block: needs block_shapes, the base model's parameter shapes")
+            self.block = parameter_tree(block_shapes)
+        # The decoder layer's code, with its parameters on the meta device. Set past nn.Module, so it is no submodule.
         self.__dict__["_code"] = None
 
     @property
@@ -76,60 +71,53 @@ class EarlyExit(Speculator):
         return f"{BLOCK_OUTPUT if self.block is None else BLOCK_INPUT}.{self.config.exit_layer}"
 
     @property
-    def shared_blocks(self) -> int:
-        """How many of the base's first blocks the draft uses as they are."""
+    def shared_layers(self) -> int:
         return self.config.exit_layer + (self.block is None)
 
     def attach(self, base: nn.Module) -> None:
-        """Take the block's code from a base.
+        """Take the decoder layer's code from a base model.
 
         Raises:
-            UserError: for a base whose block has other parameters.
+            UserError: if the base model has no such layer, or its parameters differ from the trained copy's.
         """
-        block = block_of(base, self.config.exit_layer)
+        layer = block_of(base, self.config.exit_layer)
         if self.block is None or self._code is not None:
             return
-        theirs = {name: list(p.shape) for name, p in block.named_parameters()}
-        mine = {name: list(p.shape) for name, p in self.block.named_parameters()}
-        for name in {**mine, **theirs}:
-            if mine.get(name) != theirs.get(name):
+        trained, expected = ({n: list(p.shape) for n, p in m.named_parameters()} for m in (self.block, layer))
+        for name in {**trained, **expected}:
+            if trained.get(name) != expected.get(name):
                 raise UserError(
                     f"model.speculator.exit_layer={self.config.exit_layer}: {name} of the trained block is "
-                    f"{mine.get(name)}, the base's {theirs.get(name)}"
+                    f"{trained.get(name)}, the base's {expected.get(name)}"
                 )
-        # A block's copy is as large as the block: share the tensors while copying, then let go of them.
-        code = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+        # The memo makes deepcopy share the tensors; the copy then drops them, so the layer is never held twice.
+        code = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
         for module in code.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                hooks.clear()
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         self.__dict__["_code"] = code
 
     @torch.no_grad()
     def copy_block(self, base: nn.Module) -> None:
-        """Start the block as the base's own."""
         if self.block is not None:
-            own = dict(self.block.named_parameters())
+            trained = dict(self.block.named_parameters())
             for name, parameter in block_of(base, self.config.exit_layer).named_parameters():
-                own[name].copy_(parameter)
+                trained[name].copy_(parameter)
 
     def run_block(self, state: Tensor, **arguments: object) -> Tensor:
-        """The trained block on a state [B, T, D], called as the base calls its own."""
+        """The trained layer's output for a state [B, T, D] and the arguments of the base model's own call."""
         output = functional_call(self._code, dict(self.block.named_parameters()), (state,), arguments)
         return output if isinstance(output, Tensor) else output[0]
 
     def prepare_hidden_states(self, taken: Tensor | BlockCall) -> Tensor:
         if self.block is None:
             return taken
-        state = taken.state.to(next(self.block.parameters()).dtype)
-        return self.run_block(state, **taken.arguments)
+        return self.run_block(taken.state.to(next(self.block.parameters()).dtype), **taken.arguments)
 
     def unroll_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if not name.startswith("block.")}
-
-    def start(self, hidden: Tensor) -> DraftState:
-        return DraftState(hidden, None, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
         return DraftState(self.norm(state.output), None, state.depth + 1)
@@ -138,8 +126,8 @@ class EarlyExit(Speculator):
         return self.exit_head.weight
 
     def frozen(self) -> frozenset[str]:
-        return frozenset(("norm.weight", "norm.eps"))
+        return frozenset(NORM_CONSTANTS)
 
     def constants(self) -> dict[str, float]:
-        """The norm alone: head and block start as the base's."""
-        return {"norm.weight": 1.0, "norm.eps": 1e-6}
+        """The norm alone: head and block are copied from the base model."""
+        return dict(NORM_CONSTANTS)

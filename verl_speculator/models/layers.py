@@ -1,13 +1,14 @@
-"""Building blocks of the sum_rnn and sum_lstm speculators.
+"""Building blocks of the speculators, and their initialisation from a base model.
 
-Module and tensor names follow Snowflake's implementation, so that weights move between the two unchanged.
+Module and tensor names follow Snowflake's implementation, so that weights can be exchanged unchanged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from verl_speculator.models.speculator import Slot, Speculator
 from verl_speculator.utils.errors import UserError
 
 EPS = 1e-6
+# Initial values of a speculator's `FrozenNorm`, until `copy_norm` replaces them.
+NORM_CONSTANTS: Mapping[str, float] = MappingProxyType({"norm.weight": 1.0, "norm.eps": EPS})
 
 
 def rms_normalise(x: Tensor) -> Tensor:
-    """`x · rsqrt(mean(x²) + 1e-6)` over the last axis, in float32 where x is a half type."""
+    """`x · rsqrt(mean(x²) + 1e-6)` over the last axis, in float32 for half types."""
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -40,8 +43,8 @@ class RMSNormWithBias(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """A [V, E] table. Not an `nn.Embedding`: sharding wrappers give each of those a unit of its own, and then its rows
-    can be read through its own forward only."""
+    """A [V, E] embedding. Not an `nn.Embedding`: sharding wrappers make each of those a unit of its own, whose weight
+    is complete only inside its own forward."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -60,27 +63,17 @@ class OutputHead(nn.Module):
 
 
 def widen(first: nn.Module, dims: Sequence[int]) -> nn.Sequential:
-    """`first`, which gives width dims[0], and for each further width RMSNormWithBias, GELU, Linear."""
+    """`first`, whose output has width dims[0], then RMSNormWithBias, GELU, Linear for each further width."""
     layers: list[nn.Module] = [first]
     for before, after in pairwise(dims):
         layers += [RMSNormWithBias(before), nn.GELU(), nn.Linear(before, after, bias=False)]
     return nn.Sequential(*layers)
 
 
-def embedding_chain(vocab_size: int, dims: Sequence[int]) -> nn.Sequential:
-    """Token ids to width dims[-1]."""
-    return widen(TokenEmbedding(vocab_size, dims[0]), dims)
-
-
-def projection_chain(width: int, dims: Sequence[int]) -> nn.Sequential:
-    """A state of the given width to width dims[-1]."""
-    return widen(nn.Linear(width, dims[0], bias=False), dims)
-
-
 def inner_chain(merge_width: int, dims: Sequence[int]) -> nn.Sequential:
-    """From the merge width M to dims[-1]: norm, then GELU, Linear, norm for each further width.
+    """From the merge width M to dims[-1]: a norm, then GELU, Linear, norm for each further width.
 
-    dims[0] == M is the merged state itself; otherwise a first norm, GELU and Linear lead from M to dims[0].
+    If dims[0] != M, a norm, GELU and Linear from M to dims[0] come first.
     """
     if dims[0] != merge_width:
         dims = (merge_width, *dims)
@@ -91,35 +84,35 @@ def inner_chain(merge_width: int, dims: Sequence[int]) -> nn.Sequential:
 
 
 class GateChains(nn.Module):
-    """The same chain for each of several gates: one product or one lookup gives the first layer of all of them.
+    """One `widen` chain per gate; the first layers of all gates are one matrix product or one lookup.
 
     Args:
-        first: [..., gates · dims[0]], the first layers side by side.
+        first: output [..., gates · dims[0]], the first layers side by side.
         dims: widths of the chain of one gate.
-        gates: how many.
+        gates: number of gates.
     """
 
     def __init__(self, first: nn.Module, dims: Sequence[int], gates: int) -> None:
         super().__init__()
         self.first, self.dims, self.gates = first, tuple(dims), gates
-        # What follows the first layer; the placeholder in front keeps the numbers of the layers.
+        # The layers after the first; Identity stands for the first, so that the numbers of the others do not change.
         rest = (widen(nn.Identity(), dims) for _ in range(gates))
         self.rest = nn.ModuleList(rest) if len(dims) > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., gates, M] for each gate."""
+        """[..., gates, M]."""
         y = self.first(x).unflatten(-1, (self.gates, self.dims[0]))
         if self.rest is None:
             return y
         return torch.stack([chain(part) for chain, part in zip(self.rest, y.unbind(-2), strict=True)], -2)
 
     def slots(self, prefix: str, names: Sequence[str], *, axis: int) -> dict[str, Slot]:
-        """Checkpoint names of the gates' chains.
+        """Checkpoint names of the gates' tensors.
 
         Args:
             prefix: of this module's parameters.
-            names: of each gate's chain. A single layer gets no index behind it.
-            axis: along which the first layers stand side by side.
+            names: of each gate's chain; a chain of one layer has no layer number in its names.
+            axis: along which the first layers of the gates are concatenated.
         """
         single, slots = self.rest is None, {}
         for i, name in enumerate(names):
@@ -131,22 +124,27 @@ class GateChains(nn.Module):
 
 
 def embedding_scale(n_predict: int, merge_width: int) -> float:
-    """α, the weight of the token embedding against the projected state.
+    """α, the weight of the token embedding relative to the projected state (IBM's MLP speculator).
 
-    State weight sw = 0.5^(0.5/K), embedding weight ew = sqrt((1 − sw²)·M/2), α = ew/sw (IBM's MLP speculator).
+    State weight sw = 0.5^(0.5/K), embedding weight ew = sqrt((1 − sw²)·M/2), α = ew/sw.
     """
     state_weight = 0.5 ** (0.5 / n_predict)
     return math.sqrt((1 - state_weight**2) * merge_width / 2) / state_weight
 
 
+def scale_hidden(hidden: Tensor) -> Tensor:
+    """The hidden state as `scale_input` feeds it: RMS-normalised, over √2."""
+    return rms_normalise(hidden) / math.sqrt(2)
+
+
 def scaled_sum(projected: Tensor, embedded: Tensor, scale: float) -> Tensor:
-    """projected + α · embedded, rounded once. Not `torch.add(…, alpha=…)`: torch.compile (torch 2.13) loses the factor
-    where it joins the sum to the product before it."""
+    """projected + α · embedded, rounded once. Not `torch.add(…, alpha=…)`: torch.compile (torch 2.13) drops the factor
+    when it fuses the sum with the matrix product before it."""
     return torch.addcmul(projected, embedded, embedded.new_ones(()), value=scale)
 
 
 def with_head_names(slots: dict[str, Slot], n_predict: int, *, tied: bool) -> dict[str, Slot]:
-    """Checkpoint names in which `heads.{k}` is called `head.{k}`, one for each depth even where all share one."""
+    """Rename `heads.{k}` to the checkpoint's `head.{k}`, one name per depth even if all depths share a head."""
     named = {key: slot for key, slot in slots.items() if not key.startswith("heads.")}
     return named | {f"head.{k}.weight": Slot(f"heads.{0 if tied else k}.weight") for k in range(n_predict)}
 
@@ -155,10 +153,10 @@ INIT, RANDOM = "model.speculator.init=base", "model.speculator.init=random"
 
 
 def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]:
-    """Checkpoint name and place of every token table and head, and whether it is a table.
+    """Checkpoint name and slot of every token embedding and head, and whether it is an embedding.
 
     Raises:
-        UserError: for one that is not as wide as the base.
+        UserError: for one whose width is not the base model's.
     """
     kinds = {name: type(m) for name, m in speculator.named_modules() if isinstance(m, (TokenEmbedding, OutputHead))}
     state = dict(speculator.named_parameters())
@@ -178,49 +176,49 @@ def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]
 
 @torch.no_grad()
 def start_from_base(speculator: Speculator, base: nn.Module) -> None:
-    """Every token table from the base's embedding, every head from its output head: most of a speculator's parameters
-    then know the vocabulary before the first step.
+    """Copy the base model's token embedding into every token embedding, and its LM head into every head.
 
-    They are scaled to the spread that `reset_parameters` gives, unless the family reads states like the base's: then a
-    head is the base's own times the scale that the base gives its logits.
+    Both are scaled to the standard deviation of `reset_parameters`. With `keeps_head_scale` they are not, and a head
+    is the LM head times the base model's logit scale.
 
     Args:
-        speculator: initialised; its other parameters stay as they are.
+        speculator: initialised; its other parameters do not change.
         base: a Hugging Face causal language model.
 
     Raises:
-        UserError: where a table or head has another width than the base, or a head whose bias would be lost is copied.
+        UserError: if a width differs from the base model's, or the LM head has a bias that a copied head would lose.
     """
     state = dict(speculator.named_parameters())
-    for _, slot, is_table in vocabulary_slots(speculator):
-        own, source = slot.of(state), base.get_input_embeddings() if is_table else base.get_output_embeddings()
-        if speculator.keeps_head_scale and not is_table:
-            own.copy_(copied_head(base))
+    for _, slot, is_embedding in vocabulary_slots(speculator):
+        target = slot.of(state)
+        if speculator.keeps_head_scale and not is_embedding:
+            target.copy_(copied_head(base))
             continue
-        weight = _widened(source.weight)
-        own.copy_(weight * (1.0 if speculator.keeps_head_scale else 1 / math.sqrt(min(own.shape)) / weight.std()))
+        source = base.get_input_embeddings() if is_embedding else base.get_output_embeddings()
+        weight = _in_float32(source.weight)
+        target.copy_(weight * (1.0 if speculator.keeps_head_scale else 1 / math.sqrt(min(target.shape)) / weight.std()))
 
 
 def copied_head(base: nn.Module, setting: str = INIT, otherwise: str = RANDOM) -> Tensor:
-    """[V, D] the LM head of a base model times the scale that it gives its logits, in float32 at least.
+    """[V, D] the LM head of a base model times its logit scale, in float32 at least.
 
     Raises:
         UserError: as `check_copied_head`.
     """
     check_copied_head(base, setting, otherwise)
-    return _widened(base.get_output_embeddings().weight.detach()) * logit_transform(base.config).scale
+    return _in_float32(base.get_output_embeddings().weight.detach()) * logit_transform(base.config).scale
 
 
 def check_copied_head(base: nn.Module, setting: str = INIT, otherwise: str = RANDOM) -> None:
-    """Refuse to copy an LM head that has a bias: a speculator's heads have none, and would give other logits.
+    """Refuse to copy an LM head with a bias: a speculator's heads have none, so their logits would differ.
 
     Args:
-        base: a Hugging Face causal language model, on the meta device too.
-        setting: what asks for the copy.
-        otherwise: what to do with such a base.
+        base: a Hugging Face causal language model, on any device, meta too.
+        setting: the setting that asks for the copy, for the error message.
+        otherwise: what the message recommends for such a base model.
 
     Raises:
-        UserError: for such a base.
+        UserError: for such a base model.
     """
     if base.get_output_embeddings().bias is not None:
         raise UserError(
@@ -229,15 +227,16 @@ def check_copied_head(base: nn.Module, setting: str = INIT, otherwise: str = RAN
         )
 
 
-def _widened(weight: Tensor) -> Tensor:
+def _in_float32(weight: Tensor) -> Tensor:
+    """The weight in float32, or in float64 if it is."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def block_shapes(base: nn.Module, config: SpeculatorConfig) -> dict[str, list[int]]:
-    """Shapes of the parameters of the base's block that a speculator trains a copy of, empty if it trains none.
+    """Parameter shapes of the decoder layer that an early exit trains a copy of; empty if it trains none.
 
     Raises:
-        UserError: where the base has no such block.
+        UserError: if the base model has no such layer.
     """
     if config.trainable != "head_and_block":
         return {}
@@ -245,11 +244,10 @@ def block_shapes(base: nn.Module, config: SpeculatorConfig) -> dict[str, list[in
 
 
 def copy_norm(speculator: Speculator, base: nn.Module) -> None:
-    """The base's final norm into the speculator's frozen copy, where it has one: however it starts, that is no matter
-    of training.
+    """Copy the base model's final norm into the speculator's frozen norm, if it has one.
 
     Raises:
-        UserError: if the base ends with something else than an RMS norm.
+        UserError: if the base model's final norm is no RMS norm.
     """
     for module in speculator.modules():
         if isinstance(module, FrozenNorm):

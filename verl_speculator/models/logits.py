@@ -1,4 +1,4 @@
-"""What a base model does to the product of hidden state and LM head: a scale, a soft cap, or neither."""
+"""Logit scale and soft cap of a base model: what it applies to the product of hidden state and LM head."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 FACTOR, DIVISOR, CAP = "factor", "divisor", "cap"
-# By model type: a setting of its configuration in transformers, and what the architecture's code does with it. The name
-# of a setting does not say it: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X, and MPT has a
-# `logit_scale` that it does not read.
+# By model type: a setting of its transformers configuration, and what the architecture's code does with it. The name of
+# a setting does not tell: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X, and MPT never reads its
+# `logit_scale`.
 TRANSFORMS = {
     "cohere": ("logit_scale", FACTOR),
     "cohere2": ("logit_scale", FACTOR),
@@ -37,7 +37,7 @@ class LogitTransform(NamedTuple):
     """logits = cap · tanh(scale · W h / cap); without a cap scale · W h.
 
     Attributes:
-        scale: the linear factor, which can be folded into W.
+        scale: the factor, which can be folded into W.
         cap: the soft cap, or None.
     """
 
@@ -50,7 +50,7 @@ class LogitTransform(NamedTuple):
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """The scale and cap of a Hugging Face configuration, by TRANSFORMS; neither for a model type that is not there."""
+    """Scale and cap of a Hugging Face configuration by TRANSFORMS; neither for a model type without a row."""
     settings = config.get_text_config()
     name, kind = TRANSFORMS.get(settings.model_type, (None, None))
     value = None if name is None else getattr(settings, name, None)

@@ -1,6 +1,6 @@
-"""Medusa: a head of its own for each draft token, all on one state of the base (Cai et al. 2024, arXiv 2401.10774).
+"""Medusa: one residual head per draft token, all on one hidden state (Cai et al. 2024, arXiv 2401.10774).
 
-Names of modules are those of vLLM's implementation, so that a checkpoint loads there as it stands.
+Modules are named as in vLLM's implementation, which loads the checkpoint unchanged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import PRE_NORM, FrozenNorm
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.layers import OutputHead
+from verl_speculator.models.layers import NORM_CONSTANTS, OutputHead
 from verl_speculator.models.speculator import DraftState, Speculator
 
 
@@ -53,11 +53,11 @@ class HeadBlocks(nn.Module):
 
 
 class Medusa(Speculator):
-    """Head k reads the base's state and no token, and predicts the token k + 2 positions on.
+    """Head k reads the hidden state and no token, and predicts the token k + 2 positions ahead.
 
         z_k = block_k,L(… block_k,1(h)),   block(x) = x + SiLU(A x + a),   logits_k = W_k z_k
 
-    A starts at zero and W_k as the base's own head, so that an untrained head repeats the base's next token.
+    A is initialised to zero and W_k to the LM head, so every untrained head repeats the base model's next token.
     """
 
     method = "medusa"
@@ -78,8 +78,7 @@ class Medusa(Speculator):
         return self.config.hidden_state
 
     def start(self, hidden: Tensor) -> DraftState:
-        if self.norm is not None:
-            hidden = self.norm(hidden)
+        hidden = hidden if self.norm is None else self.norm(hidden)
         return DraftState(hidden, hidden, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
@@ -89,12 +88,11 @@ class Medusa(Speculator):
         return self.lm_heads[min(depth, len(self.lm_heads) - 1)].weight
 
     def frozen(self) -> frozenset[str]:
-        at_rest = ("norm.", "lm_heads.") if self.config.head == "frozen_shared" else ("norm.",)
-        return frozenset(name for name, _ in self.named_parameters() if name.startswith(at_rest))
+        prefixes = ("norm.", "lm_heads.") if self.config.head == "frozen_shared" else ("norm.",)
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith(prefixes))
 
     def constants(self) -> dict[str, float]:
-        """Norm 1, and zero whatever keeps a block from changing its input."""
-        found = {name: 0.0 for name, _ in self.named_parameters() if name.startswith("blocks.")}
-        for name in [n for n in found if n.endswith("down.weight")]:
-            del found[name]
-        return found | ({} if self.norm is None else {"norm.weight": 1.0, "norm.eps": 1e-6})
+        """Every block starts as the identity: all of it is 0 but the projection into a bottleneck."""
+        names = [name for name, _ in self.named_parameters() if name.startswith("blocks.")]
+        zeros = {name: 0.0 for name in names if not name.endswith("down.weight")}
+        return zeros if self.norm is None else zeros | NORM_CONSTANTS

@@ -1,10 +1,13 @@
-"""The contract that every family keeps. Models compute; they never see a loss or an optimizer."""
+"""The contract of a speculator family. A model computes hidden states and logits; it never sees a loss or an optimizer.
+
+Shapes: T rows, K depths, D base width, E speculator width, M merge width, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,30 +19,30 @@ from verl_speculator.models.logits import soft_cap
 
 
 class Slot(NamedTuple):
-    """Where a tensor of a checkpoint lives in the module.
+    """Where the module holds a tensor of a checkpoint.
 
     Attributes:
         parameter: name of the parameter.
-        part: (axis, start, length) of the tensor within it; None for all of it. Tensors that one product or one lookup
-            serves are parts of one parameter, and stand apart on disk only.
+        part: (axis, start, length) of the tensor within the parameter; None for all of it. Tensors that take part in
+            one matrix product or one lookup are parts of one parameter.
     """
 
     parameter: str
     part: tuple[int, int, int] | None = None
 
     def of(self, state: Mapping[str, Tensor]) -> Tensor:
-        """A view of the tensor in a module's state."""
-        whole = state[self.parameter]
-        return whole if self.part is None else whole.narrow(*self.part)
+        """A view of the tensor in a state dictionary of the module."""
+        parameter = state[self.parameter]
+        return parameter if self.part is None else parameter.narrow(*self.part)
 
 
 class DraftState(NamedTuple):
     """What a draft carries from one depth to the next.
 
     Attributes:
-        output: [T, E] the state that the depth's head reads; [T, D] the base's hidden state before the first step.
-        cell: [T, M] what else a family carries on: a memory, or the base's state itself. None where there is none.
-        depth: the depth that the next step will be.
+        output: [T, E] the state that the head of the depth reads; before the first step the hidden state [T, D].
+        cell: [T, M] further state of the family (an LSTM's cell, the hidden state itself), or None.
+        depth: the depth that the next step computes.
     """
 
     output: Tensor
@@ -47,61 +50,61 @@ class DraftState(NamedTuple):
     depth: int
 
 
-class Speculator(nn.Module, abc.ABC):
-    """A draft model that lives on one hidden state of the base.
+def most_likely(logits: Tensor) -> Tensor:
+    """[T] the greedy choice from logits [T, V]."""
+    return logits.argmax(-1)
 
-    Shapes: T rows, K depths, D base width, E speculator width, V vocabulary.
+
+class Speculator(nn.Module, abc.ABC):
+    """A draft model that predicts tokens from one hidden state of the base model.
 
     Args:
-        config: family and shape.
+        config: family and widths.
         hidden_size: D.
-        vocab_size: V, the rows of the base's output head.
+        vocab_size: V, the number of rows of the base model's LM head.
     """
 
     method: ClassVar[str]
-    # Whether a depth's state depends on the tokens before it.
+    # Whether the state of a depth depends on the tokens before it.
     reads_tokens: ClassVar[bool] = True
-    # Whether its heads read states like the base's: one that starts from the base's own keeps its scale, the base's
-    # logit scale included, and its logits have the base's soft cap.
+    # Whether the heads read states like the base model's. A head copied from the LM head then keeps its scale, with
+    # the base model's logit scale folded in, and the logits get the base model's soft cap.
     keeps_head_scale: ClassVar[bool] = False
-    # The soft cap of its logits, of families with `keeps_head_scale` alone. A cap is not linear: no head can hold it.
+    # Soft cap of the logits, for families with `keeps_head_scale`. It is not linear, so no head can hold it.
     logit_cap: float | None = None
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
-        self.config = config
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
+        self.config, self.hidden_size, self.vocab_size = config, hidden_size, vocab_size
 
     @property
     def n_predict(self) -> int:
-        """K."""
+        """K, the largest draft length."""
         return self.config.n_predict
 
     @property
-    def hidden_state_source(self) -> str:
-        """Which of the base's states it starts from (`models.hidden_state`)."""
-        return POST_NORM
-
-    @property
     def depths(self) -> int:
-        """Depths that training knows, and `unroll` gives."""
+        """Number of depths that are trained and that `unroll` returns."""
         return self.config.depths
 
     @property
-    def shared_blocks(self) -> int | None:
-        """How many of the base's first blocks it drafts with, reading every token; None if it lives on one state."""
+    def hidden_state_source(self) -> str:
+        """Which hidden state of the base model it reads (`base_model.hidden_states`)."""
+        return POST_NORM
+
+    @property
+    def shared_layers(self) -> int | None:
+        """Number of the base model's first decoder layers that the draft runs; None if it reads one hidden state."""
         return None
 
     def attach(self, base: nn.Module) -> None:
-        """Take what it needs of a base beyond its states, before anything runs."""
+        """Take what the family needs of a base model beside its hidden states. Called before the first forward."""
 
     def copy_block(self, base: nn.Module) -> None:
-        """Start from a block of the base, where it has one of its own."""
+        """Initialise the trained decoder layer, if there is one, from the base model's."""
 
     def prepare_hidden_states(self, taken: Any) -> Tensor:
-        """[B, T, D] the states that `unroll` reads, from what `HiddenStateHook` took: the same ones, unless the family
-        needs the sequence."""
+        """[B, T, D] the states that `unroll` reads, from what `HiddenStateHook` took of the base model."""
         return taken
 
     def unroll_parameters(self) -> dict[str, nn.Parameter]:
@@ -109,27 +112,26 @@ class Speculator(nn.Module, abc.ABC):
         return dict(self.named_parameters())
 
     def start(self, hidden: Tensor) -> DraftState:
-        """The state before the first step, from the base model's hidden state [T, D] (see `hidden_state_source`)."""
+        """The state before the first step, from the hidden state [T, D] (`hidden_state_source`)."""
         return DraftState(hidden, None, 0)
 
     @abc.abstractmethod
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        """One depth on: `token` [T] is the newest token. `head(state.depth)` of the state given reads the output of the
-        state returned."""
+        """Advance by one depth, reading the newest token [T]. `head(state.depth)` reads the output of the result."""
 
     @abc.abstractmethod
     def head(self, depth: int) -> Tensor:
-        """[V, E] the weight whose product with the depth's state gives its logits, before a soft cap."""
+        """[V, E] weight of the head; its product with the state of the depth gives the logits before a soft cap."""
 
     def logits(self, depth: int, states: Tensor) -> Tensor:
-        """[..., V] logits of a depth's states [..., E], for decoding and measuring; `unroll` never gives any."""
+        """[..., V] logits from the states [..., E] of a depth, for decoding and evaluation."""
         return soft_cap(states @ self.head(depth).T, self.logit_cap)
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """All depths at once, for training.
 
         Args:
-            hidden: [T, D] the base's hidden state at position t, the one that `hidden_state_source` names.
+            hidden: [T, D] hidden state at position t, as `hidden_state_source` names it.
             tokens: [T, K] the tokens x_{t+1} … x_{t+K}.
 
         Returns:
@@ -142,43 +144,71 @@ class Speculator(nn.Module, abc.ABC):
         return torch.stack(outputs)
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """`unroll`, under the name by which torch calls a module with other parameters."""
+        """`unroll`, under the name that `torch.func.functional_call` uses."""
         return self.unroll(hidden, tokens)
 
-    def checkpoint_slots(self) -> dict[str, Slot]:
-        """Every tensor name of a checkpoint, with the place in the module that holds it.
+    def draft(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        count: int,
+        *,
+        choose: Callable[[Tensor], Tensor] = most_likely,
+        read: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Draft depth by depth: each token is chosen from the logits that follow the token before it.
 
-        A tied tensor stands under each of its names; the first of them is the one whose value is loaded.
+        Args:
+            hidden: [T, D] hidden states before `tokens`, in the dtype of the parameters.
+            tokens: [T] the newest tokens; the base model has not read them yet.
+            count: draft length.
+            choose: from logits [T, V] to tokens [T].
+            read: for a family with `shared_layers`, whose every depth starts from a hidden state of its own: reads
+                tokens [T] and returns their hidden states [T, D].
+
+        Returns:
+            [T, count] draft tokens.
+        """
+        state, drafts = self.start(hidden), []
+        for depth in range(count):
+            if read is not None:
+                state = self.start(read(tokens))
+            state = self.step(state, tokens)
+            tokens = choose(self.logits(depth, state.output))
+            drafts.append(tokens)
+        return torch.stack(drafts, dim=1)
+
+    def checkpoint_slots(self) -> dict[str, Slot]:
+        """Every tensor name of a checkpoint, with its place in the module.
+
+        A tied tensor appears under each of its names; the value under the first name is the one that is loaded.
         """
         return {name: Slot(name) for name, _ in self.named_parameters()}
 
     def frozen(self) -> frozenset[str]:
-        """Parameters that are saved and never trained."""
+        """Names of the parameters that are saved but never trained."""
         return frozenset()
 
     def constants(self) -> dict[str, float]:
-        """Parameters that start as one number."""
+        """Initial value of each parameter that starts as a constant."""
         return {n: 0.0 if n.endswith("bias") else 1.0 for n, p in self.named_parameters() if p.dim() == 1}
 
     def is_untrained(self) -> bool:
-        """Whether it holds what `reset_parameters` gave it: every constant is still exactly the constant.
+        """Whether every trained parameter that starts as a constant still is that constant.
 
-        The first optimizer step moves every norm, whatever the seed of the matrices was. False where nothing that
-        learns starts as a constant: it cannot be told then.
+        The first optimizer step changes all of them, whatever the seed of the matrices. False if there is none.
         """
-        told = {name: value for name, value in self.constants().items() if name not in self.frozen()}
-        return bool(told) and all(bool((self.get_parameter(name) == value).all()) for name, value in told.items())
+        initial = {name: value for name, value in self.constants().items() if name not in self.frozen()}
+        return bool(initial) and all(bool((self.get_parameter(name) == value).all()) for name, value in initial.items())
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """`constants`, and matrices N(0, 1/√min(shape)) (Snowflake's initialisation)."""
+        """Initialise: `constants`, other vectors 0, matrices N(0, 1/√min(shape)) as in Snowflake's implementation."""
         state, constants = dict(self.named_parameters()), self.constants()
         for slot in dict.fromkeys(self.checkpoint_slots().values()):
             tensor = slot.of(state)
-            if slot.parameter in constants:
-                tensor.fill_(constants[slot.parameter])
-            elif tensor.dim() < 2:
-                tensor.zero_()
+            if slot.parameter in constants or tensor.dim() < 2:
+                tensor.fill_(constants.get(slot.parameter, 0.0))
             else:
                 std = 1 / math.sqrt(min(tensor.shape))
                 tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * std)

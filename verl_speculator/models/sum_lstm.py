@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +14,7 @@ from verl_speculator.models.layers import (
     TokenEmbedding,
     embedding_scale,
     inner_chain,
-    rms_normalise,
+    scale_hidden,
     scaled_sum,
     with_head_names,
 )
@@ -33,7 +31,7 @@ class SumLSTM(Speculator):
         c = c ⊙ f + c̃ ⊙ i
         s = GELU(LN_state(c)) ⊙ o,                 logits_k = W s
 
-    With several widths in `inner_dim` a chain of norms and layers follows s (absent for a single one equal to M).
+    Unless `inner_dim` is the single width M, a chain of norms and linear layers follows s.
     """
 
     method = "sum_lstm"
@@ -41,12 +39,12 @@ class SumLSTM(Speculator):
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
         merge, width = config.emb_dims[-1], config.inner_dims[-1]
-        count, first = len(GATES), config.proj_dims[0]
+        gates, first = len(GATES), config.proj_dims[0]
         self.proj = nn.ModuleList(
-            GateChains(nn.Linear(before, count * first, bias=False), config.proj_dims, count)
+            GateChains(nn.Linear(before, gates * first, bias=False), config.proj_dims, gates)
             for before in [hidden_size, width][: config.n_predict]
         )
-        tables = 1 if config.tie_lstm_embs else count
+        tables = 1 if config.tie_lstm_embs else gates
         self.emb = GateChains(TokenEmbedding(vocab_size, tables * config.emb_dims[0]), config.emb_dims, tables)
         self.cell_ln = nn.ModuleList([RMSNormWithBias(merge)])
         self.state_ln = nn.ModuleList([RMSNormWithBias(merge)])
@@ -58,9 +56,7 @@ class SumLSTM(Speculator):
 
     def start(self, hidden: Tensor) -> DraftState:
         cell = hidden.new_zeros(*hidden.shape[:-1], self.merge_width)
-        if self.config.scale_input:
-            hidden = rms_normalise(hidden) / math.sqrt(2)
-        return DraftState(hidden, cell, 0)
+        return DraftState(scale_hidden(hidden) if self.config.scale_input else hidden, cell, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
         projected, embedded = self.proj[min(state.depth, 1)](state.output), self.emb(token)
@@ -74,12 +70,13 @@ class SumLSTM(Speculator):
 
     def checkpoint_slots(self) -> dict[str, Slot]:
         slots: dict[str, Slot] = {}
-        for later, chains in enumerate(self.proj):
-            slots |= chains.slots(f"proj.{later}", [f"{g}_proj.{later}" for g in GATES], axis=0)
+        for i, chains in enumerate(self.proj):
+            slots |= chains.slots(f"proj.{i}", [f"{gate}_proj.{i}" for gate in GATES], axis=0)
         slots |= self.emb.slots("emb", [f"{gate}_emb.0" for gate in GATES[: self.emb.gates]], axis=1)
-        own = super().checkpoint_slots()
-        slots |= {key: slot for key, slot in own.items() if not key.startswith(("proj.", "emb."))}
+        slots |= {
+            key: slot for key, slot in super().checkpoint_slots().items() if not key.startswith(("proj.", "emb."))
+        }
         if self.config.tie_lstm_embs:
-            shared = [(key, slot) for key, slot in slots.items() if key.startswith("forget_emb.")]
-            slots |= {key.replace("forget", gate, 1): slot for gate in GATES[1:] for key, slot in shared}
+            tied = [(key, slot) for key, slot in slots.items() if key.startswith("forget_emb.")]
+            slots |= {key.replace("forget", gate, 1): slot for gate in GATES[1:] for key, slot in tied}
         return with_head_names(slots, self.n_predict, tied=True)

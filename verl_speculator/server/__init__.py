@@ -1,1 +1,1 @@
-"""A small server that speaks OpenAI's API, for trying a speculator and showing what it brings."""
+"""A small OpenAI-compatible server with a chat page, to try and demonstrate a speculator."""

@@ -1,15 +1,24 @@
-"""The API's requests and its errors. What would change the answer and is not supported is refused by name."""
+"""The API's requests, answers and errors: OpenAI's, with one field of our own, `speculation`.
+
+Requests for features that would change the answer and are not supported are refused by name.
+"""
 
 from __future__ import annotations
 
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from verl_speculator.decoding import Generation
 from verl_speculator.decoding.sampling_policy import LEAST_TEMPERATURE
 
-# Fields that OpenAI's API or vLLM's knows and this server does not, each with the values that ask for nothing. Other
-# unknown fields do not change the text (user, metadata, store, …) and are ignored.
+# Fields of OpenAI's or vLLM's API that are not supported, with the values that request nothing. Other unknown fields
+# (user, metadata, store, …) do not change the text and are ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
@@ -33,31 +42,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 MAX_STOPS = 4
-SHOWN = 60
+# Longest value that an error message quotes.
+MAX_SHOWN = 60
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An error as the API defines it.
 
-    Args:
-        status: of HTTP.
-        message: one line that names the field, what came and what is accepted.
+    Attributes:
+        status: HTTP status.
+        message: one line with the field, the value received and the values accepted.
         param: the field.
-        code: a word for programs.
+        code: identifier of the error for programs.
         kind: the API's `type`.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str = "invalid_request_error",
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.kind = status, message, param, code, kind
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    kind: str = "invalid_request_error"
 
     @property
     def body(self) -> dict[str, Any]:
@@ -66,7 +71,7 @@ class ApiError(Exception):
 
 
 class Message(BaseModel):
-    """A turn. A list of text parts is one text; a developer's message is a system's."""
+    """A turn. Text parts are joined to one text; the role `developer` is `system`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -75,7 +80,7 @@ class Message(BaseModel):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _one_text(cls, value: Any) -> Any:
+    def _join_parts(cls, value: Any) -> Any:
         if isinstance(value, list):
             texts = [part.get("text") if isinstance(part, dict) else None for part in value]
             if not all(isinstance(text, str) for text in texts):
@@ -85,12 +90,12 @@ class Message(BaseModel):
 
     @property
     def turn(self) -> dict[str, str]:
-        """For the chat template."""
+        """As the chat template reads it."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class StreamOptions(BaseModel):
-    """What a stream should carry besides."""
+    """Options of a stream."""
 
     model_config = ConfigDict(strict=True)
 
@@ -98,11 +103,12 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both endpoints read. `None` stands for the API's default. `top_k` and `speculative` are this server's own;
-    the latter leaves the speculator out if it is false."""
+    """Fields of both endpoints; `None` is the API's default. `top_k` and `speculative` are our own: false generates
+    without the speculator."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    default_limit: ClassVar[int | None] = None
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
@@ -117,19 +123,15 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in NEUTRAL.keys() & data.keys():
-                if not any(type(data[name]) is type(value) and data[name] == value for value in NEUTRAL[name]):
-                    raise ApiError(
-                        *(400, f"{name}={_shown(data[name])}: not supported by this server; leave it out"),
-                        param=name,
-                        code="unsupported_parameter",
-                    )
+        for name in NEUTRAL.keys() & data.keys() if isinstance(data, dict) else ():
+            if not any(type(data[name]) is type(value) and data[name] == value for value in NEUTRAL[name]):
+                message = f"{name}={_shown(data[name])}: not supported by this server; leave it out"
+                raise ApiError(400, message, name, "unsupported_parameter")
         return data
 
     @field_validator("temperature")
     @classmethod
-    def _greedy_or_soft(cls, value: float | None) -> float | None:
+    def _check_temperature(cls, value: float | None) -> float | None:
         if value and value < LEAST_TEMPERATURE:
             raise ValueError(f"expected 0, or {LEAST_TEMPERATURE} to 2")
         return value
@@ -145,57 +147,55 @@ class Request(BaseModel):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Request:
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options: only allowed with stream=true", param="stream_options")
+            raise ApiError(400, "stream_options: only allowed with stream=true", "stream_options")
         return self
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
+        """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens and its value, None for the default."""
+        return "max_tokens", self.max_tokens
 
 
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    default_limit: ClassVar[int | None] = None
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """The field that limits the answer, and its number of tokens, None for the default."""
-        if self.max_completion_tokens is not None:
-            return "max_completion_tokens", self.max_completion_tokens
-        return "max_tokens", self.max_tokens
+        if self.max_completion_tokens is None:
+            return super().limit
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class CompletionRequest(Request):
-    """POST /v1/completions. The prompt is a text or its token ids; a list of one prompt is that prompt."""
+    """POST /v1/completions. The prompt is a text, its token ids, or a list of one of these."""
 
     default_limit: ClassVar[int | None] = 16
     prompt: Annotated[str | list[int], Field(min_length=1)]
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, value: Any) -> Any:
+    def _single_prompt(cls, value: Any) -> Any:
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
             value = value[0]
-        ids = isinstance(value, list) and all(type(i) is int for i in value)
-        if not value or not (ids or isinstance(value, str)):
+        is_tokens = isinstance(value, list) and all(type(token) is int for token in value)
+        if not value or not (is_tokens or isinstance(value, str)):
             raise ValueError("expected one text or one list of token ids, not empty")
         return value
-
-    @property
-    def limit(self) -> tuple[str, int | None]:
-        """As `ChatRequest.limit`."""
-        return "max_tokens", self.max_tokens
 
 
 R = TypeVar("R", bound=Request)
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """A request from its body.
+    """Parse a request's body.
 
     Raises:
         ApiError: naming the first field that is wrong.
@@ -208,14 +208,122 @@ def parse(kind: type[R], body: bytes) -> R:
         raise ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     if not first["loc"]:
         raise ApiError(400, "the body: expected a JSON object")
-    # Numbers are places in a list; what stands behind a field of several types names the type that was tried.
+    # A number is an index of a list. The last part of a union's location names the type that was tried.
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
-    said = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    came = "" if first["type"] == "missing" else f"={_shown(first['input'])}"
-    raise ApiError(400, f"{param}{came}: {said}", param=param)
+    expected = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    value = "" if first["type"] == "missing" else f"={_shown(first['input'])}"
+    raise ApiError(400, f"{param}{value}: {expected}", param)
 
 
 def _shown(value: Any) -> str:
-    """A value in an error's one line."""
+    """A value as an error message quotes it."""
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+@dataclass(frozen=True)
+class TextRound:
+    """A round as text.
+
+    Attributes:
+        spans: pieces of text in order, each with whether it consists of accepted drafts. Text that was held back
+            belongs to the token that completed it.
+        tokens: number of tokens.
+        drafted: number of drafts.
+        accepted: number of accepted drafts.
+        finish: "stop", "length" or None.
+    """
+
+    spans: tuple[tuple[str, bool], ...]
+    tokens: int
+    drafted: int
+    accepted: int
+    finish: str | None
+
+    @property
+    def text(self) -> str:
+        """All pieces."""
+        return "".join(text for text, _ in self.spans)
+
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(content: Mapping[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Builds the JSON objects of one answer.
+
+    Attributes:
+        chat: whether of /v1/chat/completions; otherwise of /v1/completions.
+        model: the served name.
+        prompt_tokens: length of the prompt.
+        include_usage: whether a stream ends with the token counts.
+    """
+
+    chat: bool
+    model: str
+    prompt_tokens: int
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def complete(self, rounds: Sequence[TextRound], generation: Generation) -> dict[str, Any]:
+        """The answer of a request without streaming."""
+        text = "".join(r.text for r in rounds)
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        totals = {"usage": self.usage(generation), "speculation": speculation(rounds, generation)}
+        return self._object("chat.completion", content, rounds[-1].finish) | totals
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The first chunk of a chat's stream, with the role."""
+        return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.chat else []
+
+    def chunk(self, part: TextRound) -> dict[str, Any]:
+        """The chunk of a round: its text, and which of it was drafted."""
+        counts = {"tokens": part.tokens, "drafted": part.drafted, "accepted": part.accepted, "spans": part.spans}
+        content = {"delta": {"content": part.text}} if self.chat else {"text": part.text}
+        return self._chunk(content) | {"speculation": counts}
+
+    def closing(self, rounds: Sequence[TextRound], generation: Generation) -> list[dict[str, Any]]:
+        """The last chunks: why the text ends, and the token counts if they were requested."""
+        content = {"delta": {}} if self.chat else {"text": ""}
+        last = self._chunk(content, rounds[-1].finish) | {"speculation": speculation(rounds, generation)}
+        usage = self._object("chat.completion.chunk") | {"usage": self.usage(generation)}
+        return [last, usage] if self.include_usage else [last]
+
+    def usage(self, generation: Generation) -> dict[str, int]:
+        """Tokens of prompt and answer, the end token included."""
+        prompt, count = self.prompt_tokens, len(generation.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
+
+    def _chunk(self, content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        chunk = self._object("chat.completion.chunk", content, finish)
+        return chunk | {"usage": None} if self.include_usage else chunk
+
+    def _object(self, kind: str, content: dict[str, Any] | None = None, finish: str | None = None) -> dict[str, Any]:
+        """An object of the API with one choice, or with none."""
+        choice = {"index": 0, "logprobs": None, "finish_reason": finish}
+        return {
+            "id": f"chatcmpl-{self.id}" if self.chat else f"cmpl-{self.id}",
+            "object": kind if self.chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [] if content is None else [content | choice],
+        }
+
+
+def speculation(rounds: Sequence[TextRound], generation: Generation) -> dict[str, Any]:
+    """Counts and rates of a complete answer. τ is None without drafts, or without a counted round."""
+    has_drafts = generation.draft_length > 0 and generation.accepted is not None
+    seconds = generation.seconds.prefill + generation.seconds.decode
+    return {
+        "drafted": sum(r.drafted for r in rounds),
+        "accepted": sum(r.accepted for r in rounds),
+        "tokens_per_pass": generation.accepted + 1 if has_drafts else None,
+        "tokens_per_second": len(generation.tokens) / seconds,
+    }

@@ -11,15 +11,15 @@ from typing import Any
 
 from verl_speculator.utils.errors import UserError
 
-# Seconds that clients have to take their last bytes once the server is told to stop.
+# Seconds after which a stopping server closes its connections.
 GRACE = 2
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address, so that nobody else takes it while the model loads.
+    """A socket that reserves the address before the model loads.
 
     Raises:
-        UserError: for an address that cannot be had.
+        UserError: for an address that is unknown, or in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -27,23 +27,23 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
     except OSError as error:
         raise UserError(f"host={host}: {error.strerror}; expected an address of this machine") from None
-    taken = socket.socket(family, kind, protocol)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind(address)
+        bound.bind(address)
     except OSError as error:
-        taken.close()
+        bound.close()
         raise UserError(f"host={host}, port={port}: {error.strerror}; expected a free one, such as --port 0") from None
-    return taken
+    return bound
 
 
-def listen(app: Any, taken: socket.socket, stop: Callable[[], None]) -> None:
-    """Answer on a bound socket until a signal ends it. Ctrl-C is no error.
+def listen(app: Any, bound: socket.socket, stop: Callable[[], None]) -> None:
+    """Serve on a bound socket until a signal ends it. Ctrl-C is no error.
 
     Args:
         app: an ASGI application.
-        taken: from `bind`.
-        stop: ends the answers under way, so that nobody has to wait for them.
+        bound: from `bind`.
+        stop: called first at shutdown, to end running generations.
     """
     import uvicorn
 
@@ -53,22 +53,22 @@ def listen(app: Any, taken: socket.socket, stop: Callable[[], None]) -> None:
             await super().shutdown(sockets)
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
-    with suppress(KeyboardInterrupt):  # uvicorn ends in order, and then raises the signal anew
-        Server(config).run(sockets=[taken])
+    with suppress(KeyboardInterrupt):  # uvicorn shuts down, then raises the signal again
+        Server(config).run(sockets=[bound])
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Limits and names of a server.
+    """Address, names and limits of a server.
 
     Attributes:
-        base: directory or hub name of the base.
-        served_name: what requests call the model; empty for the last part of a directory, or the hub name.
+        base: directory or hub name of the base model.
+        served_name: the model's name in requests; empty for the directory's name, or the hub name.
         host: address to listen on.
         port: 0 takes a free one.
         max_request_bytes: of a request's body.
-        max_prompt_tokens: None for what the base's positions hold.
-        max_new_tokens: of an answer; also what a request gets that names no number.
+        max_prompt_tokens: None for the base model's position limit.
+        max_new_tokens: of an answer; also the default of a request.
         max_waiting: requests that may wait while another is answered.
 
     Raises:
@@ -96,6 +96,6 @@ class ServeSettings:
 
     @property
     def model(self) -> str:
-        """The name that requests use."""
+        """The model's name in requests."""
         path = Path(self.base).expanduser()
         return self.served_name or (path.resolve().name if path.is_dir() else self.base)

@@ -1,4 +1,4 @@
-"""`verl-speculator generate`, as a user calls it."""
+"""`verl-speculator generate` as a subprocess."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(*arguments, stdin=None):
 
 @pytest.fixture(scope="module")
 def answer(base, tokenizer):
-    """Tokens of the question, and what the base alone says to it."""
+    """Tokens of the question and of the base model's answer."""
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
     )
@@ -46,7 +46,7 @@ def trained(base, answer, tmp_path_factory):
     return save_speculator(speculator, folder, provenance=provenance)
 
 
-def test_both_say_the_same(base, trained, answer, tokenizer):
+def test_generate_compare_prints_the_same_text_twice(base, trained, answer, tokenizer):
     shown = command(
         *("--base", base, "--speculator", trained, "--prompt", QUESTION, "--max-new-tokens", 30, "--compare")
     )
@@ -59,7 +59,7 @@ def test_both_say_the_same(base, trained, answer, tokenizer):
     assert re.search(r"with speculator +30 .* [234]\.\d\d +\d+\.\d% of 3", shown.stderr)
 
 
-def test_a_prompt_from_standard_input_without_the_template(base, tokenizer):
+def test_generate_no_chat_reads_the_prompt_from_standard_input(base, tokenizer):
     shown = command("--base", base, "--no-chat", "--max-new-tokens", 5, stdin="one two")
     model = load_base(base, torch.float32)
     expected = speculative_generate(model, None, tokenizer("one two")["input_ids"], max_new_tokens=5).tokens
@@ -77,14 +77,14 @@ def test_a_prompt_from_standard_input_without_the_template(base, tokenizer):
         (("--base", "/no/such"), "base=/no/such: no such directory"),
     ],
 )
-def test_a_users_error_is_one_line_and_exit_code_2(base, trained, arguments, message):
+def test_generate_invalid_option_exits_2_with_one_line(base, trained, arguments, message):
     shown = command("--base", base, "--speculator", trained, "--prompt", QUESTION, *arguments)
     assert (shown.returncode, shown.stdout) == (2, "")
     errors = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in shown.stderr
 
 
-def test_another_base_is_refused_and_allowed(bases, trained):
+def test_generate_other_base_needs_allow_other_base(bases, trained):
     other = bases["qwen2_moe"]
     shown = command("--base", other, "--speculator", trained, "--prompt", QUESTION)
     assert shown.returncode == 2 and "--allow-other-base" in shown.stderr

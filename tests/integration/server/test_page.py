@@ -1,4 +1,4 @@
-"""The page to chat in, in headless Chromium."""
+"""The chat page in headless Chromium."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def address(base):
 
 @pytest.fixture
 def page(browser, address):
-    """A page that may fetch nothing from elsewhere and has no error in its console."""
+    """The page; it must fetch nothing from other hosts."""
     page = browser.new_page()
     page.set_default_timeout(SECONDS)
     asked, errors = [], []
@@ -46,8 +46,8 @@ def page(browser, address):
     assert all(url.startswith((address, "data:")) for url in asked)
 
 
-def say(page, text: str, **options: str):
-    """Send a message and wait for the end of the answer: its text, the coloured part of it, and its facts."""
+def send_message(page, text: str, **options: str):
+    """Send a message and wait for the end of the answer: its text, the highlighted text, and the line of counts."""
     for name, value in options.items():
         page.fill(f"#{name}", value)
     count = page.locator(".assistant").count()
@@ -62,9 +62,9 @@ def say(page, text: str, **options: str):
     )
 
 
-def test_an_answer_shows_what_was_drafted_and_how_fast(page):
+def test_page_answer_highlights_accepted_drafts_and_shows_speed(page):
     assert page.text_content("#speculator") == "with sum_rnn"
-    text, drafted, facts = say(page, QUESTION, tokens="40")
+    text, drafted, facts = send_message(page, QUESTION, tokens="40")
     assert 0 < len(drafted) < len(text)
     assert facts.startswith("40 tokens · ") and "tokens/s · τ " in facts and "drafts accepted" in facts
     colours = page.evaluate(
@@ -74,31 +74,31 @@ def test_an_answer_shows_what_was_drafted_and_how_fast(page):
     assert colours[0] != colours[1]
     page.uncheck("#speculative")
     page.click("#clear")
-    again, drafted, facts = say(page, QUESTION, tokens="40")
+    again, drafted, facts = send_message(page, QUESTION, tokens="40")
     assert (again, drafted) == (text, "") and "drafts" not in facts
     assert page.errors == []
 
 
-def test_a_talk_goes_on_and_markup_is_text(page):
-    say(page, "<b>red</b>", tokens="5")
+def test_page_second_message_sends_the_conversation_and_escapes_markup(page):
+    send_message(page, "<b>red</b>", tokens="5")
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json))
-    say(page, "blue")
+    send_message(page, "blue")
     assert [turn["role"] for turn in sent[0]["messages"]] == ["user", "assistant", "user"]
     assert page.locator(".user p").first.text_content() == "<b>red</b>" and page.locator(".user b").count() == 0
     assert page.errors == []
 
 
-def test_an_error_is_shown(page):
+def test_page_shows_an_api_error(page):
     page.fill("#text", "cat " * 300)
     page.click("#send")
     page.wait_for_selector(".error")
     assert "context length is 256" in page.text_content(".error p")
     assert page.locator(".assistant").count() == 0
-    say(page, QUESTION, tokens="3")
+    send_message(page, QUESTION, tokens="3")
 
 
-def test_stop_ends_an_answer(page, monkeypatch):
+def test_page_stop_button_ends_the_answer(page, monkeypatch):
     with monkeypatch.context() as patch:
         slow_rounds(patch)
         page.fill("#tokens", "100")
@@ -108,5 +108,5 @@ def test_stop_ends_an_answer(page, monkeypatch):
         page.click("#send")
         page.wait_for_selector("#send:text('Send')")
     assert page.get_attribute(".assistant", "data-finish") is None
-    say(page, QUESTION, tokens="3")
+    send_message(page, QUESTION, tokens="3")
     assert page.errors == []

@@ -1,4 +1,4 @@
-"""`verl-speculator serve`, asked by the official client."""
+"""`verl-speculator serve`, called by the official client."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def speculator(base):
 
 @pytest.fixture(scope="module")
 def servers(base, speculator):
-    """A server of the base alone and one with the speculator."""
+    """A server of the base model alone and one with the speculator."""
     with serving(base) as alone, serving(base, speculator, max_request_bytes=LIMIT, max_waiting=1) as drafted:
         yield alone, drafted
 
@@ -83,16 +83,16 @@ def streamed(chunks) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-def refusal(address: str, path: str = "chat/completions", **fields) -> tuple[int, dict]:
+def post_refused(address: str, path: str = "chat/completions", **fields) -> tuple[int, dict]:
     """Status and error of a request with these fields."""
-    said = {"chat/completions": {"messages": MESSAGES}, "completions": {"prompt": QUESTION}}[path]
-    reply = httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **said, **fields})
+    default = {"chat/completions": {"messages": MESSAGES}, "completions": {"prompt": QUESTION}}[path]
+    reply = httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **default, **fields})
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return reply.status_code, error
 
 
-def test_the_same_text_with_and_without_a_speculator(base, clients, tokenizer):
+def test_chat_text_is_the_same_with_and_without_speculator(base, clients, tokenizer):
     prompt, answer = answer_tokens(base, 40)
     expected = tokenizer.decode(answer, skip_special_tokens=True)
     whole = [chat(client) for client in clients]
@@ -108,7 +108,7 @@ def test_the_same_text_with_and_without_a_speculator(base, clients, tokenizer):
     assert drafted["drafted"] >= drafted["accepted"] > 0 and drafted["tokens_per_pass"] > 2
 
 
-def test_a_speculator_that_guesses_badly_changes_nothing(base, clients):
+def test_chat_text_is_the_same_with_an_untrained_speculator(base, clients):
     config = SpeculatorConfig(n_predict=3, inner_dim=8, emb_dim=8, proj_dim=8)
     engine_base = load_base(base, torch.float32)
     vocab, width = engine_base.get_output_embeddings().weight.shape
@@ -119,7 +119,7 @@ def test_a_speculator_that_guesses_badly_changes_nothing(base, clients):
     assert done.speculation["drafted"] > done.speculation["accepted"]
 
 
-def test_completions_are_the_same_too(clients, tokenizer):
+def test_completions_text_is_the_same_for_every_form_of_prompt(clients, tokenizer):
     texts = [complete(client).choices[0].text for client in clients]
     ids = tokenizer(QUESTION)["input_ids"]
     for prompt in ([QUESTION], ids, [ids]):
@@ -129,7 +129,7 @@ def test_completions_are_the_same_too(clients, tokenizer):
     assert complete(clients[1], max_tokens=None).usage.completion_tokens == 16
 
 
-def test_a_stream_says_what_was_drafted_and_what_it_took(client):
+def test_stream_chunks_hold_accepted_spans_and_usage(client):
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({chunk.id for chunk in chunks}) == 1
@@ -149,7 +149,7 @@ def test_a_stream_says_what_was_drafted_and_what_it_took(client):
     assert all(chunk.usage is None for chunk in chat(client, stream=True))
 
 
-def test_stop_strings_do_not_leak(clients):
+def test_stop_string_is_not_part_of_the_answer(clients):
     text = chat(clients[0]).choices[0].message.content
     for start, length in ((5, 1), (9, 4), (3, 9)):
         stop = text[start : start + length]
@@ -159,7 +159,7 @@ def test_stop_strings_do_not_leak(clients):
             assert streamed(chat(client, stop=stop, stream=True)) == text[: text.index(stop)]
 
 
-def test_an_end_token_ends_an_answer(base, servers, client, monkeypatch):
+def test_end_token_ends_the_answer(base, servers, client, monkeypatch):
     answer = answer_tokens(base, 40)[1]
     monkeypatch.setattr(servers[1][1], "ends", (answer[20],))
     done = chat(client)
@@ -167,7 +167,7 @@ def test_an_end_token_ends_an_answer(base, servers, client, monkeypatch):
     assert done.usage.completion_tokens == answer.index(answer[20]) + 1
 
 
-def test_a_seed_repeats_a_drawn_text(client):
+def test_seed_reproduces_a_sampled_text(client):
     def drawn(**settings):
         return chat(client, temperature=1.5, **settings).choices[0].message.content
 
@@ -179,7 +179,7 @@ def test_a_seed_repeats_a_drawn_text(client):
     assert chat(client, temperature=None, seed=1).choices[0].message.content != greedy
 
 
-def test_what_clients_send_besides_is_understood_or_passed_over(client):
+def test_neutral_and_unknown_fields_do_not_change_the_answer(client):
     expected = chat(client).choices[0].message.content
     parts = [{"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two three"}]}]
     assert chat(client, messages=parts).choices[0].message.content == expected
@@ -193,7 +193,7 @@ def test_what_clients_send_besides_is_understood_or_passed_over(client):
     assert usage.total_tokens == 256
 
 
-def test_models(client):
+def test_models_endpoint_lists_the_served_model_only(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").speculator == "sum_rnn"
     for ask in (lambda: client.models.retrieve("other"), lambda: chat(client, model="other")):
@@ -229,19 +229,19 @@ def test_models(client):
         ({"model": None}, "model", "model=None"),
     ],
 )
-def test_a_field_that_is_wrong_is_named(address, fields, param, message):
-    status, error = refusal(address, **fields)
+def test_parse_invalid_field_is_named(address, fields, param, message):
+    status, error = post_refused(address, **fields)
     assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert message in error["message"] and "\n" not in error["message"]
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], ["a", "b"], [[1], [2]], [-1], [10**6], [True], 3, None])
-def test_a_prompt_that_is_wrong_is_named(address, prompt):
-    status, error = refusal(address, "completions", prompt=prompt)
+def test_parse_invalid_prompt_is_named(address, prompt):
+    status, error = post_refused(address, "completions", prompt=prompt)
     assert (status, error["param"]) == (400, "prompt")
 
 
-def test_a_body_that_is_no_request(address, client):
+def test_malformed_body_or_path_gives_an_api_error(address, client):
     for body, message in ((b"{", "not JSON"), (b"[]", "expected a JSON object"), (b"\xff", "not JSON"), (b"", "JSON")):
         reply = httpx.post(f"{address}/v1/completions", content=body)
         assert reply.status_code == 400 and message in reply.json()["error"]["message"]
@@ -264,7 +264,7 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(kind=st.sampled_from([ChatRequest, CompletionRequest]), content=st.dictionaries(FIELDS, JSON) | JSON)
-def test_whatever_comes_is_a_request_or_an_error_in_one_line(kind, content):
+def test_parse_any_json_gives_a_request_or_a_one_line_error(kind, content):
     try:
         parse(kind, json.dumps(content).encode())
     except ApiError as error:
@@ -272,25 +272,25 @@ def test_whatever_comes_is_a_request_or_an_error_in_one_line(kind, content):
         json.dumps(error.body)
 
 
-def test_limits(base, address, client):
-    status, error = refusal(address, messages=[{"role": "user", "content": "a" * LIMIT}])
+def test_limits_of_body_prompt_and_answer_are_enforced(base, address, client):
+    status, error = post_refused(address, messages=[{"role": "user", "content": "a" * LIMIT}])
     assert (status, error["code"]) == (413, "request_too_large") and str(LIMIT) in error["message"]
     reply = httpx.post(f"{address}/v1/completions", content=(b"x" * 1000 for _ in range(100)))
     assert reply.status_code == 413
-    status, error = refusal(address, messages=[{"role": "user", "content": "cat " * 300}])
+    status, error = post_refused(address, messages=[{"role": "user", "content": "cat " * 300}])
     assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
     assert "context length is 256" in error["message"]
-    status, error = refusal(address, "completions", max_tokens=255)
+    status, error = post_refused(address, "completions", max_tokens=255)
     assert error["code"] == "context_length_exceeded" and "with max_tokens=255 these are" in error["message"]
     with serving(base, max_prompt_tokens=3, max_new_tokens=7) as (other, _):
-        status, error = refusal(other, "completions")
+        status, error = post_refused(other, "completions")
         assert error["code"] == "context_length_exceeded" and "takes 3 (--max-prompt-tokens)" in error["message"]
         ids = {"model": "tiny", "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 7}
         assert httpx.post(f"{other}/v1/completions", json=ids).json()["usage"]["completion_tokens"] == 7
 
 
-def test_a_full_line_is_said_and_the_waiting_are_answered(address, client, slow):
-    """One is answered, one may wait."""
+def test_queue_full_gives_429_and_waiting_requests_are_answered(address, client, slow):
+    """One request is answered, one may wait."""
     texts: list[str] = []
     asking = [threading.Thread(target=lambda: texts.append(chat(client).choices[0].message.content)) for _ in range(2)]
     expected = chat(client).choices[0].message.content
@@ -299,8 +299,8 @@ def test_a_full_line_is_said_and_the_waiting_are_answered(address, client, slow)
     asking[0].start()
 
     def full() -> bool:
-        status, _ = refusal(address, max_tokens=100000)
-        assert status == 400  # what is wrong is said without waiting
+        status, _ = post_refused(address, max_tokens=100000)
+        assert status == 400  # an invalid request does not wait
         try:
             chat(client, max_tokens=1, timeout=0.2)
         except openai.RateLimitError as error:
@@ -319,7 +319,7 @@ def test_a_full_line_is_said_and_the_waiting_are_answered(address, client, slow)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_ends_its_generation(servers, client, slow, stream):
+def test_client_disconnect_ends_the_generation(servers, client, slow, stream):
     address, engine = servers[1]
     # 200 rounds, ten seconds.
     body = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 200, "stream": stream}
@@ -339,7 +339,7 @@ def test_a_client_that_hangs_up_ends_its_generation(servers, client, slow, strea
     assert chat(client).choices[0].finish_reason == "length"
 
 
-def test_an_answer_that_the_server_stops_says_so(servers, client, slow):
+def test_engine_stop_ends_a_stream_with_an_error(servers, client, slow):
     with pytest.raises(openai.APIError, match="the generation was stopped"):
         for chunk in chat(client, stream=True, max_tokens=200):
             if chunk.choices[0].delta.content:
@@ -347,20 +347,20 @@ def test_an_answer_that_the_server_stops_says_so(servers, client, slow):
     assert chat(client).choices[0].finish_reason == "length"
 
 
-def test_a_failure_is_said_and_the_next_is_answered(client, monkeypatch, caplog):
+def test_generation_failure_gives_500_and_the_next_request_is_answered(client, monkeypatch, caplog):
     expected = chat(client).choices[0].message.content
-    advance = loop.ChainDraftAndVerify.advance
-    monkeypatch.setattr(loop.ChainDraftAndVerify, "advance", lambda *_: 1 / 0)
+    advance = loop.DraftAndVerify.advance
+    monkeypatch.setattr(loop.DraftAndVerify, "advance", lambda *_: 1 / 0)
     with pytest.raises(openai.InternalServerError, match="log says why"):
         chat(client)
     with pytest.raises(openai.APIError, match="log says why"):
         list(chat(client, stream=True))
     assert "ZeroDivisionError" in caplog.text
-    monkeypatch.setattr(loop.ChainDraftAndVerify, "advance", advance)
+    monkeypatch.setattr(loop.DraftAndVerify, "advance", advance)
     assert chat(client).choices[0].message.content == expected
 
 
-def test_characters_come_whole(tokenizer):
+def test_text_stream_releases_complete_characters_only(tokenizer):
     text = "añ — 語 🙂 <|im_start|>ends"
     stream = TextStream(tokenizer)
     tokens = tokenizer(text)["input_ids"]
@@ -371,10 +371,10 @@ def test_characters_come_whole(tokenizer):
     assert half.put(tokenizer("語")["input_ids"][0]) == "" and half.end() == "�"
 
 
-def test_text_before_a_stop_string_comes_when_it_is_none(tokenizer):
+def test_text_stream_holds_back_a_possible_stop_string(tokenizer):
     stream = TextStream(tokenizer, ["abcd", "xyz"])
-    said = [stream.put(token) for token in tokenizer("abcabx")["input_ids"]]
-    assert "".join(said) == "abcab" and said[2] == ""
+    texts = [stream.put(token) for token in tokenizer("abcabx")["input_ids"]]
+    assert "".join(texts) == "abcab" and texts[2] == ""
     assert stream.end() == "x"
     stream = TextStream(tokenizer, ["bcd", "cd"])
     assert "".join(stream.put(token) for token in tokenizer("abcde")["input_ids"]) == "a" and stream.stopped
@@ -394,36 +394,37 @@ def command(*arguments, **environment):
     )
 
 
-def test_the_command_serves_and_says_what(base, speculator, tmp_path):
+def test_serve_command_announces_its_address_and_answers(base, speculator, tmp_path):
     folder = save_speculator(speculator, tmp_path / "spec", provenance={"base": {"name": "my/base"}})
     process = command("--base", base, "--port", 0, "--draft-length", 2, VERL_SPECULATOR_PATH=str(folder))
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if line.startswith("serving "):
             break
-    assert any("trained for my/base" in line for line in said)
-    address = said[-1].split("API ")[1].split("/v1")[0]
+    assert any("trained for my/base" in line for line in lines)
+    address = lines[-1].split("API ")[1].split("/v1")[0]
     done = chat(client_of(address), model=base.name)
     assert done.speculation["accepted"] > 0
     process.send_signal(signal.SIGINT)
     assert (process.communicate(timeout=20)[1], process.returncode) == ("", 0)
 
 
-def test_what_is_wrong_with_the_command_is_one_line(base, tmp_path):
+def test_serve_command_invalid_setting_exits_2_with_one_line(base, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         process = command("--base", base, "--port", port, VERL_SPECULATOR_PATH=str(tmp_path / "none"))
-        said = process.communicate(timeout=60)[1].splitlines()
+        lines = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 2
     assert (
-        said[-1] == f"error: host=127.0.0.1, port={port}: Address already in use; expected a free one, such as --port 0"
+        lines[-1]
+        == f"error: host=127.0.0.1, port={port}: Address already in use; expected a free one, such as --port 0"
     )
-    assert said[0].startswith(f"warning: VERL_SPECULATOR_PATH: {tmp_path / 'none'}: no speculator checkpoint here")
-    assert said[0].endswith("the base alone") and len(said) == 2
+    assert lines[0].startswith(f"warning: VERL_SPECULATOR_PATH: {tmp_path / 'none'}: no speculator checkpoint here")
+    assert lines[0].endswith("the base alone") and len(lines) == 2
     process = command("--base", base, "--speculator", tmp_path / "none")
-    said = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 2 and len(said) == 1 and "no speculator checkpoint here" in said[0]
+    lines = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2 and len(lines) == 1 and "no speculator checkpoint here" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -434,12 +435,12 @@ def test_what_is_wrong_with_the_command_is_one_line(base, tmp_path):
         ({"max_waiting": -1}, "max_waiting=-1: expected a number ≥ 0"),
     ],
 )
-def test_a_setting_out_of_range_is_named(settings, message):
+def test_serve_settings_out_of_range_raise(settings, message):
     with pytest.raises(UserError, match="^" + message.split("(")[0]):
         ServeSettings(base="b", **settings)
 
 
-def test_without_a_speculator_a_line_says_so(monkeypatch, capsys):
+def test_serve_without_speculator_or_dependencies_says_so(monkeypatch, capsys):
     import verl_speculator.cli.serve as module
 
     monkeypatch.delenv("VERL_SPECULATOR_PATH", raising=False)
@@ -453,13 +454,13 @@ def test_without_a_speculator_a_line_says_so(monkeypatch, capsys):
         module.serve("b")
 
 
-def test_the_command_table_stays_light():
+def test_command_table_imports_no_torch_or_fastapi():
     code = "import verl_speculator.__main__, sys; sys.stdout.write(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "fastapi", "uvicorn"} & set(loaded)
 
 
-def test_a_base_without_a_chat_template_gets_the_default_one(base, tmp_path, tokenizer):
+def test_chat_base_without_template_uses_the_default(base, tmp_path, tokenizer):
     from helpers.tiny_models import make_tokenizer
 
     load_base(base, torch.float32).save_pretrained(tmp_path)
@@ -469,7 +470,7 @@ def test_a_base_without_a_chat_template_gets_the_default_one(base, tmp_path, tok
         assert chat(client_of(other)).usage.prompt_tokens == len(ids)
 
 
-def test_events_are_as_the_api_writes_them(address):
+def test_stream_is_server_sent_events(address):
     body = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 3, "stream": True}
     reply = httpx.post(f"{address}/v1/chat/completions", json=body)
     assert reply.headers["content-type"].startswith("text/event-stream")

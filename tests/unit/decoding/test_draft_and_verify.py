@@ -1,16 +1,22 @@
-"""The decoding loop: the base's own text from any draft, on every architecture."""
+"""Decoding gives the base model's own text with any draft, on every architecture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from helpers.drafters import Oracle, alone, load_base, train_quickly
+from helpers.drafters import (
+    Oracle,
+    alone,
+    assert_third_token_has_base_distribution,
+    load_base,
+    train_quickly,
+    untrained_speculator,
+)
 from helpers.tiny_models import ARCHITECTURES
-from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.decoding import Round, SamplingPolicy, speculative_generate, speculative_stream
-from verl_speculator.decoding.cache import roll_back, rollback_cache
 from verl_speculator.decoding.generate import StopRule
+from verl_speculator.decoding.target import Target
 from verl_speculator.utils.errors import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
@@ -27,15 +33,9 @@ def text(model):
     return alone(model, PROMPT, COUNT, eos_token_id=None)
 
 
-def untrained(base, n_predict=3, **settings):
-    vocab, width = base.get_output_embeddings().weight.shape
-    config = SpeculatorConfig(**({"n_predict": n_predict, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16} | settings))
-    return build_speculator(config, hidden_size=width, vocab_size=vocab, seed=3, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("draft", ["agreeing", "disagreeing", "changing", "random", "trained", "none"])
-def test_greedy_text_is_the_bases_own(bases, architecture, draft):
+def test_generate_greedy_text_is_the_base_models(bases, architecture, draft):
     base = load_base(bases[architecture])
     text = alone(base, PROMPT, COUNT, eos_token_id=None)
     whole = PROMPT + text
@@ -43,7 +43,7 @@ def test_greedy_text_is_the_bases_own(bases, architecture, draft):
         "agreeing": lambda: Oracle(base, whole, [True] * 4),
         "disagreeing": lambda: Oracle(base, whole, [False] * 4),
         "changing": lambda: Oracle(base, whole, [True, True, False, True]),
-        "random": lambda: untrained(base),
+        "random": lambda: untrained_speculator(base, 3),
         "trained": lambda: train_quickly(base, [whole]),
         "none": lambda: None,
     }[draft]()
@@ -59,8 +59,8 @@ def test_greedy_text_is_the_bases_own(bases, architecture, draft):
 
 
 @pytest.mark.parametrize("n_predict", range(1, 9))
-def test_every_draft_length(model, text, n_predict):
-    for speculator in (untrained(model, n_predict), Oracle(model, PROMPT + text, [True] * n_predict)):
+def test_generate_every_draft_length_gives_the_greedy_text(model, text, n_predict):
+    for speculator in (untrained_speculator(model, n_predict), Oracle(model, PROMPT + text, [True] * n_predict)):
         for draft_length in {1, n_predict // 2 or 1, n_predict}:
             result = speculative_generate(
                 model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=(), draft_length=draft_length
@@ -69,23 +69,23 @@ def test_every_draft_length(model, text, n_predict):
             assert {r.drafted for r in result.rounds[1:]} == {draft_length}
 
 
-OTHERWISE = {
+OTHER_SETTINGS = {
     "sum_rnn": {"tie_weights": False},
     "sum_lstm": {"tie_lstm_embs": True},
     "medusa": {"hidden_state": "pre_norm", "head": "shared", "num_layers": 2},
 }
 
 
-@pytest.mark.parametrize("method", OTHERWISE)
-def test_every_family_that_lives_on_a_state(model, text, method):
-    for settings in ({}, OTHERWISE[method]):
-        speculator = untrained(model, 4, method=method, **settings)
+@pytest.mark.parametrize("method", OTHER_SETTINGS)
+def test_generate_every_family_gives_the_greedy_text(model, text, method):
+    for settings in ({}, OTHER_SETTINGS[method]):
+        speculator = untrained_speculator(model, 4, method=method, **settings)
         result = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
         assert result.tokens == text
 
 
-def test_an_end_token_anywhere_in_the_draft(model, text):
-    """Text up to the end token and no further, wherever in a round it falls."""
+def test_generate_end_token_inside_a_draft_ends_the_text(model, text):
+    """The text ends with the end token, at any place in a round."""
     speculator = Oracle(model, PROMPT + text, [True] * 4)
     for end in dict.fromkeys(text):
         result = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=end)
@@ -94,24 +94,26 @@ def test_an_end_token_anywhere_in_the_draft(model, text):
         assert result.rounds[-1].tokens[-1] == end
 
 
-def test_a_prompt_that_ends_at_once(model, text):
-    result = speculative_generate(model, untrained(model), PROMPT, max_new_tokens=COUNT, eos_token_id=[text[0], 1])
+def test_generate_end_token_first_gives_one_token(model, text):
+    result = speculative_generate(
+        model, untrained_speculator(model, 3), PROMPT, max_new_tokens=COUNT, eos_token_id=[text[0], 1]
+    )
     assert (result.tokens, result.finish) == ([text[0]], "stop")
     assert result.accepted is None and result.decode_tokens_per_second is None
 
 
-def test_the_bases_own_end_tokens_are_the_default(bases, model, text):
+def test_generate_end_tokens_default_to_the_generation_config(bases, model, text):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(bases["qwen2_tied"], dtype=torch.float64).eval()
     base.generation_config.eos_token_id = [text[4], text[2]]
-    result = speculative_generate(base, untrained(base), PROMPT, max_new_tokens=COUNT)
+    result = speculative_generate(base, untrained_speculator(base, 3), PROMPT, max_new_tokens=COUNT)
     assert result.tokens == alone(base, PROMPT, COUNT)
     assert len(result.tokens) <= 5
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7])
-def test_the_last_token_that_was_asked_for(model, text, count):
+def test_generate_max_new_tokens_cuts_a_round(model, text, count):
     for agree in (True, False):
         result = speculative_generate(
             model, Oracle(model, PROMPT + text, [agree] * 4), PROMPT, max_new_tokens=count, eos_token_id=()
@@ -120,8 +122,8 @@ def test_the_last_token_that_was_asked_for(model, text, count):
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 4, 5, 9])
-def test_the_bases_last_position(model, room):
-    """A text stops where the base's positions end, and no position beyond is ever asked for."""
+def test_generate_stops_at_the_position_limit(model, room):
+    """No position beyond the limit is ever read."""
     limit = model.config.max_position_embeddings
     prompt = [(7 * i) % 300 for i in range(limit - room)]
     text = alone(model, prompt, room, eos_token_id=None)
@@ -140,7 +142,7 @@ def test_the_bases_last_position(model, room):
     assert max(seen) <= limit
 
 
-def test_stop_strings(model, text, tokenizer):
+def test_generate_stop_string_ends_the_text_as_in_hugging_face(model, text, tokenizer):
     """As Hugging Face: the token that completes a stop string is the last."""
     pieces = [tokenizer.decode([token]) for token in text]
     for i in (2, 7, 11):
@@ -148,7 +150,7 @@ def test_stop_strings(model, text, tokenizer):
         if "�" in stop:
             continue
         expected = alone(model, PROMPT, COUNT, eos_token_id=None, stop_strings=[stop], tokenizer=tokenizer)
-        for speculator in (untrained(model), Oracle(model, PROMPT + text, [True] * 4)):
+        for speculator in (untrained_speculator(model, 3), Oracle(model, PROMPT + text, [True] * 4)):
             result = speculative_generate(
                 model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=(), stop=stop, tokenizer=tokenizer
             )
@@ -156,7 +158,7 @@ def test_stop_strings(model, text, tokenizer):
             assert stop in tokenizer.decode(result.tokens) and stop not in tokenizer.decode(result.tokens[:-1])
 
 
-def test_stop_strings_in_a_text_of_words(tokenizer):
+def test_stop_rule_finds_strings_across_and_inside_tokens(tokenizer):
     """A stop string across several tokens, and one inside a token."""
     words = tokenizer("one two three four five six seven", add_special_tokens=False)["input_ids"]
     prefixes = [tokenizer.decode(words[:i]) for i in range(1, len(words) + 1)]
@@ -172,8 +174,8 @@ def test_stop_strings_in_a_text_of_words(tokenizer):
         assert (tokenizer.decode(before) if ended else None) == kept
 
 
-def test_a_stream_gives_what_generate_gives(model):
-    speculator = untrained(model)
+def test_stream_yields_the_rounds_of_generate(model):
+    speculator = untrained_speculator(model, 3)
     settings = {"max_new_tokens": 12, "eos_token_id": (), "temperature": 1.0, "seed": 5}
     stream = speculative_stream(model, speculator, torch.tensor([PROMPT]), **settings)
     rounds = list(stream)
@@ -183,18 +185,18 @@ def test_a_stream_gives_what_generate_gives(model):
     assert [r.finish for r in rounds] == [None] * (len(rounds) - 1) + ["length"]
 
 
-def test_a_stream_left_early_lets_go_of_the_base(model):
-    stream = speculative_stream(model, untrained(model), PROMPT, max_new_tokens=12, eos_token_id=())
+def test_stream_close_removes_the_hooks(model):
+    stream = speculative_stream(model, untrained_speculator(model, 3), PROMPT, max_new_tokens=12, eos_token_id=())
     next(stream)
     assert model.base_model._forward_hooks
     stream.close()
     assert not model.base_model._forward_hooks
-    list(speculative_stream(model, untrained(model), PROMPT, max_new_tokens=12))
+    list(speculative_stream(model, untrained_speculator(model, 3), PROMPT, max_new_tokens=12))
     assert not model.base_model._forward_hooks
 
 
-def test_what_is_counted(model, text):
-    """Neither the prefill nor the last round."""
+def test_generation_counted_leaves_out_prefill_and_last_round(model, text):
+    """Acceptance is measured over the three rounds between prefill and the last round."""
     result = speculative_generate(
         model, Oracle(model, PROMPT + text, [True, False]), PROMPT, max_new_tokens=8, eos_token_id=()
     )
@@ -204,7 +206,7 @@ def test_what_is_counted(model, text):
     assert result.seconds.prefill > 0 and result.seconds.decode >= result.seconds.draft + result.seconds.target > 0
 
 
-def test_a_sliding_window_and_its_rollback(tmp_path, tokenizer):
+def test_generate_sliding_window_gives_the_greedy_text(tmp_path, tokenizer):
     """The window of every second layer of Gemma 2 is far shorter than the text."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -236,7 +238,7 @@ def test_a_sliding_window_and_its_rollback(tmp_path, tokenizer):
         assert result.tokens == text
 
 
-def test_learnt_positions_under_an_older_name():
+def test_generate_gpt2_stops_at_n_positions():
     """GPT-2 calls its limit n_positions, and has no position beyond it to look up."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -249,65 +251,38 @@ def test_learnt_positions_under_an_older_name():
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_tied", "gemma2"])
-def test_a_rolled_back_cache_is_one_that_never_saw_the_rest(bases, architecture):
+def test_target_roll_back_equals_never_having_read(bases, architecture):
     base = load_base(bases[architecture])
-    tokens = torch.tensor([[(11 * i) % 300 for i in range(200)]])
-    cache = rollback_cache()
-    with torch.no_grad():
-        base(input_ids=tokens[:, :120], past_key_values=cache)
-        base(input_ids=tokens[:, 150:], past_key_values=cache)
-        roll_back(cache, 100)
-        again = base(input_ids=tokens[:, 100:], past_key_values=cache).logits
-        expected = base(input_ids=tokens, use_cache=False).logits[:, 100:]
-    assert cache.get_seq_length() == 200
+    tokens = torch.tensor([(11 * i) % 300 for i in range(200)])
+    with torch.no_grad(), Target(base) as target:
+        target.read(tokens[:120])
+        target.read(tokens[150:])
+        target.roll_back(100)
+        _, again = target.read(tokens[100:])
+        expected = base(input_ids=tokens[None], use_cache=False).logits[0, 100:]
+    assert target.length == 200
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sampled_drafts", [True, False])
-def test_sampled_text_has_the_bases_distribution(model, sampled_drafts):
-    """Chi-square of the third token, whose exact distribution sums over all ways to get there. Seeded."""
-    policy = SamplingPolicy(1.3, top_k=4)
-    speculator = untrained(model, 3)
-    with torch.no_grad():
-        first = policy.probabilities(model(torch.tensor([PROMPT])).logits[0, -1])
-        exact = torch.zeros_like(first)
-        for one in first.nonzero().flatten().tolist():
-            second = policy.probabilities(model(torch.tensor([[*PROMPT, one]])).logits[0, -1])
-            ways = second.nonzero().flatten()
-            batch = torch.tensor([[*PROMPT, one, two] for two in ways.tolist()])
-            third = policy.probabilities(model(batch).logits[:, -1])
-            exact += first[one] * (second[ways, None] * third).sum(0)
-    draws = 600
-    counts = torch.zeros_like(exact)
-    for seed in range(draws):
-        result = speculative_generate(
-            model,
-            speculator,
-            PROMPT,
-            max_new_tokens=3,
-            eos_token_id=(),
-            temperature=policy.temperature,
-            top_k=policy.top_k,
-            seed=seed,
-            sampled_drafts=sampled_drafts,
-        )
-        counts[result.tokens[2]] += 1
-    assert counts[exact == 0].sum() == 0
-    expected = exact * draws
-    large = expected >= 5
-    observed = torch.cat([counts[large], counts[~large].sum()[None]])
-    expected = torch.cat([expected[large], expected[~large].sum()[None]])
-    statistic, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
-    # The 99.9 % quantile of chi-square, by Wilson and Hilferty.
-    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+def test_generate_sampled_text_has_the_base_models_distribution(model, sampled_drafts):
+    assert_third_token_has_base_distribution(
+        model,
+        untrained_speculator(model, 3),
+        PROMPT,
+        SamplingPolicy(1.3, top_k=4),
+        draws=600,
+        sampled_drafts=sampled_drafts,
+    )
 
 
-def test_half_precision(bases):
-    """A base in bf16 beside a speculator in float32; the text is what the same passes give without a speculator."""
+@pytest.mark.parametrize("policy", [{}, {"temperature": 0.8, "top_k": 1, "seed": 1}], ids=["greedy", "top_k_1"])
+def test_generate_bf16_base_with_float32_speculator_gives_the_greedy_text(bases, policy):
+    """Also when it is sampled from the most likely token alone."""
     base = load_base(bases["llama"], torch.bfloat16)
-    speculator = untrained(base).float()
-    result = speculative_generate(base, speculator, PROMPT, max_new_tokens=10, temperature=0.8, seed=1, eos_token_id=())
-    assert len(result.tokens) == 10
+    speculator = untrained_speculator(base, 3).float()
+    result = speculative_generate(base, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=(), **policy)
+    assert result.tokens == alone(base, PROMPT, COUNT, eos_token_id=None)
 
 
 @pytest.mark.parametrize(
@@ -327,15 +302,15 @@ def test_half_precision(bases):
         ({"stop": "x"}, "stop: stop strings need a tokenizer"),
     ],
 )
-def test_bad_input(model, settings, message):
+def test_generate_invalid_input_raises(model, settings, message):
     arguments = {"input_ids": PROMPT, "max_new_tokens": 5} | settings
     with pytest.raises(UserError) as error:
-        speculative_stream(model, untrained(model), arguments.pop("input_ids"), **arguments)
+        speculative_stream(model, untrained_speculator(model, 3), arguments.pop("input_ids"), **arguments)
     assert str(error.value) == message
     assert not model.base_model._forward_hooks
 
 
-def test_bases_that_cannot_be_used(model):
+def test_generate_unusable_base_raises(model):
     from transformers import MambaConfig, MambaForCausalLM
 
     small = MambaConfig(vocab_size=330, hidden_size=32, state_size=4, num_hidden_layers=1)
@@ -351,7 +326,7 @@ def test_bases_that_cannot_be_used(model):
         speculative_stream(model, None, PROMPT, max_new_tokens=5, draft_length=2)
 
 
-def test_real_prompts(shared):
+def test_generate_real_prompts_give_the_greedy_text(shared):
     """Greedy identity on the real base in float32, with an untrained draft: rejections everywhere."""
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer

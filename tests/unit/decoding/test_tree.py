@@ -1,4 +1,4 @@
-"""Draft trees: the base's own text along any branch, and a cache that never saw the others."""
+"""Draft trees: the base model's own text along any branch, and a cache without the rejected ones."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.drafters import Ranked, alone, load_base, train_quickly
+from helpers.drafters import Ranked, alone, load_base, train_quickly, untrained_speculator
 from helpers.tiny_models import ARCHITECTURES
-from verl_speculator import SpeculatorConfig, build_speculator
+from verl_speculator import SpeculatorConfig
 from verl_speculator.decoding import DraftTree, read_tree, speculative_generate, speculative_stream
 from verl_speculator.decoding.drafters import TreeDrafter
-from verl_speculator.decoding.target import Target
+from verl_speculator.decoding.target import Target, TreeAttention
 from verl_speculator.decoding.tree import MOST_NODES, most_frequent, prefix_counts, write_tree
-from verl_speculator.decoding.tree_attention import TreeAttention
 from verl_speculator.decoding.verification import verify_tree
 from verl_speculator.models import DraftState, Speculator
 from verl_speculator.utils.errors import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 COUNT = 30
-# Sparse: second and third guesses that are there without what lies between, and branches of all depths.
+# Sparse: nodes of rank 1 and 2 without their siblings, and branches of all depths.
 TREE = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 3), (0, 0, 0), (1, 0, 2), (2, 3, 0), (1, 0, 2, 1)))
 
 paths = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=20)
@@ -46,18 +45,12 @@ def generate(base, speculator, tree, **settings):
     return speculative_generate(base, speculator, PROMPT, draft_tree=tree, **settings)
 
 
-def untrained(base, n_predict=4, **settings):
-    vocab, width = base.get_output_embeddings().weight.shape
-    config = SpeculatorConfig(**({"n_predict": n_predict, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16} | settings))
-    return build_speculator(config, hidden_size=width, vocab_size=vocab, seed=3, dtype=torch.float64)
-
-
 # The text.
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("draft", ["second", "changing", "absent", "random", "trained"])
-def test_greedy_text_is_the_bases_own(bases, architecture, draft):
+def test_generate_tree_greedy_text_is_the_base_models(bases, architecture, draft):
     base = load_base(bases[architecture])
     text = alone(base, PROMPT, COUNT, eos_token_id=None)
     whole = PROMPT + text
@@ -65,7 +58,7 @@ def test_greedy_text_is_the_bases_own(bases, architecture, draft):
         "second": lambda: Ranked(base, whole, [[1], [0], [2], [1]]),
         "changing": lambda: Ranked(base, whole, [[0, 1, 2], [0, 3], [0, 2, 1], [1]]),
         "absent": lambda: Ranked(base, whole, [[5]] * 4),
-        "random": lambda: untrained(base),
+        "random": lambda: untrained_speculator(base, 4),
         "trained": lambda: train_quickly(base, [whole], n_predict=4),
     }[draft]()
     result = generate(base, speculator, TREE)
@@ -80,8 +73,8 @@ def test_greedy_text_is_the_bases_own(bases, architecture, draft):
         assert result.accepted > 1
 
 
-def test_a_chain_is_a_tree_of_first_guesses(model, text):
-    for speculator in (untrained(model), train_quickly(model, [PROMPT + text], n_predict=4)):
+def test_generate_tree_chain_equals_plain_drafting(model, text):
+    for speculator in (untrained_speculator(model, 4), train_quickly(model, [PROMPT + text], n_predict=4)):
         chain = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
         tree = generate(model, speculator, DraftTree.chain(4))
         assert tree.rounds == chain.rounds
@@ -125,7 +118,7 @@ def sliding(kind: str, implementation: str) -> nn.Module:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gemma2", "mistral", "qwen2"])
-def test_a_sliding_window(kind, implementation):
+def test_generate_tree_sliding_window_gives_the_greedy_text(kind, implementation):
     base = sliding(kind, implementation)
     text = alone(base, PROMPT, 40, eos_token_id=None)
     assert len(set(text)) > 5
@@ -135,7 +128,7 @@ def test_a_sliding_window(kind, implementation):
         assert result.tokens == text and result.accepted > 0.5
 
 
-def test_learnt_positions_and_where_they_end():
+def test_generate_tree_gpt2_is_cut_at_the_position_limit():
     """GPT-2 has no position beyond its limit to look up: the tree grows shorter there."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -149,7 +142,7 @@ def test_learnt_positions_and_where_they_end():
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 4, 5, 9])
-def test_the_bases_last_position(model, room):
+def test_generate_tree_stops_at_the_position_limit(model, room):
     limit = model.config.max_position_embeddings
     prompt = [(7 * i) % 300 for i in range(limit - room)]
     text = alone(model, prompt, room, eos_token_id=None)
@@ -159,17 +152,17 @@ def test_the_bases_last_position(model, room):
         assert (result.tokens, result.finish) == (text, "length")
 
 
-def test_an_end_token_anywhere_in_a_branch(model, text):
+def test_generate_tree_end_token_inside_a_branch_ends_the_text(model, text):
     speculator = Ranked(model, PROMPT + text, [[1], [0], [2], [1]])
     for end in dict.fromkeys(text):
         result = generate(model, speculator, TREE, eos_token_id=end)
         assert result.tokens == text[: text.index(end) + 1] and result.finish == "stop"
 
 
-def test_half_precision(bases):
+def test_generate_tree_bf16_base_with_float32_speculator_gives_the_greedy_text(bases):
     base = load_base(bases["llama"], torch.bfloat16)
-    result = generate(base, untrained(base).float(), TREE)
-    assert len(result.tokens) == COUNT
+    result = generate(base, untrained_speculator(base, 4).float(), TREE)
+    assert result.tokens == alone(base, PROMPT, COUNT, eos_token_id=None)
 
 
 # The cache.
@@ -177,7 +170,7 @@ def test_half_precision(bases):
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sliding"])
 @torch.no_grad()
-def test_a_cache_holds_the_accepted_branch_alone(bases, architecture):
+def test_target_keep_leaves_the_accepted_branch_in_the_cache(bases, architecture):
     """Keys, values, states and logits, as if the accepted tokens had been read in a row."""
     base = sliding("gemma2", "sdpa") if architecture == "sliding" else load_base(bases[architecture])
     tokens = torch.tensor([(11 * i + 3) % 300 for i in range(len(TREE.paths) + 1)])
@@ -185,14 +178,14 @@ def test_a_cache_holds_the_accepted_branch_alone(bases, architecture):
     following = torch.tensor([7, 8])
     with Target(base) as target, Target(base) as plain:
         target.read(torch.tensor(PROMPT))
-        hidden, logits = target.read(tokens, arrangement=TreeAttention(base, TREE.parents).arguments(len(PROMPT)))
+        hidden, logits = target.read(tokens, tree=TreeAttention(base, TREE.parents).arguments(len(PROMPT)))
         target.keep(len(PROMPT), [0, *branch])
         plain.read(torch.tensor(PROMPT))
         expected = plain.read(tokens[[0, *branch]])
         torch.testing.assert_close((hidden[[0, *branch]], logits[[0, *branch]]), expected, rtol=0, atol=1e-9)
         assert target.length == plain.length == len(PROMPT) + 5
-        for one, other in zip(target.cache.layers, plain.cache.layers, strict=True):
-            torch.testing.assert_close((one.keys, one.values), (other.keys, other.values), rtol=0, atol=1e-9)
+        for kept, read in zip(target.cache.layers, plain.cache.layers, strict=True):
+            torch.testing.assert_close((kept.keys, kept.values), (read.keys, read.values), rtol=0, atol=1e-9)
         torch.testing.assert_close(target.read(following), plain.read(following), rtol=0, atol=1e-9)
 
 
@@ -200,13 +193,13 @@ def test_a_cache_holds_the_accepted_branch_alone(bases, architecture):
 
 
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
-def test_a_node_is_what_its_path_says(model, method):
-    """Each node, beside the speculator stepped along its path alone."""
-    speculator = untrained(model, method=method)
+def test_tree_drafter_drafts_each_node_by_its_path(model, method):
+    """Against the speculator stepped along each path alone."""
+    speculator = untrained_speculator(model, 4, method=method)
     hidden, token = torch.randn(1, speculator.hidden_size, dtype=torch.float64), torch.tensor([9])
     with torch.no_grad():
-        found = TreeDrafter(speculator, TREE).propose(hidden, token)
-        for node, path in zip(found.tolist(), TREE.paths, strict=True):
+        drafts = TreeDrafter(speculator, TREE).propose(hidden, token)
+        for node, path in zip(drafts.tolist(), TREE.paths, strict=True):
             state, newest = speculator.start(hidden), token
             for depth, rank in enumerate(path):
                 state = speculator.step(state, newest)
@@ -214,8 +207,8 @@ def test_a_node_is_what_its_path_says(model, method):
             assert node == int(newest)
 
 
-class Blind(Speculator):
-    """Reads no token, and takes no more than one row."""
+class TokenBlind(Speculator):
+    """Reads no token, and accepts one row only."""
 
     method = "blind"
     reads_tokens = False
@@ -235,8 +228,8 @@ class Blind(Speculator):
         return self.weight[depth]
 
 
-def test_a_family_that_reads_no_tokens_steps_one_row(model, text):
-    blind = Blind(model)
+def test_tree_drafter_steps_one_row_without_reads_tokens(model, text):
+    blind = TokenBlind(model)
     assert generate(model, blind, TREE).tokens == text
     hidden = torch.randn(1, blind.hidden_size, dtype=torch.float64)
     tokens = TreeDrafter(blind, TREE).propose(hidden, torch.tensor([9])).tolist()
@@ -250,7 +243,7 @@ def test_a_family_that_reads_no_tokens_steps_one_row(model, text):
 
 @given(trees, st.integers(0, 10**6))
 @settings(deadline=None)
-def test_verification_is_a_walk_from_the_root(tree, seed):
+def test_verify_tree_walks_from_the_root(tree, seed):
     generator = torch.Generator().manual_seed(seed)
     # The token of a node is its rank, so that siblings differ.
     tokens = [path[-1] for path in tree.paths]
@@ -265,7 +258,7 @@ def test_verification_is_a_walk_from_the_root(tree, seed):
 
 @given(trees)
 @settings(deadline=None)
-def test_a_tree_is_in_order(tree):
+def test_draft_tree_is_ordered_and_closed_under_cut(tree):
     assert list(tree.paths) == sorted(tree.paths, key=lambda path: (len(path), path))
     for i, (path, parent) in enumerate(zip(tree.paths, tree.parents, strict=True), 1):
         assert parent < i and (tree.paths[parent - 1] if parent else ()) == path[:-1]
@@ -275,15 +268,15 @@ def test_a_tree_is_in_order(tree):
 
 @given(paths, st.integers(1, 12))
 @settings(deadline=None, max_examples=50)
-def test_the_most_frequent_beginnings_are_the_best_tree(sample, nodes):
-    """No closed set of as many nodes is met by more of the sample, by exchange: nothing outside is met more often."""
+def test_most_frequent_is_the_best_tree(sample, nodes):
+    """By an exchange argument: no path outside of the tree is more frequent than one inside."""
     tree, counts = most_frequent(sample, nodes), prefix_counts(sample)
     assert len(tree.paths) == min(nodes, len(counts))
     outside = [count for path, count in counts.items() if path not in tree.paths]
     assert min(counts[path] for path in tree.paths) >= max(outside, default=0)
 
 
-def test_a_file_and_back(tmp_path):
+def test_write_tree_read_tree_round_trip(tmp_path):
     path = tmp_path / "tree.json"
     write_tree(path, TREE, measured={"tau_tree": 2.5}, provenance={"base": "b"})
     assert read_tree(path) == TREE
@@ -310,7 +303,7 @@ def test_a_file_and_back(tmp_path):
         ('{"paths": [[0], [1, 0]]}', "path [1, 0] without [1]; expected the beginning of every path too"),
     ],
 )
-def test_files_that_hold_no_tree(tmp_path, content, message):
+def test_read_tree_invalid_file_raises(tmp_path, content, message):
     path = tmp_path / "tree.json"
     path.write_text(content)
     with pytest.raises(UserError) as error:
@@ -333,14 +326,14 @@ def test_files_that_hold_no_tree(tmp_path, content, message):
         ({"speculator": None}, "draft_tree: there is no speculator to draft with"),
     ],
 )
-def test_what_goes_with_a_tree(model, more, message):
-    arguments = {"speculator": untrained(model), "draft_tree": TREE, "max_new_tokens": 5} | more
+def test_generate_tree_with_conflicting_settings_raises(model, more, message):
+    arguments = {"speculator": untrained_speculator(model, 4), "draft_tree": TREE, "max_new_tokens": 5} | more
     with pytest.raises(UserError) as error:
         speculative_stream(model, arguments.pop("speculator"), PROMPT, **arguments)
     assert str(error.value) == message.replace("330", str(model.config.vocab_size))
 
 
-def test_bases_that_cannot_read_a_tree():
+def test_generate_tree_base_without_tree_attention_raises():
     from transformers import (
         BloomConfig,
         BloomForCausalLM,
@@ -365,11 +358,11 @@ def test_bases_that_cannot_read_a_tree():
         (biased, "(BloomForCausalLM) takes no mask and positions from outside"),
     ):
         with pytest.raises(UserError) as error:
-            speculative_stream(base.eval(), untrained(base), PROMPT, max_new_tokens=5, draft_tree=TREE)
+            speculative_stream(base.eval(), untrained_speculator(base, 4), PROMPT, max_new_tokens=5, draft_tree=TREE)
         assert message in str(error.value)
 
 
-def test_real_prompts(shared):
+def test_generate_tree_real_prompts_give_the_greedy_text(shared):
     """Greedy identity on the real base in float32."""
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer

@@ -54,7 +54,7 @@ def rand_logits(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.5
 
 
-class Chain:
+class PrefixDistributions:
     """Target and draft distributions of every prefix, over a vocabulary of V."""
 
     def __init__(self, vocab, policy, seed):
@@ -72,21 +72,21 @@ class Chain:
         return self._distribution(prefix, 1)
 
 
-def round_law(chain, prefix, count, sampled):
+def round_distribution(prefixes, prefix, count, sampled):
     """Every outcome of one round after `prefix`, with its probability: {emitted tokens: probability}."""
-    if prefix in chain.rounds:
-        return chain.rounds[prefix]
-    law = chain.rounds[prefix] = {}
-    vocab = chain.vocab
+    if prefix in prefixes.rounds:
+        return prefixes.rounds[prefix]
+    outcomes = prefixes.rounds[prefix] = {}
+    vocab = prefixes.vocab
     for drafts in itertools.product(range(vocab), repeat=count):
-        q = torch.stack([chain.draft(prefix + drafts[:k]) for k in range(count)])
+        q = torch.stack([prefixes.draft(prefix + drafts[:k]) for k in range(count)])
         if sampled:
             chance = float(torch.stack([q[k, y] for k, y in enumerate(drafts)]).prod())
         else:
             chance = float(all(int(q[k].argmax()) == y for k, y in enumerate(drafts)))
         if not chance:
             continue
-        p = torch.stack([chain.target(prefix + drafts[:k]) for k in range(count + 1)])
+        p = torch.stack([prefixes.target(prefix + drafts[:k]) for k in range(count + 1)])
         arguments = (p, q if sampled else None, torch.tensor(drafts))
 
         def outcome(uniforms, arguments=arguments):
@@ -109,63 +109,63 @@ def round_law(chain, prefix, count, sampled):
         for weight, fixed in paths:
             for length, _, (accepted, token) in pieces(outcome, [*fixed, 0.0], count):
                 emitted = (*drafts[:accepted], token)
-                law[emitted] = law.get(emitted, 0.0) + chance * weight * length
-    return law
+                outcomes[emitted] = outcomes.get(emitted, 0.0) + chance * weight * length
+    return outcomes
 
 
-def text_law(chain, length, count, sampled, prefix=()):
+def text_distribution(prefixes, length, count, sampled, prefix=()):
     """{tokens: probability} of the first `length` tokens, round after round."""
     if len(prefix) >= length:
         return {prefix[:length]: 1.0}
-    law = {}
-    for emitted, chance in round_law(chain, prefix, count, sampled).items():
-        for text, rest in text_law(chain, length, count, sampled, prefix + emitted).items():
-            law[text] = law.get(text, 0.0) + chance * rest
-    return law
+    outcomes = {}
+    for emitted, chance in round_distribution(prefixes, prefix, count, sampled).items():
+        for text, rest in text_distribution(prefixes, length, count, sampled, prefix + emitted).items():
+            outcomes[text] = outcomes.get(text, 0.0) + chance * rest
+    return outcomes
 
 
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "greedy"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize(("vocab", "count", "length"), [(3, 2, 3), (5, 1, 2)])
-def test_every_text_has_the_targets_probability(vocab, count, length, policy, sampled):
-    chain = Chain(vocab, policy, seed=vocab)
-    law = text_law(chain, length, count, sampled)
-    assert sum(law.values()) == pytest.approx(1, abs=1e-9)
+def test_verify_every_text_has_the_targets_probability(vocab, count, length, policy, sampled):
+    prefixes = PrefixDistributions(vocab, policy, seed=vocab)
+    outcomes = text_distribution(prefixes, length, count, sampled)
+    assert sum(outcomes.values()) == pytest.approx(1, abs=1e-9)
     for text in itertools.product(range(vocab), repeat=length):
         expected = 1.0
         for i, token in enumerate(text):
-            expected *= float(chain.target(text[:i])[token])
-        assert law.get(text, 0.0) == pytest.approx(expected, abs=1e-9), text
+            expected *= float(prefixes.target(text[:i])[token])
+        assert outcomes.get(text, 0.0) == pytest.approx(expected, abs=1e-9), text
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_first_token_whatever_the_draft(count):
-    """Also where p and q share no token, are the same, or q is a point mass that is drawn."""
+def test_verify_first_token_has_the_targets_probability_for_any_draft(count):
+    """Also if p and q share no token, are equal, or q is a point mass."""
     uneven = torch.tensor([0.5, 0.5, 0, 0]), torch.tensor([0, 0, 0.25, 0.75])
     same = (torch.tensor([0.1, 0.2, 0.3, 0.4]),) * 2
     point = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 1.0, 0, 0])
     for p, q in (uneven, same, point):
-        chain = Chain(4, POLICIES[0], 0)
-        chain.target, chain.draft = lambda prefix, p=p: p.double(), lambda prefix, q=q: q.double()
+        prefixes = PrefixDistributions(4, POLICIES[0], 0)
+        prefixes.target, prefixes.draft = lambda prefix, p=p: p.double(), lambda prefix, q=q: q.double()
         first = np.zeros(4)
-        for emitted, chance in round_law(chain, (), count, True).items():
+        for emitted, chance in round_distribution(prefixes, (), count, True).items():
             first[emitted[0]] += chance
         np.testing.assert_allclose(first, p.numpy(), atol=1e-9)
 
 
-def test_overlap_is_the_chance_of_acceptance():
-    chain = Chain(5, POLICIES[1], 3)
-    p = torch.stack([chain.target(()), chain.target((1,))])
-    q = chain.draft(())[None]
+def test_verify_overlap_is_the_acceptance_probability():
+    prefixes = PrefixDistributions(5, POLICIES[1], 3)
+    p = torch.stack([prefixes.target(()), prefixes.target((1,))])
+    q = prefixes.draft(())[None]
     overlap = verify(p, q, torch.tensor([1]), torch.tensor([0.5, 0.5])).overlap
-    accepted = sum(chance for emitted, chance in round_law(chain, (), 1, True).items() if len(emitted) == 2)
+    accepted = sum(chance for emitted, chance in round_distribution(prefixes, (), 1, True).items() if len(emitted) == 2)
     assert float(overlap) == pytest.approx(accepted, abs=1e-9)
     assert float(overlap) == pytest.approx(float(torch.minimum(p[0], q[0]).sum()))
 
 
 @given(st.lists(st.integers(0, 2), min_size=0, max_size=6), st.integers(0, 10**6))
 @settings(max_examples=80, deadline=None)
-def test_greedy_verification_is_the_general_one_with_one_hots(drafts, seed):
+def test_verify_greedy_equals_verify_with_one_hots(drafts, seed):
     target = torch.randint(3, (len(drafts) + 1,), generator=torch.Generator().manual_seed(seed))
     one_hot = torch.nn.functional.one_hot(target, 3).double()
     uniforms = torch.rand(len(drafts) + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -181,13 +181,13 @@ def test_draw_never_gives_a_token_of_weight_zero(weights, uniform):
         assert weights[draw(weights, torch.tensor(uniform, dtype=torch.float64))] > 0
 
 
-def test_draw_at_the_upper_end():
+def test_draw_largest_uniform_gives_the_last_token():
     weights = torch.tensor([0.3, 0.7, 0.0, 0.0], dtype=torch.float64)
     assert int(draw(weights * 3, torch.tensor(np.nextafter(1.0, 0)))) == 1
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if not p.greedy], ids=str)
-def test_policy_is_hugging_faces(policy):
+def test_sampling_policy_equals_hugging_face_warpers(policy):
     logits = rand_logits(20, 50, seed=1)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(policy.temperature)])
     if policy.top_k:
@@ -198,7 +198,7 @@ def test_policy_is_hugging_faces(policy):
     torch.testing.assert_close(policy.probabilities(logits), expected, rtol=0, atol=1e-12)
 
 
-def test_greedy_policy_is_one_hot_of_the_largest():
+def test_sampling_policy_greedy_is_one_hot():
     logits = rand_logits(7, 9, seed=2)
     probabilities = SamplingPolicy().probabilities(logits)
     assert torch.equal(probabilities.argmax(-1), logits.argmax(-1))
@@ -216,7 +216,7 @@ def test_greedy_policy_is_one_hot_of_the_largest():
         ({"top_k": -2}, "top_k=-2: expected a whole number ≥ 0 (0 keeps all tokens)"),
     ],
 )
-def test_policies_out_of_range(settings, message):
+def test_sampling_policy_out_of_range_raises(settings, message):
     with pytest.raises(UserError) as error:
         SamplingPolicy(**settings)
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Early exit: the base's own first blocks as its draft, on its own cache."""
+"""Early exit: the base model's first decoder layers as its draft, on its own KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from verl_speculator.base_model.hidden_states import block_list, block_of
 from verl_speculator.checkpoint.format import save_speculator, write_checkpoint
 from verl_speculator.data.alignment import align
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.decoding.self_speculative import SharedTarget
+from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target
 from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.evaluation.metrics import Document
@@ -31,8 +31,8 @@ COUNT = 24
 TRAINABLE = ("head", "head_and_block")
 
 
-def exit_of(model, layer, trainable="head", n_predict=3, stir=0.0):
-    """An early exit of a base, untrained or a bit away from it."""
+def exit_of(model, layer, trainable="head", n_predict=3, noise=0.0):
+    """An early exit of a base model, untrained or with noise on its trained parameters."""
     vocab, width = model.get_output_embeddings().weight.shape
     config = SpeculatorConfig(method="early_exit", exit_layer=layer, trainable=trainable, n_predict=n_predict)
     shapes, dtype = block_shapes(model, config), next(model.parameters()).dtype
@@ -50,36 +50,36 @@ def exit_of(model, layer, trainable="head", n_predict=3, stir=0.0):
     speculator.copy_block(model)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in speculator.named_parameters():
-        if stir and name not in speculator.frozen():
-            parameter.add_(stir * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+        if noise and name not in speculator.frozen():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=dtype))
     return speculator
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("trainable", TRAINABLE)
-def test_greedy_text_is_the_bases_own(bases, name, layer, trainable):
-    """Also where the draft is a changed one, which the base rejects now and then."""
+def test_early_exit_greedy_text_is_the_base_models(bases, name, layer, trainable):
+    """Also with noise, so that some drafts are rejected."""
     model = load_base(bases[name])
     text = speculative_generate(model, None, PROMPT, max_new_tokens=COUNT, eos_token_id=()).tokens
-    for stir in (0.0, 0.02, 1.0):
+    for noise in (0.0, 0.02, 1.0):
         for draft_length in (1, 3):
-            speculator = exit_of(model, layer, trainable, stir=stir)
-            found = speculative_generate(
+            speculator = exit_of(model, layer, trainable, noise=noise)
+            result = speculative_generate(
                 model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=(), draft_length=draft_length
             )
-            assert found.tokens == text
-            if stir == 0.0 and layer == 1:
-                assert found.accepted == draft_length
+            assert result.tokens == text
+            if noise == 0.0 and layer == 1:
+                assert result.accepted == draft_length
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_cache_after_any_round_is_that_of_a_plain_read(bases, layer, trainable):
+def test_self_speculative_target_reads_as_the_plain_target(bases, layer, trainable):
     model = load_base(bases["gemma2"])
     speculator = exit_of(model, layer, trainable)
     tokens = torch.tensor(PROMPT)
-    with torch.inference_mode(), Target(model) as plain, SharedTarget(model, speculator) as shared:
+    with torch.inference_mode(), Target(model) as plain, SelfSpeculativeTarget(model, speculator) as shared:
         plain.read(tokens)
         expected = plain.read(torch.tensor([3, 4, 5, 6]))[1]
         shared.read(tokens)
@@ -91,12 +91,12 @@ def test_the_cache_after_any_round_is_that_of_a_plain_read(bases, layer, trainab
         shared.read_ahead(torch.tensor([5]))
         logits = shared.read(torch.tensor([5, 6]))[1]
         torch.testing.assert_close(logits, expected[2:], rtol=0, atol=1e-12)
-        assert {layer.get_seq_length() for layer in shared._layers} == {len(PROMPT) + 4}
+        assert {layer.get_seq_length() for layer in shared._caches} == {len(PROMPT) + 4}
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
-def test_no_block_runs_twice_on_a_token(bases, trainable):
-    """And no weight or cache of a block that is shared is there twice."""
+def test_self_speculative_target_runs_each_layer_once_per_token(bases, trainable):
+    """No weight or cache of a shared layer exists twice."""
     model = load_base(bases["qwen2_tied"])
     speculator = exit_of(model, 1, trainable)
     seen = [0, 0]
@@ -104,30 +104,30 @@ def test_no_block_runs_twice_on_a_token(bases, trainable):
         block.register_forward_hook(lambda _, inputs, output, i=i: seen.__setitem__(i, seen[i] + inputs[0].shape[1]))
         for i, block in enumerate(block_list(model.base_model)[1])
     ]
-    found = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
+    result = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
     for hook in hooks:
         hook.remove()
-    read = len(PROMPT) + sum(one.drafted + 1 for one in found.rounds[1:])
+    read = len(PROMPT) + sum(one.drafted + 1 for one in result.rounds[1:])
     assert seen == [read, read]
-    target = SharedTarget(model, speculator)
-    assert len(target._layers) == 2 + (trainable == "head_and_block")
-    own = {p.data_ptr() for p in speculator.parameters()}
-    theirs = {p.data_ptr() for p in model.parameters()}
+    target = SelfSpeculativeTarget(model, speculator)
+    assert len(target._caches) == 2 + (trainable == "head_and_block")
+    trained = {p.data_ptr() for p in speculator.parameters()}
+    base_weights = {p.data_ptr() for p in model.parameters()}
     used = {p.data_ptr() for view in (target.front, target.back) for p in view.parameters()}
-    assert used <= theirs and not own & theirs
+    assert used <= base_weights and not trained & base_weights
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_moe", "granite", "granitemoe", "gemma2"])
-def test_the_last_block_untrained_is_the_base(bases, scaled, name, trainable, tmp_path):
-    """KL 0 and every draft accepted, also of a base that scales or caps its logits, and also once it lies on disk."""
+def test_early_exit_untrained_at_the_last_layer_equals_the_base(bases, scaled, name, trainable, tmp_path):
+    """KL 0 and every draft accepted, also with a logit scale or soft cap, and after saving and loading."""
     model = load_base(scaled.get(name, bases.get(name)))
     save_speculator(exit_of(model, 1, trainable), tmp_path)
     speculator = load_speculator(tmp_path)
     tokens = torch.randint(300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    found = Document(model, tokens, [0] * 5 + [1] * 35).measure(speculator, (), 1.0)
-    assert found["pairs"] == [35]
-    assert abs(found["kl"][0]) < 1e-5  # transformers' norms compute in float32
+    result = Document(model, tokens, [0] * 5 + [1] * 35).measure(speculator, (), 1.0)
+    assert result["pairs"] == [35]
+    assert abs(result["kl"][0]) < 1e-5  # transformers' norms compute in float32
     done = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
     assert done.accepted == 3
     warm = speculative_generate(
@@ -136,7 +136,7 @@ def test_the_last_block_untrained_is_the_base(bases, scaled, name, trainable, tm
     assert warm.accepted == 3
 
 
-def test_the_first_token_of_a_document_is_never_a_target():
+def test_align_first_offset_1_never_targets_the_first_token():
     """math: row t has h_t and target x_{t+1}, in the same document and of the assistant's."""
     tokens, mask = torch.arange(10, 20), torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1, 1])
     rows = align(tokens, mask, torch.tensor([0, 4, 10]), 1, (), first_offset=1)
@@ -151,17 +151,17 @@ def test_the_first_token_of_a_document_is_never_a_target():
 @pytest.mark.parametrize(
     ("name", "joint"), [("qwen2_tied", False), ("qwen2_untied", False), ("gemma2", True), ("granite", 0)]
 )
-def test_loss_and_gradients_against_the_definition(bases, scaled, rows, name, trainable, joint):
-    """The engine, packed and padded, against each conversation read by itself with the base cut by hand."""
+def test_early_exit_loss_and_gradients_equal_the_definition(bases, scaled, rows, name, trainable, joint):
+    """The engine, packed and padded, against each conversation read alone with the base model cut by hand."""
     mix = {"ce": 1.0, "kl": 0.5}
     settings = {"method": "early_exit", "exit_layer": 0, "trainable": trainable, "loss": mix, "kl_temperature": 2.0}
     folder = bases.get(name) or scaled[name]
     engine = build_engine(folder, speculator=settings | {"n_predict": 4}, freeze_base_model=not joint)
-    found = {}
+    result = {}
     for packed in (True, False):
         output = run_batch(engine, make_batch(rows[:6], micro=2, packed=packed))
-        found[packed] = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"])), gradients(engine)
-    torch.testing.assert_close(found[True][0].loss, found[False][0].loss, rtol=1e-5, atol=1e-6)
+        result[packed] = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"])), gradients(engine)
+    torch.testing.assert_close(result[True][0].loss, result[False][0].loss, rtol=1e-5, atol=1e-6)
 
     model = load_base(folder, torch.float32)
     speculator = exit_of(model, 0, trainable, n_predict=4)
@@ -194,18 +194,18 @@ def test_loss_and_gradients_against_the_definition(bases, scaled, rows, name, tr
         )
         total = total + F.cross_entropy(draft[at], target, reduction="sum") + 0.5 * kl
         pairs += len(at)
-    torch.testing.assert_close(found[True][0].loss, (total.detach() / 1).view(1), rtol=2e-4, atol=0)
-    assert int(found[True][0].pairs) == pairs
+    torch.testing.assert_close(result[True][0].loss, (total.detach() / 1).view(1), rtol=2e-4, atol=0)
+    assert int(result[True][0].pairs) == pairs
     expected = torch.autograd.grad(total / pairs, list(learning.values()))
     for key, gradient in zip(learning, expected, strict=True):
-        mine = found[True][1][f"draft.speculator.{key}"]
-        torch.testing.assert_close(mine, gradient, rtol=2e-3, atol=2e-5 * float(gradient.abs().max()), msg=key)
+        actual = result[True][1][f"draft.speculator.{key}"]
+        torch.testing.assert_close(actual, gradient, rtol=2e-3, atol=2e-5 * float(gradient.abs().max()), msg=key)
 
 
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("trainable", TRAINABLE)
-def test_training_saves_and_decodes(bases, rows, tmp_path, trainable):
+def test_early_exit_trains_saves_and_decodes(bases, rows, tmp_path, trainable):
     settings = {"method": "early_exit", "exit_layer": 0, "trainable": trainable, "loss": "kl"}
     engine = build_engine(bases["qwen2_untied"], speculator=settings, lr=1e-2)
     before = weights(engine)
@@ -230,7 +230,7 @@ def test_training_saves_and_decodes(bases, rows, tmp_path, trainable):
     assert speculative_generate(model, loaded, PROMPT, max_new_tokens=COUNT, eos_token_id=()).tokens == text
 
 
-def test_the_launcher_refuses_before_anything_loads(bases, chat, tmp_path):
+def test_launcher_early_exit_invalid_setting_is_refused(bases, chat, tmp_path):
     from transformers import GPT2Config
 
     def refused(base, **settings):
@@ -241,8 +241,8 @@ def test_the_launcher_refuses_before_anything_loads(bases, chat, tmp_path):
 
     base = bases["qwen2_tied"]
     assert "exit_layer=None: expected a block of the base" in refused(base)
-    found = refused(base, model__speculator__exit_layer=2, model__speculator__trainable="head_and_block")
-    assert "model.speculator.exit_layer=2: the base has 2 blocks; expected 0 to 1" in found
+    result = refused(base, model__speculator__exit_layer=2, model__speculator__trainable="head_and_block")
+    assert "model.speculator.exit_layer=2: the base has 2 blocks; expected 0 to 1" in result
     cached = {"data__cache_hidden_states": tmp_path / "cache"}
     assert "which are not kept" in refused(base, model__speculator__exit_layer=1, **cached)
     other = tmp_path / "gpt2"
@@ -253,7 +253,7 @@ def test_the_launcher_refuses_before_anything_loads(bases, chat, tmp_path):
     )
 
 
-def test_bad_input(bases, tmp_path):
+def test_early_exit_invalid_setting_raises(bases, tmp_path):
     model = load_base(bases["qwen2_tied"])
     with pytest.raises(UserError, match=r"exit_layer=None: expected a block of the base, an integer of at least 0"):
         SpeculatorConfig(method="early_exit")
@@ -273,17 +273,17 @@ def test_bad_input(bases, tmp_path):
         speculative_generate(load_base(bases["qwen2_moe"]), loaded, PROMPT, max_new_tokens=2)
 
 
-def test_it_drafts_no_trees(bases, tmp_path):
+def test_early_exit_draft_tree_raises(bases, tmp_path):
     model = load_base(bases["qwen2_tied"])
     speculator = exit_of(model, 1)
     with pytest.raises(UserError, match="draft_tree: a speculator of method=early_exit drafts chains alone"):
         speculative_generate(model, speculator, PROMPT, max_new_tokens=2, draft_tree=DraftTree.chain(2))
 
 
-def test_the_last_block_of_a_real_base(shared):
+def test_early_exit_untrained_at_the_last_layer_of_a_real_base(shared):
     """KL 0 and acceptance 1, untrained."""
     model = load_base(shared / "models" / "gsm8k-4m", torch.float32)
     speculator = exit_of(model, 5)
-    found = Document(model, list(range(300, 400)), [1] * 100).measure(speculator, (), 1.0)
-    assert abs(found["kl"][0]) / found["pairs"][0] < 1e-6
+    result = Document(model, list(range(300, 400)), [1] * 100).measure(speculator, (), 1.0)
+    assert abs(result["kl"][0]) / result["pairs"][0] < 1e-6
     assert speculative_generate(model, speculator, PROMPT, max_new_tokens=40, eos_token_id=()).accepted == 3

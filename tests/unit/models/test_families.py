@@ -21,8 +21,8 @@ def build(config, **options):
 
 
 @torch.no_grad()
-def stir(speculator):
-    """Away from the constants, as training does it: some parts are idle while others are still zero."""
+def perturb(speculator):
+    """Move the parameters off their constants: some have no gradient while others are still zero."""
     for parameter in speculator.parameters():
         if parameter.requires_grad:
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -35,7 +35,7 @@ def inputs(config, rows=T, seed=1):
     return hidden, torch.randint(V, (rows, config.depths), generator=generator)
 
 
-def test_every_family_is_in_the_suite():
+def test_families_are_all_in_the_suite():
     assert set(VARIANTS) == set(FAMILIES)
     assert all(family_class(method).method == method for method in FAMILIES)
 
@@ -45,7 +45,7 @@ def config(request):
     return request.param
 
 
-def test_shapes(config):
+def test_family_shapes(config):
     speculator = build(config)
     states = speculator.unroll(*inputs(config))
     width = D if speculator.keeps_head_scale else config.inner_dims[-1]
@@ -54,7 +54,7 @@ def test_shapes(config):
         assert speculator.head(k).shape == (V, width)
 
 
-def test_unroll_equals_repeated_step(config):
+def test_family_unroll_equals_repeated_step(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
     states, state = speculator.unroll(hidden, tokens), speculator.start(hidden)
     for k in range(config.depths):
@@ -62,14 +62,14 @@ def test_unroll_equals_repeated_step(config):
         torch.testing.assert_close(state.output, states[k], rtol=0, atol=1e-12)
 
 
-def test_rows_do_not_see_each_other(config):
+def test_family_rows_are_independent(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
     together = speculator.unroll(hidden, tokens)
     apart = torch.cat([speculator.unroll(hidden[i : i + 1], tokens[i : i + 1]) for i in range(T)], 1)
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
 
 
-def test_depth_k_reads_no_later_token(config):
+def test_family_depth_reads_no_later_token(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
     before = speculator.unroll(hidden, tokens)
     for k in range(config.depths):
@@ -80,8 +80,8 @@ def test_depth_k_reads_no_later_token(config):
         assert torch.equal(after[k], before[k]) != speculator.reads_tokens
 
 
-def test_every_parameter_is_used_and_gets_a_gradient(config):
-    loss = DraftLoss(stir(build(config)))
+def test_family_every_parameter_gets_a_gradient(config):
+    loss = DraftLoss(perturb(build(config)))
     hidden, tokens = inputs(config)
     targets = torch.randint(V, (config.depths, T))
     loss(hidden, tokens, targets, torch.ones_like(targets, dtype=torch.bool))["total"].backward()
@@ -99,18 +99,18 @@ def test_every_parameter_is_used_and_gets_a_gradient(config):
     assert not idle or config.n_predict == 1 or all(key.startswith("forget_proj.0") for key in idle)
 
 
-def test_no_rows_give_zero_gradients(config):
+def test_family_no_rows_give_zero_gradients(config):
     loss = DraftLoss(build(config))
     hidden, tokens = inputs(config, rows=0)
     nothing = torch.zeros(config.depths, 0, dtype=torch.long)
-    found = loss(hidden, tokens, nothing, nothing.bool())
-    found["total"].backward()
-    assert not found["pairs"].any()
+    sums = loss(hidden, tokens, nothing, nothing.bool())
+    sums["total"].backward()
+    assert not sums["pairs"].any()
     unrolled = loss.speculator.unroll_parameters().values()
     assert all(p.grad is not None and not p.grad.any() for p in unrolled if p.requires_grad)
 
 
-def test_initialisation(config):
+def test_family_reset_parameters_is_seeded_with_the_right_spread(config):
     speculator = build(config, dtype=torch.float32)
     again, other = build(config, dtype=torch.float32), build(config, dtype=torch.float32, seed=1)
     for name, parameter in speculator.named_parameters():
@@ -127,7 +127,7 @@ def test_initialisation(config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_and_load_are_bitwise(config, dtype, tmp_path):
+def test_family_save_and_load_are_bitwise(config, dtype, tmp_path):
     speculator = build(config, dtype=dtype)
     save_speculator(speculator, tmp_path / "spec")
     loaded = load_speculator(tmp_path / "spec")
@@ -137,7 +137,7 @@ def test_save_and_load_are_bitwise(config, dtype, tmp_path):
         assert torch.equal(parameter, loaded.get_parameter(name))
 
 
-def test_tied_tensors_stand_under_every_name(config, tmp_path):
+def test_family_checkpoint_holds_tied_tensors_under_every_name(config, tmp_path):
     save_speculator(build(config), tmp_path)
     tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     if config.method == "medusa":  # vLLM takes one shared head under the first one's name
@@ -155,7 +155,7 @@ def test_tied_tensors_stand_under_every_name(config, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "tied"])
-def test_a_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
+def test_family_load_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
     save_speculator(build(config), tmp_path)
     file = tmp_path / "pytorch_model.bin"
     tensors = torch.load(file, weights_only=True)
@@ -178,8 +178,8 @@ def test_a_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
     assert key in str(error.value)
 
 
-def test_one_optimizer_step_is_told_from_none(config):
-    """Also in bf16, where a norm's weight may stay at 1: its bias does not stay at 0."""
+def test_family_is_untrained_until_the_first_optimizer_step(config):
+    """Also in bf16, where a norm's weight may stay at 1, but its bias leaves 0."""
     if config.method == "early_exit":  # all that learns starts as the base's: nothing tells
         assert not build(config).is_untrained()
         return
@@ -195,7 +195,7 @@ def test_one_optimizer_step_is_told_from_none(config):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_gates_share_one_product_and_one_lookup(tied):
+def test_sum_lstm_gates_share_one_product_and_one_lookup(tied):
     config = SpeculatorConfig(method="sum_lstm", n_predict=3, inner_dim=8, emb_dim=8, proj_dim=8, tie_lstm_embs=tied)
     speculator = build(config)
     with torch.profiler.profile() as profile:

@@ -19,7 +19,7 @@ GOLDEN = sorted((Path(__file__).resolve().parents[2] / "golden").glob("*.safeten
 FLAGS = ("tie_weights", "scale_input", "tie_lstm_embs")
 
 
-def test_all_eight_are_here():
+def test_golden_files_are_all_present():
     assert len(GOLDEN) == 8
 
 
@@ -46,7 +46,7 @@ def part(tensors, prefix):
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def test_names_logits_and_gradients(golden):
+def test_golden_names_logits_and_gradients_equal_snowflakes(golden):
     speculator, tensors = golden
     weights, slots = part(tensors, "weight."), speculator.checkpoint_slots()
     assert set(weights) == set(slots)

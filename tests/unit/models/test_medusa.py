@@ -1,4 +1,4 @@
-"""Medusa heads: what an untrained one says, which state of the base they read, and what they never train."""
+"""Medusa heads: untrained logits, the hidden state they read, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ VLLM_KEYS = {"architectures", "model_type", "hidden_size", "vocab_size", "num_he
 
 
 @pytest.fixture(scope="module")
-def uneven(bases, tmp_path_factory):
-    """The tiny bases with final norms that weigh their channels unlike, as those of trained models do."""
-    root, found = tmp_path_factory.mktemp("uneven"), {}
+def uneven_norm_bases(bases, tmp_path_factory):
+    """The tiny base models with final norms whose weights differ between channels, as in trained models."""
+    root, folders = tmp_path_factory.mktemp("uneven"), {}
     for name in ARCHITECTURES:
         model = load_base(bases[name], torch.float32)
         weight = final_norm(model).weight
@@ -40,11 +40,11 @@ def uneven(bases, tmp_path_factory):
         model.save_pretrained(root / name)
         with torch.no_grad():
             weight.copy_(before)
-        found[name] = root / name
-    return found
+        folders[name] = root / name
+    return folders
 
 
-def heads_of(model, **settings):
+def untrained_heads(model, **settings):
     """Untrained heads for a base."""
     vocab, width = model.get_output_embeddings().weight.shape
     config = SpeculatorConfig(**({"method": "medusa", "n_predict": 3} | settings))
@@ -77,24 +77,24 @@ def overlap(model, speculator, reads, text):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())) or "plain",
 )
-def test_an_untrained_head_gives_the_bases_own_logits(uneven, scaled, name, settings):
+def test_medusa_untrained_head_gives_the_base_models_logits(uneven_norm_bases, scaled, name, settings):
     """Scale and soft cap included."""
     if name == "cohere" and settings.get("hidden_state"):
         pytest.skip("Cohere ends with a layer norm, which no head copies")
-    model = load_base(uneven.get(name) or scaled[name])
-    speculator = heads_of(model, **settings)
+    model = load_base(uneven_norm_bases.get(name) or scaled[name])
+    speculator = untrained_heads(model, **settings)
     with torch.inference_mode(), Target(model, speculator.hidden_state_source) as target:
         states, logits = target.read(torch.tensor(PROMPT))
         z = speculator.unroll(states, torch.zeros(len(PROMPT), 3, dtype=torch.long))
         for k in range(3):
-            mine = speculator.logits(k, z[k])
-            torch.testing.assert_close(mine, logits, rtol=1e-6, atol=1e-6)
+            actual = speculator.logits(k, z[k])
+            torch.testing.assert_close(actual, logits, rtol=1e-6, atol=1e-6)
     assert speculator.is_untrained()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_state_before_the_norm_is_the_one_that_the_norm_reads(uneven, name):
-    model = load_base(uneven[name])
+def test_target_pre_norm_state_and_frozen_norm_give_the_final_state(uneven_norm_bases, name):
+    model = load_base(uneven_norm_bases[name])
     with torch.inference_mode(), Target(model, "pre_norm") as target:
         states, _ = target.read(torch.tensor(PROMPT))
         torch.testing.assert_close(final_norm(model)(states), states_of(model, PROMPT), rtol=0, atol=1e-12)
@@ -103,20 +103,20 @@ def test_the_state_before_the_norm_is_the_one_that_the_norm_reads(uneven, name):
     torch.testing.assert_close(copy(states), states_of(model, PROMPT), rtol=1e-6, atol=1e-6)
 
 
-def test_without_its_norm_a_head_that_reads_the_state_before_it_says_something_else(uneven):
-    """The costly mistake: nothing fails, and untrained heads, which should repeat the base, do not."""
-    model = load_base(uneven["qwen2_tied"])
-    assert overlap(model, heads_of(model, hidden_state="pre_norm"), "pre_norm", PROMPT * 8) == pytest.approx(1)
-    assert overlap(model, heads_of(model), "pre_norm", PROMPT * 8) < 0.6
+def test_medusa_pre_norm_state_without_norm_lowers_the_overlap(uneven_norm_bases):
+    """A mistake that raises nothing: untrained heads should repeat the base model and do not."""
+    model = load_base(uneven_norm_bases["qwen2_tied"])
+    assert overlap(model, untrained_heads(model, hidden_state="pre_norm"), "pre_norm", PROMPT * 8) == pytest.approx(1)
+    assert overlap(model, untrained_heads(model), "pre_norm", PROMPT * 8) < 0.6
 
 
-def test_the_mistake_on_a_real_base(shared):
+def test_medusa_pre_norm_state_without_norm_on_a_real_base(shared):
     model, text = load_base(shared / "models" / "gsm8k-4m", torch.float32), list(range(200, 456))
-    assert overlap(model, heads_of(model), "post_norm", text) == pytest.approx(1, abs=1e-4)
-    assert overlap(model, heads_of(model), "pre_norm", text) < 0.8
+    assert overlap(model, untrained_heads(model), "post_norm", text) == pytest.approx(1, abs=1e-4)
+    assert overlap(model, untrained_heads(model), "pre_norm", text) < 0.8
 
 
-def test_bases_that_end_with_something_else():
+def test_target_pre_norm_base_without_rms_norm_raises():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32))
@@ -129,28 +129,28 @@ def test_bases_that_end_with_something_else():
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "gemma2"])
 @pytest.mark.parametrize("hidden_state", ["post_norm", "pre_norm"])
-def test_decoding_says_what_the_base_says(uneven, name, hidden_state):
-    model = load_base(uneven[name])
+def test_medusa_greedy_text_is_the_base_models(uneven_norm_bases, name, hidden_state):
+    model = load_base(uneven_norm_bases[name])
     text = speculative_generate(model, None, PROMPT, max_new_tokens=30, eos_token_id=()).tokens
     if hidden_state == "post_norm":
         speculator = train_quickly(model, [PROMPT + text], method="medusa", inner_dim=None)
     else:
-        speculator = heads_of(model, hidden_state="pre_norm")
-    found = speculative_generate(model, speculator, PROMPT, max_new_tokens=30, eos_token_id=())
-    assert found.tokens == text
-    assert hidden_state == "pre_norm" or found.accepted > 1
+        speculator = untrained_heads(model, hidden_state="pre_norm")
+    result = speculative_generate(model, speculator, PROMPT, max_new_tokens=30, eos_token_id=())
+    assert result.tokens == text
+    assert hidden_state == "pre_norm" or result.accepted > 1
 
 
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.parametrize("name", ["qwen2_untied", "gemma2"])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_both_states_train_alike(uneven, rows, name, joint):
-    """With the base's own norm in front the state before it is the state behind it, and so are loss and steps."""
+def test_medusa_pre_norm_and_post_norm_train_alike(uneven_norm_bases, rows, name, joint):
+    """The base model's norm in front of the heads makes both states, losses and steps equal."""
     curves = {}
     for hidden_state in ("post_norm", "pre_norm"):
         settings = {"method": "medusa", "inner_dim": None, "hidden_state": hidden_state, "loss": {"ce": 1.0, "kl": 1.0}}
-        engine = build_engine(uneven[name], speculator=settings, freeze_base_model=not joint, lr=1e-2)
+        engine = build_engine(uneven_norm_bases[name], speculator=settings, freeze_base_model=not joint, lr=1e-2)
         start = weights(engine)
         curve = []
         for _ in range(3 if not joint else 1):
@@ -166,8 +166,8 @@ def test_both_states_train_alike(uneven, rows, name, joint):
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("head", "count"), [("copy", 3), ("shared", 1), ("frozen_shared", 1)])
-def test_which_heads_there_are_and_which_learn(uneven, rows, head, count):
-    engine = build_engine(uneven["qwen2_untied"], speculator={"method": "medusa", "head": head}, lr=1e-2)
+def test_medusa_head_setting_decides_count_and_training(uneven_norm_bases, rows, head, count):
+    engine = build_engine(uneven_norm_bases["qwen2_untied"], speculator={"method": "medusa", "head": head}, lr=1e-2)
     before = weights(engine)
     heads = [key for key in before if ".lm_heads." in key]
     assert len(heads) == count
@@ -181,7 +181,7 @@ def test_which_heads_there_are_and_which_learn(uneven, rows, head, count):
     assert len(resting) == (1 if head == "frozen_shared" else 0)
 
 
-def test_the_checkpoint_is_what_vllm_reads(tmp_path):
+def test_medusa_checkpoint_has_vllms_keys(tmp_path):
     """Read from vLLM 0.24's sources: its configuration maps any other key with `num` and `heads` in it onto its own."""
     for head in ("copy", "frozen_shared"):
         config = SpeculatorConfig(method="medusa", n_predict=4, num_layers=2, head=head)
@@ -201,7 +201,7 @@ def test_the_checkpoint_is_what_vllm_reads(tmp_path):
         assert read_checkpoint_info(tmp_path / head).config == config
 
 
-def test_a_head_is_read_as_the_paper_has_it():
+def test_medusa_unroll_equals_the_papers_equation():
     """W_k (x + SiLU(A x + a)), block by block, against a second reading of it."""
     config = SpeculatorConfig(method="medusa", n_predict=2, num_layers=2)
     speculator = build_speculator(config, hidden_size=6, vocab_size=9, seed=0, dtype=torch.float64)
@@ -217,6 +217,6 @@ def test_a_head_is_read_as_the_paper_has_it():
         torch.testing.assert_close(z[k] @ speculator.head(k).T, x @ state[f"lm_heads.{k}.weight"].T)
 
 
-def test_head_k_is_trained_on_the_token_k_plus_2_positions_on():
+def test_align_medusa_head_k_targets_the_token_k_plus_2_ahead():
     rows = align(torch.arange(10), torch.ones(10), torch.tensor([0, 10]), 3, ())
     assert rows.targets[:, 0].tolist() == [2, 3, 4] and rows.positions[0] == 0
