@@ -1,17 +1,26 @@
-"""From a command line to one resolved configuration. Imports Hydra, and torch only to find the device."""
+"""From a command line to one resolved configuration. Imports Hydra, and torch only to detect the device."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from verl_speculator.config.families import FAMILIES
-from verl_speculator.config.schema import DIM_KEYS, PREFIX, check_setting_names, split_settings
+from verl_speculator.config.schema import (
+    DIM_KEYS,
+    PREFIX,
+    SpeculatorSettings,
+    as_written,
+    check_setting_names,
+    known_settings,
+    summarise_setting,
+)
 from verl_speculator.utils.errors import UserError, nearest
 
 CONFIG_NAME = "speculator_sft"
@@ -19,15 +28,38 @@ DEVICES = ("cuda", "npu", "cpu")
 _OVERRIDE = re.compile(r"^(?P<sign>[+~]{0,2})(?P<key>[^=@:]+)=(?P<value>.*)$", re.DOTALL)
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of a training run.
+
+    Attributes:
+        tree: verl's configuration, resolved; `model.speculator` holds the values of `speculator`.
+        speculator: the `model.speculator.*` settings, parsed.
+    """
+
+    tree: DictConfig
+    speculator: SpeculatorSettings
+
+
 def common_overrides() -> str:
-    """The overrides that most runs need, for a usage text: the families are those of the registry."""
-    methods = list(FAMILIES)
+    """The overrides that most runs need and those of the speculator, for a usage text."""
+    lines = (
+        textwrap.fill(
+            f"{name + '=' + as_written(default):<23} {summarise_setting(name)}",
+            width=120,
+            initial_indent="  ",
+            subsequent_indent=" " * 26,
+        )
+        for name, default in known_settings().items()
+    )
+    settings = "\n".join(lines)
     return f"""Common overrides (all of verl's, and those of docs/configuration.md):
   model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
-  model.speculator.method={methods[0]:<27} {", ".join(methods[:-1])} or {methods[-1]}
-  model.speculator.n_predict=5                        number of draft tokens
   data.train_files=train.parquet data.val_files=test.parquet
   optim.lr=1e-4 trainer.total_epochs=1 data.train_batch_size=256 data.micro_batch_size_per_gpu=4
+
+Settings of the speculator with their defaults, written as {PREFIX}<name>=<value>:
+{settings}
 """
 
 
@@ -135,8 +167,8 @@ def as_files(value: Any) -> list[str]:
     return [str(Path(v).expanduser()) if str(v).startswith("~") else str(v) for v in values]
 
 
-def resolve(config: DictConfig) -> DictConfig:
-    """Fill in everything that depends on the machine or on other settings; checks each setting that it reads.
+def resolve(config: DictConfig) -> RunConfig:
+    """Parse the speculator's settings and fill in, in place, what depends on the machine or on other settings.
 
     Raises:
         UserError: for a setting that cannot be used.
@@ -150,10 +182,10 @@ def resolve(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from None
     with open_dict(config):
-        speculator, training = split_settings(OmegaConf.to_container(config.model.speculator))
-        if training.train is False:
+        speculator = SpeculatorSettings.parse(OmegaConf.to_container(config.model.speculator))
+        if speculator.training.train is False:
             raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
-        config.model.speculator = speculator.to_dict() | vars(training)
+        config.model.speculator = speculator.to_dict()
         _resolve_base(config)
         if config.trainer.device == "auto":
             config.trainer.device = detect_device()
@@ -167,7 +199,7 @@ def resolve(config: DictConfig) -> DictConfig:
         _resolve_attention(config)
         config.data.train_files = as_files(config.data.train_files)
         config.data.val_files = as_files(config.data.val_files)
-    return config
+    return RunConfig(config, speculator)
 
 
 def _resolve_base(config: DictConfig) -> None:
@@ -184,13 +216,17 @@ def _resolve_base(config: DictConfig) -> None:
     model.path = model.partial_pretrain = path.rstrip("/") or path
 
 
-def _resolve_types(config: DictConfig) -> None:
+def compute_dtype(config: DictConfig) -> str:
+    """The type in which the base model computes, `engine.mixed_precision.param_dtype`."""
     precision = config.engine.mixed_precision
-    if precision is not None and precision.get("param_dtype") == "auto":
-        precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
+    return "bf16" if precision is None else precision.get("param_dtype", "bf16")
+
+
+def _resolve_types(config: DictConfig) -> None:
+    if compute_dtype(config) == "auto":
+        config.engine.mixed_precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
     if config.engine.model_dtype == "auto":
-        compute = "bf16" if precision is None else precision.get("param_dtype", "bf16")
-        config.engine.model_dtype = compute if config.model.freeze_base_model else "fp32"
+        config.engine.model_dtype = compute_dtype(config) if config.model.freeze_base_model else "fp32"
 
 
 def _resolve_warmup(config: DictConfig) -> None:
@@ -208,12 +244,16 @@ def _resolve_attention(config: DictConfig) -> None:
         config.model.override_config = {}
     if "attn_implementation" in config.model.override_config:
         return
-    precision = config.engine.mixed_precision
-    half = precision is None or precision.get("param_dtype") not in ("fp32", "float32")
+    half = compute_dtype(config) not in ("fp32", "float32")
     usable = config.trainer.device == "cuda" and half and flash_attention_installed() and device_runs_flash_attention()
     config.model.override_config["attn_implementation"] = "flash_attention_2" if usable else "sdpa"
 
 
-def load_settings(overrides: Sequence[str]) -> DictConfig:
+def load_run_config(overrides: Sequence[str]) -> RunConfig:
     """`compose`, then `resolve`."""
     return resolve(compose(overrides))
+
+
+def load_settings(overrides: Sequence[str]) -> DictConfig:
+    """The tree of `load_run_config`, for code that takes verl's configuration."""
+    return load_run_config(overrides).tree
