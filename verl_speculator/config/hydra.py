@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from verl_speculator.config.schema import (
     DIM_KEYS,
@@ -64,7 +65,7 @@ Settings of the speculator with their defaults, written as {PREFIX}<name>=<value
 
 
 def quote_dims(override: str) -> str:
-    """Widths as text: Hydra would read `inner_dim=1024.2560` as the number 1024.256."""
+    """Quote a width, because Hydra would read `inner_dim=1024.2560` as the number 1024.256."""
     match = _OVERRIDE.match(override)
     if not match or match["key"] not in {PREFIX + name for name in DIM_KEYS}:
         return override
@@ -83,21 +84,17 @@ def _verl_config_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[str]:
-    for key in config:
-        name = f"{prefix}{key}"
-        yield name
-        if OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key):
-            value = config._get_node(key)
-            if isinstance(value, DictConfig) and not value._is_none():
-                yield from _leaves(value, name + ".")
+def _key_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _key_names(value, f"{prefix}{key}.")
 
 
 def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     for override in overrides:
         if _OVERRIDE.match(override) is None and not override.startswith("~"):
@@ -110,17 +107,17 @@ def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig
             text = str(error).split("\n")[0].strip()
             wrong = re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text)
             if wrong:
-                known = list(_leaves(hydra_compose(name, overrides=[search])))
+                known = list(_key_names(OmegaConf.to_container(hydra_compose(name, overrides=[search]))))
                 key = wrong[1]
                 text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
             raise UserError(text) from None
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration tree with `overrides` (Hydra's syntax) applied; nothing is resolved yet.
+    """The configuration tree with overrides in Hydra's syntax; nothing is resolved yet.
 
     Raises:
-        UserError: for an override that Hydra refuses, with the nearest key there is.
+        UserError: for an override that Hydra refuses, with the nearest key.
     """
     matches = filter(None, map(_OVERRIDE.match, overrides))
     check_setting_names(match["key"].removeprefix(PREFIX) for match in matches if match["key"].startswith(PREFIX))
@@ -128,7 +125,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def compose_ppo(overrides: Sequence[str]) -> DictConfig:
-    """verl's configuration of PPO with `overrides` applied; nothing is resolved yet.
+    """verl's PPO configuration with overrides; nothing is resolved yet.
 
     Raises:
         UserError: as `compose`.
@@ -136,35 +133,19 @@ def compose_ppo(overrides: Sequence[str]) -> DictConfig:
     return _compose(_verl_config_directory(), "ppo_trainer", overrides)
 
 
-def detect_device() -> str:
-    """The accelerator of this machine, or `cpu`. Imports torch."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if hasattr(torch, "npu") and torch.npu.is_available():
-        return "npu"
-    return "cpu"
-
-
 def flash_attention_installed() -> bool:
     """Whether the `flash_attn` package can be imported."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def device_runs_flash_attention() -> bool:
-    """Whether the CUDA device can run flash-attn 2: Ampere and later. Imports torch."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+def _expand_user(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def as_files(value: Any) -> list[str]:
-    """A file setting as a list of paths, `~` expanded: one path, or a list of them."""
-    if value is None:
-        return []
+def _as_files(value: Any) -> list[str]:
+    """A setting of files, which is one path, a list of them or null, as a list of paths."""
     values = list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
-    return [str(Path(v).expanduser()) if str(v).startswith("~") else str(v) for v in values]
+    return [_expand_user(str(path)) for path in values if path is not None]
 
 
 def resolve(config: DictConfig) -> RunConfig:
@@ -173,8 +154,6 @@ def resolve(config: DictConfig) -> RunConfig:
     Raises:
         UserError: for a setting that cannot be used.
     """
-    from omegaconf.errors import OmegaConfBaseException
-
     if not isinstance(config.model.speculator, DictConfig):
         raise UserError(f"model.speculator={config.model.speculator}: expected settings, model.speculator.<name>=…")
     try:
@@ -187,18 +166,15 @@ def resolve(config: DictConfig) -> RunConfig:
             raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
         config.model.speculator = speculator.to_dict()
         _resolve_base(config)
-        if config.trainer.device == "auto":
-            config.trainer.device = detect_device()
-        elif config.trainer.device not in DEVICES:
-            raise UserError(f"trainer.device={config.trainer.device}: expected auto, {', '.join(DEVICES)}")
+        _resolve_device(config)
         _resolve_types(config)
         _resolve_warmup(config)
         for name in ("project_name", "experiment_name"):  # Hydra reads experiment_name=3 as a number
             if type(config.trainer[name]) in (int, float):
                 config.trainer[name] = str(config.trainer[name])
         _resolve_attention(config)
-        config.data.train_files = as_files(config.data.train_files)
-        config.data.val_files = as_files(config.data.val_files)
+        config.data.train_files = _as_files(config.data.train_files)
+        config.data.val_files = _as_files(config.data.val_files)
     return RunConfig(config, speculator)
 
 
@@ -212,8 +188,19 @@ def _resolve_base(config: DictConfig) -> None:
         )
     if not isinstance(model.path, str) or not model.path:
         raise UserError(f"model.partial_pretrain={model.path}: expected a directory or a hub name")
-    path = str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
+    path = _expand_user(model.path)
     model.path = model.partial_pretrain = path.rstrip("/") or path
+
+
+def _resolve_device(config: DictConfig) -> None:
+    device = config.trainer.device
+    if device == "auto":
+        import torch
+
+        available = (name for name in DEVICES[:-1] if hasattr(torch, name) and getattr(torch, name).is_available())
+        config.trainer.device = next(available, "cpu")
+    elif device not in DEVICES:
+        raise UserError(f"trainer.device={device}: expected auto, {', '.join(DEVICES)}")
 
 
 def compute_dtype(config: DictConfig) -> str:
@@ -230,7 +217,7 @@ def _resolve_types(config: DictConfig) -> None:
 
 
 def _resolve_warmup(config: DictConfig) -> None:
-    """No steps are no warm-up, and null leaves it to the ratio: verl takes 0 for the latter, and fails on null."""
+    """0 switches the warm-up off and null leaves it to the ratio; verl reads 0 as the latter and fails on null."""
     steps = config.optim.lr_warmup_steps
     if type(steps) is int and steps == 0:
         config.optim.lr_warmup_steps_ratio = 0.0
@@ -239,13 +226,20 @@ def _resolve_warmup(config: DictConfig) -> None:
 
 
 def _resolve_attention(config: DictConfig) -> None:
-    """flash-attn where it is installed and the device has it, else sdpa; what the user names stays."""
+    """flash-attn if it is installed and the device supports it, else sdpa, unless the user names one."""
     if config.model.override_config is None:
         config.model.override_config = {}
     if "attn_implementation" in config.model.override_config:
         return
-    half = compute_dtype(config) not in ("fp32", "float32")
-    usable = config.trainer.device == "cuda" and half and flash_attention_installed() and device_runs_flash_attention()
+    usable = False
+    if config.trainer.device == "cuda" and compute_dtype(config) not in ("fp32", "float32"):
+        import torch
+
+        is_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (
+            8,
+            0,
+        )  # what flash-attn 2 needs
+        usable = flash_attention_installed() and is_ampere
     config.model.override_config["attn_implementation"] = "flash_attention_2" if usable else "sdpa"
 
 

@@ -32,40 +32,24 @@ Loss = Annotated[Any, pydantic.Field(description=LOSS_FORMS)]
 DepthWeights = Annotated[Any, pydantic.Field(description="a list of numbers, reach, gain")]
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The members of a union, or the annotation itself."""
-    return list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
-
-
-def _constants(annotation: Any) -> list[Any]:
-    """The single values that an annotation accepts: those of Literal, bool and None."""
-    values = {bool: (True, False), NoneType: (None,)}
-    return [
-        constant
-        for member in _members(annotation)
-        for constant in (get_args(member) if get_origin(member) is Literal else values.get(member, ()))
-    ]
-
-
 def _describe_constrained(kind: type, info: Any) -> str:
     """`Annotated[kind, pydantic.Field(…)]` in words."""
     if info.description:
         return info.description
-    formats = {"gt": " > {:g}", "ge": " of at least {:g}", "le": " and at most {:g}"}
-    bounds = (
-        text.format(getattr(bound, name))
-        for name, text in formats.items()
-        for bound in info.metadata
-        if hasattr(bound, name)
-    )
-    return ("an integer" if kind is int else "a number") + "".join(bounds)
+    words = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
+    bounds = [text.format(getattr(b, name)) for name, text in words.items() for b in info.metadata if hasattr(b, name)]
+    return " ".join(["an integer" if kind is int else "a number", *bounds])
 
 
 def describe_values(annotation: Any) -> str:
     """The accepted values of an annotation in words, such as "an integer of at least 1, or null"."""
-    constants = _constants(annotation)
+    ranges, constants = [], []
+    for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]:
+        if get_origin(member) is Annotated:
+            ranges.append(_describe_constrained(*get_args(member)))
+        else:
+            constants += {bool: (True, False), NoneType: (None,)}.get(member) or get_args(member)  # or of a Literal
     names = list(map(as_written, constants))
-    ranges = [_describe_constrained(*get_args(m)) for m in _members(annotation) if get_origin(m) is Annotated]
     if ranges:
         return ", or ".join([*ranges, *names])
     if any(isinstance(constant, str) for constant in constants):
