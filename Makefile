@@ -10,7 +10,7 @@ else
 TORCH ?= torch>=2.11
 endif
 
-.PHONY: setup demo test test-slow test-vllm lint clean
+.PHONY: setup demo test test-slow test-vllm lint docs-tables clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ test-vllm: .venv-vllm/.installed
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The speculator's settings in speculator_sft.yaml and docs/configuration.md, from config/schema.py.
+docs-tables: setup
+	$(BIN)/python docs/settings_tables.py
 
 clean:
 	rm -rf demo $(VENV) .venv-vllm

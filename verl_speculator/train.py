@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from verl_speculator.config.hydra import common_overrides, load_settings
+from verl_speculator.config.hydra import common_overrides, compute_dtype, load_settings
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import end_with_parent
 
 
 def train(overrides: Sequence[str]) -> None:
-    """Train as the overrides say, in a process started by torchrun.
+    """Train with these overrides, in a process started by torchrun.
 
     Raises:
         UserError: for a setting that cannot be used.
@@ -26,7 +26,7 @@ def train(overrides: Sequence[str]) -> None:
     config = load_settings(overrides)
     if config.trainer.device == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"  # before verl looks for a device
-        os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"  # verl would take flash-attn's loss wherever that is installed
+        os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"  # verl would use flash-attn's loss if it is installed
     importlib.import_module("verl_speculator.training.plugin")  # registers platform and engine, and fails loudly
     import torch.distributed
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
@@ -37,11 +37,11 @@ def train(overrides: Sequence[str]) -> None:
         torch.distributed.init_process_group("gloo")  # verl would ask for "cpu:gloo,cpu:gloo"
     else:
         initialize_global_process_group()
-    # By name: this module is __main__ where torchrun starts it.
+    # By name, because this module is __main__ when torchrun starts it.
     logging.getLogger("verl_speculator.train").info(
         "device %s, compute type %s, attention %s",
         config.trainer.device,
-        (config.engine.mixed_precision or {}).get("param_dtype", "bf16"),
+        compute_dtype(config),
         config.model.override_config.attn_implementation,
     )
     SpeculatorTrainer(config).fit()
@@ -50,19 +50,19 @@ def train(overrides: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `train`; a user's error is one line and exit code 2."""
-    given = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(given):
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments):
         sys.stdout.write(f"{__doc__}\n{common_overrides()}")
         return
-    end_with_parent()  # a worker whose torchrun was killed would train on, in a session of its own
+    end_with_parent()  # else a worker, which has its own session, would outlive a killed torchrun
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("verl_speculator").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
-        train(given)
+        train(arguments)
     except UserError as error:
         if rank:
-            time.sleep(30)  # rank 0 finds the same and says it; torchrun then ends this process
+            time.sleep(30)  # rank 0 reports the same error; torchrun then ends this process
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
 

@@ -1,11 +1,11 @@
-"""PPO and GRPO by verl's own trainer, with a speculator that follows the policy into its rollouts.
+"""PPO and GRPO by verl's own trainer, with a speculator that drafts the policy's rollouts and is trained with it.
 
     args=$(verl-speculator rollout-args CHECKPOINT --train actor_rollout_ref.model.path=BASE) &&
     mapfile -t ROLLOUT <<< "$args" &&
     python -m verl_speculator.train_ppo "${ROLLOUT[@]}" [verl's overrides]
 
-Everything of `python -m verl.trainer.main_ppo` holds here too. What is added: the actor's speculator learns, every
-update sends it to the rollout, and the metrics tell how it did (docs/rollout.md).
+Takes every option of `python -m verl.trainer.main_ppo`. Besides, each update of the actor trains the speculator and
+syncs its weights to the rollout, and the metrics report its acceptance (docs/rollout.md).
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `train`; a user's error is one line and exit code 2."""
     logging.basicConfig(format="%(name)s: %(message)s")
     silence_import_warnings()
-    given = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(given):
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(arguments):
         sys.stdout.write(f"{__doc__}\n")
         return
     try:
-        train(given)
+        train(arguments)
     except UserError as error:
-        # Of an error in a worker Ray makes one that has the traceback in its text, and the error itself as its cause.
+        # Ray wraps an error of a worker in one whose text has the traceback, and whose cause is the error itself.
         sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
         sys.exit(2)
 

@@ -1,17 +1,27 @@
-"""From a command line to one resolved configuration. Imports Hydra, and torch only to find the device."""
+"""From a command line to one resolved configuration. Imports Hydra, and torch only to detect the device."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from verl_speculator.config.families import FAMILIES
-from verl_speculator.config.schema import DIM_KEYS, PREFIX, check_setting_names, split_settings
+from verl_speculator.config.schema import (
+    DIM_KEYS,
+    PREFIX,
+    SpeculatorSettings,
+    as_written,
+    check_setting_names,
+    known_settings,
+    summarise_setting,
+)
 from verl_speculator.utils.errors import UserError, nearest
 
 CONFIG_NAME = "speculator_sft"
@@ -19,20 +29,43 @@ DEVICES = ("cuda", "npu", "cpu")
 _OVERRIDE = re.compile(r"^(?P<sign>[+~]{0,2})(?P<key>[^=@:]+)=(?P<value>.*)$", re.DOTALL)
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of a training run.
+
+    Attributes:
+        tree: verl's configuration, resolved; `model.speculator` holds the values of `speculator`.
+        speculator: the `model.speculator.*` settings, parsed.
+    """
+
+    tree: DictConfig
+    speculator: SpeculatorSettings
+
+
 def common_overrides() -> str:
-    """The overrides that most runs need, for a usage text: the families are those of the registry."""
-    methods = list(FAMILIES)
+    """The overrides that most runs need and those of the speculator, for a usage text."""
+    lines = (
+        textwrap.fill(
+            f"{name + '=' + as_written(default):<23} {summarise_setting(name)}",
+            width=120,
+            initial_indent="  ",
+            subsequent_indent=" " * 26,
+        )
+        for name, default in known_settings().items()
+    )
+    settings = "\n".join(lines)
     return f"""Common overrides (all of verl's, and those of docs/configuration.md):
   model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
-  model.speculator.method={methods[0]:<27} {", ".join(methods[:-1])} or {methods[-1]}
-  model.speculator.n_predict=5                        number of draft tokens
   data.train_files=train.parquet data.val_files=test.parquet
   optim.lr=1e-4 trainer.total_epochs=1 data.train_batch_size=256 data.micro_batch_size_per_gpu=4
+
+Settings of the speculator with their defaults, written as {PREFIX}<name>=<value>:
+{settings}
 """
 
 
 def quote_dims(override: str) -> str:
-    """Widths as text: Hydra would read `inner_dim=1024.2560` as the number 1024.256."""
+    """Quote a width, because Hydra would read `inner_dim=1024.2560` as the number 1024.256."""
     match = _OVERRIDE.match(override)
     if not match or match["key"] not in {PREFIX + name for name in DIM_KEYS}:
         return override
@@ -51,21 +84,17 @@ def _verl_config_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[str]:
-    for key in config:
-        name = f"{prefix}{key}"
-        yield name
-        if OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key):
-            value = config._get_node(key)
-            if isinstance(value, DictConfig) and not value._is_none():
-                yield from _leaves(value, name + ".")
+def _key_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _key_names(value, f"{prefix}{key}.")
 
 
 def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     for override in overrides:
         if _OVERRIDE.match(override) is None and not override.startswith("~"):
@@ -78,17 +107,17 @@ def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig
             text = str(error).split("\n")[0].strip()
             wrong = re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text)
             if wrong:
-                known = list(_leaves(hydra_compose(name, overrides=[search])))
+                known = list(_key_names(OmegaConf.to_container(hydra_compose(name, overrides=[search]))))
                 key = wrong[1]
                 text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
             raise UserError(text) from None
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration tree with `overrides` (Hydra's syntax) applied; nothing is resolved yet.
+    """The configuration tree with overrides in Hydra's syntax; nothing is resolved yet.
 
     Raises:
-        UserError: for an override that Hydra refuses, with the nearest key there is.
+        UserError: for an override that Hydra refuses, with the nearest key.
     """
     matches = filter(None, map(_OVERRIDE.match, overrides))
     check_setting_names(match["key"].removeprefix(PREFIX) for match in matches if match["key"].startswith(PREFIX))
@@ -96,7 +125,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def compose_ppo(overrides: Sequence[str]) -> DictConfig:
-    """verl's configuration of PPO with `overrides` applied; nothing is resolved yet.
+    """verl's PPO configuration with overrides; nothing is resolved yet.
 
     Raises:
         UserError: as `compose`.
@@ -104,45 +133,27 @@ def compose_ppo(overrides: Sequence[str]) -> DictConfig:
     return _compose(_verl_config_directory(), "ppo_trainer", overrides)
 
 
-def detect_device() -> str:
-    """The accelerator of this machine, or `cpu`. Imports torch."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if hasattr(torch, "npu") and torch.npu.is_available():
-        return "npu"
-    return "cpu"
-
-
 def flash_attention_installed() -> bool:
     """Whether the `flash_attn` package can be imported."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def device_runs_flash_attention() -> bool:
-    """Whether the CUDA device can run flash-attn 2: Ampere and later. Imports torch."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+def _expand_user(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def as_files(value: Any) -> list[str]:
-    """A file setting as a list of paths, `~` expanded: one path, or a list of them."""
-    if value is None:
-        return []
+def _as_files(value: Any) -> list[str]:
+    """A setting of files, which is one path, a list of them or null, as a list of paths."""
     values = list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
-    return [str(Path(v).expanduser()) if str(v).startswith("~") else str(v) for v in values]
+    return [_expand_user(str(path)) for path in values if path is not None]
 
 
-def resolve(config: DictConfig) -> DictConfig:
-    """Fill in everything that depends on the machine or on other settings; checks each setting that it reads.
+def resolve(config: DictConfig) -> RunConfig:
+    """Parse the speculator's settings and fill in, in place, what depends on the machine or on other settings.
 
     Raises:
         UserError: for a setting that cannot be used.
     """
-    from omegaconf.errors import OmegaConfBaseException
-
     if not isinstance(config.model.speculator, DictConfig):
         raise UserError(f"model.speculator={config.model.speculator}: expected settings, model.speculator.<name>=…")
     try:
@@ -150,24 +161,21 @@ def resolve(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from None
     with open_dict(config):
-        speculator, training = split_settings(OmegaConf.to_container(config.model.speculator))
-        if training.train is False:
+        speculator = SpeculatorSettings.parse(OmegaConf.to_container(config.model.speculator))
+        if speculator.training.train is False:
             raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
-        config.model.speculator = speculator.to_dict() | vars(training)
+        config.model.speculator = speculator.to_dict()
         _resolve_base(config)
-        if config.trainer.device == "auto":
-            config.trainer.device = detect_device()
-        elif config.trainer.device not in DEVICES:
-            raise UserError(f"trainer.device={config.trainer.device}: expected auto, {', '.join(DEVICES)}")
+        _resolve_device(config)
         _resolve_types(config)
         _resolve_warmup(config)
         for name in ("project_name", "experiment_name"):  # Hydra reads experiment_name=3 as a number
             if type(config.trainer[name]) in (int, float):
                 config.trainer[name] = str(config.trainer[name])
         _resolve_attention(config)
-        config.data.train_files = as_files(config.data.train_files)
-        config.data.val_files = as_files(config.data.val_files)
-    return config
+        config.data.train_files = _as_files(config.data.train_files)
+        config.data.val_files = _as_files(config.data.val_files)
+    return RunConfig(config, speculator)
 
 
 def _resolve_base(config: DictConfig) -> None:
@@ -180,21 +188,36 @@ def _resolve_base(config: DictConfig) -> None:
         )
     if not isinstance(model.path, str) or not model.path:
         raise UserError(f"model.partial_pretrain={model.path}: expected a directory or a hub name")
-    path = str(Path(model.path).expanduser()) if model.path.startswith("~") else model.path
+    path = _expand_user(model.path)
     model.path = model.partial_pretrain = path.rstrip("/") or path
 
 
-def _resolve_types(config: DictConfig) -> None:
+def _resolve_device(config: DictConfig) -> None:
+    device = config.trainer.device
+    if device == "auto":
+        import torch
+
+        available = (name for name in DEVICES[:-1] if hasattr(torch, name) and getattr(torch, name).is_available())
+        config.trainer.device = next(available, "cpu")
+    elif device not in DEVICES:
+        raise UserError(f"trainer.device={device}: expected auto, {', '.join(DEVICES)}")
+
+
+def compute_dtype(config: DictConfig) -> str:
+    """The type in which the base model computes, `engine.mixed_precision.param_dtype`."""
     precision = config.engine.mixed_precision
-    if precision is not None and precision.get("param_dtype") == "auto":
-        precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
+    return "bf16" if precision is None else precision.get("param_dtype", "bf16")
+
+
+def _resolve_types(config: DictConfig) -> None:
+    if compute_dtype(config) == "auto":
+        config.engine.mixed_precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
     if config.engine.model_dtype == "auto":
-        compute = "bf16" if precision is None else precision.get("param_dtype", "bf16")
-        config.engine.model_dtype = compute if config.model.freeze_base_model else "fp32"
+        config.engine.model_dtype = compute_dtype(config) if config.model.freeze_base_model else "fp32"
 
 
 def _resolve_warmup(config: DictConfig) -> None:
-    """No steps are no warm-up, and null leaves it to the ratio: verl takes 0 for the latter, and fails on null."""
+    """0 switches the warm-up off and null leaves it to the ratio; verl reads 0 as the latter and fails on null."""
     steps = config.optim.lr_warmup_steps
     if type(steps) is int and steps == 0:
         config.optim.lr_warmup_steps_ratio = 0.0
@@ -203,17 +226,28 @@ def _resolve_warmup(config: DictConfig) -> None:
 
 
 def _resolve_attention(config: DictConfig) -> None:
-    """flash-attn where it is installed and the device has it, else sdpa; what the user names stays."""
+    """flash-attn if it is installed and the device supports it, else sdpa, unless the user names one."""
     if config.model.override_config is None:
         config.model.override_config = {}
     if "attn_implementation" in config.model.override_config:
         return
-    precision = config.engine.mixed_precision
-    half = precision is None or precision.get("param_dtype") not in ("fp32", "float32")
-    usable = config.trainer.device == "cuda" and half and flash_attention_installed() and device_runs_flash_attention()
+    usable = False
+    if config.trainer.device == "cuda" and compute_dtype(config) not in ("fp32", "float32"):
+        import torch
+
+        is_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (
+            8,
+            0,
+        )  # what flash-attn 2 needs
+        usable = flash_attention_installed() and is_ampere
     config.model.override_config["attn_implementation"] = "flash_attention_2" if usable else "sdpa"
 
 
-def load_settings(overrides: Sequence[str]) -> DictConfig:
+def load_run_config(overrides: Sequence[str]) -> RunConfig:
     """`compose`, then `resolve`."""
     return resolve(compose(overrides))
+
+
+def load_settings(overrides: Sequence[str]) -> DictConfig:
+    """The tree of `load_run_config`, for code that takes verl's configuration."""
+    return load_run_config(overrides).tree

@@ -1,4 +1,4 @@
-"""What is minimised: a weighted mix of losses, and a weight for each depth."""
+"""The training objective: a weighted sum of losses, and a weight for each depth."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from typing import Any
 from verl_speculator.utils.errors import UserError, nearest
 
 LOSSES = ("ce", "kl", "tv", "lk", "lk_pure")
+LOSS_FORMS = f"one of {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"
 # η of the hybrid for speculators that read tokens (arXiv 2602.23881).
 LK_ETA = 3.0
-# How a pair may be weighed by α, the chance of each draft of its row to be accepted.
+# Weights of pairs that are computed from α, the acceptance probability of each draft token.
 PAIR_WEIGHTS = ("reach", "gain")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A mix of losses.
+    """A weighted sum of losses.
 
     Attributes:
-        weights: of each loss that takes part; none negative, not all zero.
+        weights: (loss, weight) of each loss with a weight above 0.
         kl_temperature: T of `kl`.
-        lk_eta: η of `lk`; what a family has by default is in its row of `FAMILIES`.
-        depth_weights: of each depth; None weighs all alike.
-        pair_weights: weigh each pair besides by the row's α, taken as constants: "reach" by the probability that a
-            drafter gets to it, Π_{j<k} α_j; "gain" by what its α adds to the row's expected accepted length,
-            ∂/∂α_k Σ_i Π_{j≤i} α_j = Π_{j<k} α_j · (1 + α_{k+1} + α_{k+1} α_{k+2} + …). α is Σ_v min(p, q) where the
-            loss compares with the base, and q(target) where it does not.
-
-    Raises:
-        UserError: naming the setting.
+        lk_eta: η of `lk`. The default of each family is in `FAMILIES`.
+        depth_weights: weight of each depth; None weighs all alike.
+        pair_weights: weight of each pair of row and depth, computed from the row's α and treated as a constant:
+            "reach" is the probability that drafting gets there, Π_{j<k} α_j; "gain" is the derivative of the expected
+            number of accepted tokens, ∂/∂α_k Σ_i Π_{j≤i} α_j = Π_{j<k} α_j · (1 + α_{k+1} + α_{k+1} α_{k+2} + …).
+            α is Σ_v min(p, q) if a loss compares with the base model's distribution, else q(target).
     """
 
     weights: tuple[tuple[str, float], ...] = (("ce", 1.0),)
@@ -41,55 +39,54 @@ class Objective:
     pair_weights: str | None = None
 
     @classmethod
-    def parse(cls, loss: str | Mapping[str, Any] = "ce", *, prefix: str = "", **more: Any) -> Objective:
-        """From `loss` as it is written in a configuration: a name, or weights by name.
+    def parse(
+        cls,
+        loss: str | Mapping[str, Any] = "ce",
+        *,
+        kl_temperature: float = 1.0,
+        lk_eta: float | None = None,
+        depth_weights: Sequence[float] | str | None = None,
+        prefix: str = "",
+    ) -> Objective:
+        """Make an objective from values as they are written in a configuration.
 
         Args:
-            loss: such as "kl" or {"ce": 0.1, "kl": 1.0}.
-            prefix: of the settings' names in errors.
-            more: the other attributes; `depth_weights` may also be one of `PAIR_WEIGHTS`.
+            loss: a name such as "kl", or weights by name such as {"ce": 0.1, "kl": 1.0}.
+            kl_temperature: T of `kl`.
+            lk_eta: η of `lk`; None is `LK_ETA`.
+            depth_weights: a number for each depth, or one of `PAIR_WEIGHTS`.
+            prefix: precedes the names of settings in errors.
+
+        Raises:
+            UserError: naming the setting.
         """
-        named = {loss: 1.0} if isinstance(loss, str) else loss
-        if not isinstance(named, Mapping) or not named:
-            raise UserError(
-                f"{prefix}loss={loss}: expected one of {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"
-            )
-        for name, weight in named.items():
-            if name not in LOSSES:
+        lk_eta = LK_ETA if lk_eta is None else lk_eta
+        for name, value in (("kl_temperature", kl_temperature), ("lk_eta", lk_eta)):
+            if not (_is_number(value) and value > 0):
+                raise UserError(f"{prefix}{name}={value}: expected a number > 0")
+        weights = _parse_weights(loss, prefix)
+        if depth_weights in PAIR_WEIGHTS:
+            return cls(weights, kl_temperature, lk_eta, pair_weights=depth_weights)
+        if depth_weights is not None:
+            is_list = isinstance(depth_weights, Sequence) and not isinstance(depth_weights, str)
+            if not is_list or not all(_is_number(w) and w >= 0 for w in depth_weights) or not any(depth_weights):
                 raise UserError(
-                    f"{prefix}loss={loss}: {name} is no loss{nearest(str(name), LOSSES)}; expected one of "
-                    f"{', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"
-                )
-            if not is_number(weight) or weight < 0:
-                raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")
-        if not any(named.values()):
-            raise UserError(f"{prefix}loss={dict(named)}: all weights are 0, expected one above")
-        weights = tuple((name, float(weight)) for name, weight in named.items() if weight)
-        made = {name: value for name, value in more.items() if value is not None}
-        for name in ("kl_temperature", "lk_eta"):
-            if name in made and not (is_number(made[name]) and made[name] > 0):
-                raise UserError(f"{prefix}{name}={made[name]}: expected a number > 0")
-        if made.get("depth_weights") in PAIR_WEIGHTS:
-            made["pair_weights"] = made.pop("depth_weights")
-        elif (depths := made.get("depth_weights")) is not None:
-            if isinstance(depths, str) or not all(is_number(w) and w >= 0 for w in depths) or not any(depths):
-                raise UserError(
-                    f"{prefix}depth_weights={depths}: expected numbers ≥ 0, one of them above, or "
+                    f"{prefix}depth_weights={depth_weights}: expected numbers ≥ 0, one of them above, or "
                     + " or ".join(PAIR_WEIGHTS)
                 )
-            made["depth_weights"] = tuple(map(float, depths))
-        return cls(weights, **made)
+            depth_weights = tuple(map(float, depth_weights))
+        return cls(weights, kl_temperature, lk_eta, depth_weights)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether it compares with the base's distribution."""
+        """Whether it compares with the base model's distribution."""
         return bool(self.temperatures)
 
     @property
     def temperatures(self) -> frozenset[float]:
-        """Temperatures at which it asks for the base's distribution."""
-        found = {self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce"}
-        return frozenset(found | {1.0} if found and self.pair_weights else found)
+        """Temperatures at which it needs the base model's distribution."""
+        temperatures = {self.kl_temperature if name == "kl" else 1.0 for name, _ in self.weights if name != "ce"}
+        return frozenset(temperatures | {1.0} if temperatures and self.pair_weights else temperatures)
 
     @property
     def weights_of_depths(self) -> str | list[float]:
@@ -113,6 +110,21 @@ class Objective:
         return self.depth_weights
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number; true and false are none."""
+def _parse_weights(loss: Any, prefix: str) -> tuple[tuple[str, float], ...]:
+    weights = {loss: 1.0} if isinstance(loss, str) else loss
+    if not isinstance(weights, Mapping) or not weights:
+        raise UserError(f"{prefix}loss={loss}: expected {LOSS_FORMS}")
+    for name, weight in weights.items():
+        if name not in LOSSES:
+            raise UserError(
+                f"{prefix}loss={loss}: {name} is no loss{nearest(str(name), LOSSES)}; expected {LOSS_FORMS}"
+            )
+        if not _is_number(weight) or weight < 0:
+            raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")
+    if not any(weights.values()):
+        raise UserError(f"{prefix}loss={dict(weights)}: all weights are 0, expected one above")
+    return tuple((name, float(weight)) for name, weight in weights.items() if weight)
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,101 +1,183 @@
-"""Every `model.speculator.*` setting: frozen, validated once, with its help beside it. Imports no torch, no verl."""
+"""Every `model.speculator.*` setting, declared once: type, bounds, choices, default and help.
+
+The section of `speculator_sft.yaml`, the launcher's `--help` and the table of docs/configuration.md are generated from
+these declarations (`make docs-tables`). Imports no torch and no verl.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pydantic
 
 from verl_speculator.config.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
-from verl_speculator.config.objective import LOSSES, Objective, is_number
+from verl_speculator.config.objective import LOSS_FORMS, Objective
 from verl_speculator.utils.errors import UserError, nearest
 
 PREFIX = "model.speculator."
 DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")
+
+Count = Annotated[int, pydantic.Field(ge=1)]
+NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
+PositiveNumber = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Directory = Annotated[str, pydantic.Field(min_length=1, description="a directory")]
+# Checked by parse_dims and by Objective.parse, whose errors say more than a type does.
+Width = Annotated[Any, pydantic.Field(description='an integer, or several layers as "1024.2048"')]
+Loss = Annotated[Any, pydantic.Field(description=LOSS_FORMS)]
+DepthWeights = Annotated[Any, pydantic.Field(description="a list of numbers, reach, gain")]
+
+
+def _describe_constrained(kind: type, info: Any) -> str:
+    """`Annotated[kind, pydantic.Field(…)]` in words."""
+    if info.description:
+        return info.description
+    words = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
+    bounds = [text.format(getattr(b, name)) for name, text in words.items() for b in info.metadata if hasattr(b, name)]
+    return " ".join(["an integer" if kind is int else "a number", *bounds])
+
+
+def describe_values(annotation: Any) -> str:
+    """The accepted values of an annotation in words, such as "an integer of at least 1, or null"."""
+    ranges, constants = [], []
+    for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]:
+        if get_origin(member) is Annotated:
+            ranges.append(_describe_constrained(*get_args(member)))
+        else:
+            constants += {bool: (True, False), NoneType: (None,)}.get(member) or get_args(member)  # or of a Literal
+    names = list(map(as_written, constants))
+    if ranges:
+        return ", or ".join([*ranges, *names])
+    if any(isinstance(constant, str) for constant in constants):
+        return f"one of {', '.join(names)}"
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def as_written(value: Any) -> str:
+    """A value as it is written on a command line."""
+    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+
+
+def _text_choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for part in get_args(annotation) for choice in _text_choices(part)]
+
+
+def check_value(setting: str, value: Any, annotation: Any) -> None:
+    """Check a value against a type with pydantic, without converting it.
+
+    Args:
+        setting: the full name.
+        value: a plain value, not a node of OmegaConf.
+        annotation: `Annotated[…, pydantic.Field(…)]`, `Literal`, `bool`, None, or a union of these.
+
+    Raises:
+        UserError: naming the setting, the value received, the values accepted, and the nearest name.
+    """
+    try:
+        pydantic.TypeAdapter(annotation).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        word = str(error.errors()[0]["input"])
+        raise UserError(
+            f"{setting}={as_written(value)}: expected {describe_values(annotation)}"
+            + nearest(word, _text_choices(annotation))
+        ) from None
 
 
 def parse_dims(setting: str, value: Any) -> tuple[int, ...]:
     """Widths from a single integer or the text `"a.b.c"`.
 
     Args:
-        setting: the full name of the setting, for the error message.
+        setting: the full name, for the error message.
         value: an int, or a string of positive integers joined by dots. A float is refused: `1024.2560` has become
-            1024.256 by the time it is one, so what was meant can't be told.
+            1024.256 by then, so what was meant cannot be recovered.
 
     Raises:
         UserError: naming the setting, the value and what is accepted.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        parts = [str(value)]
-    elif isinstance(value, str):
-        parts = value.strip().split(".")
-    else:
-        parts = [""]
+    is_width = isinstance(value, (int, str)) and not isinstance(value, bool)
+    parts = str(value).strip().split(".") if is_width else [""]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UserError(
             f'{setting}={value} is no width: expected a positive integer, or several joined by dots such as "1024.2048"'
         )
-    return tuple(int(part) for part in parts)
+    return tuple(map(int, parts))
 
 
-def _setting(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"help": doc})
+@functools.cache
+def _declarations(cls: type) -> dict[str, tuple[Any, str]]:
+    """The type and the help of each setting in a dataclass, declared as `Annotated[type, help]`."""
+    declarations = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, *constraints, text = get_args(hint)
+            declarations[name] = (Annotated[kind, *constraints] if constraints else kind, text)
+    return declarations
+
+
+def _check_fields(settings: Any, names: Iterable[str]) -> None:
+    for name in names:
+        check_value(PREFIX + name, getattr(settings, name), _declarations(type(settings))[name][0])
 
 
 @dataclass(frozen=True)
 class SpeculatorConfig:
-    """What a speculator is: its family and its shape. The same for training, decoding and serving.
+    """The family and the shape of a speculator, the same for training, decoding and serving.
+
+    Settings that the family does not read are reset to their defaults.
 
     Raises:
         UserError: on construction, for the first setting that cannot be used.
     """
 
-    method: str = _setting("sum_rnn", "family of the speculator: " + ", ".join(FAMILIES))
-    n_predict: int = _setting(5, "number of draft tokens, K")
-    inner_dim: int | str | None = _setting(None, 'width of the state, or several layers as "a.b.c"')
-    emb_dim: int | str | None = _setting(None, 'width of the token embedding, or several layers as "a.b.c"')
-    proj_dim: int | str | None = _setting(None, 'width of the state projection, or several layers as "a.b.c"')
-    scale_input: bool = _setting(False, "normalise the base's hidden state and divide it by sqrt(2) at the first step")
-    tie_weights: bool = _setting(True, "share embedding, norm and head between the depths")
-    tie_lstm_embs: bool = _setting(False, "sum_lstm: one embedding for all four gates")
-    num_layers: int = _setting(1, "medusa: residual blocks of each head")
-    head: str = _setting(
-        "copy", "medusa: " + ", ".join(HEADS) + ": a head of its own for each depth, one, or one at rest"
+    method: Annotated[Literal[*FAMILIES], "family of the speculator"] = "sum_rnn"
+    n_predict: Annotated[Count, "number of draft tokens, K"] = 5
+    inner_dim: Annotated[
+        Width | None,
+        "width of the state; medusa: of a bottleneck in each residual block, commonly half the base model's width",
+    ] = None
+    emb_dim: Annotated[Width | None, "width of the token embedding"] = None
+    proj_dim: Annotated[Width | None, "width of the projection of the state, ending in the last width of emb_dim"] = (
+        None
     )
-    hidden_state: str = _setting(
-        "post_norm", "medusa: " + ", ".join(HIDDEN_STATES) + ": which of the base's states it reads"
+    scale_input: Annotated[bool, "normalise the base model's hidden state and divide it by √2 at the first depth"] = (
+        False
     )
-    exit_layer: int | None = _setting(None, "early_exit: the base's block that the draft leaves behind, from 0")
-    trainable: str = _setting("head", "early_exit: what learns, " + " or ".join(TRAINABLE))
+    tie_weights: Annotated[bool, "share embedding, norm and LM head between the depths; sum_lstm needs true"] = True
+    tie_lstm_embs: Annotated[bool, "use one embedding for all four gates"] = False
+    num_layers: Annotated[Count, "number of residual blocks of each head"] = 1
+    head: Annotated[
+        Literal[*HEADS],
+        "LM heads, which start as the base model's: copy has one for each depth, shared one for all, frozen_shared one "
+        "that is never trained",
+    ] = "copy"
+    hidden_state: Annotated[
+        Literal[*HIDDEN_STATES],
+        "hidden state of the base model to read: after the final norm, or before it and through a frozen copy of the "
+        "norm, for engines that pass on the state before it",
+    ] = "post_norm"
+    exit_layer: Annotated[
+        NonNegativeInt | None, "index of the base model's decoder layer after which the draft exits; must be set"
+    ] = None
+    trainable: Annotated[Literal[*TRAINABLE], "train the LM head alone, or the exit's decoder layer with it"] = "head"
 
     def __post_init__(self) -> None:
-        if self.method not in FAMILIES:
-            raise UserError(
-                f"{PREFIX}method={self.method}: expected one of {', '.join(FAMILIES)}"
-                + nearest(str(self.method), FAMILIES)
-            )
+        _check_fields(self, ["method"])
         family = FAMILIES[self.method]
+        names = self.read_settings(self.method)
         for setting in fields(self):
-            if setting.name not in self.read_settings(self.method):
+            if setting.name not in names:
                 object.__setattr__(self, setting.name, setting.default)
-        for name in ("n_predict", "num_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{PREFIX}{name}={value}: expected an integer of at least 1")
-        for name in ("scale_input", "tie_weights", "tie_lstm_embs"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{PREFIX}{name}={getattr(self, name)}: expected true or false")
-        for name, known in (("head", HEADS), ("hidden_state", HIDDEN_STATES), ("trainable", TRAINABLE)):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(
-                    f"{PREFIX}{name}={value}: expected one of {', '.join(known)}{nearest(str(value), known)}"
-                )
-        layer = self.exit_layer
-        if "exit_layer" in family.settings and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
-            raise UserError(f"{PREFIX}exit_layer={layer}: expected a block of the base, an integer of at least 0")
-        for name, default in family.dim_defaults.items():
-            value = getattr(self, name) if getattr(self, name) is not None else default
+        _check_fields(self, names)
+        if "exit_layer" in names and self.exit_layer is None:
+            raise UserError(f"{PREFIX}exit_layer=None: expected a block of the base, an integer of at least 0")
+        for name in filter(family.defaults.__contains__, DIM_KEYS):
+            value = family.defaults[name] if getattr(self, name) is None else getattr(self, name)
             if value is None:
                 continue
             dims = parse_dims(PREFIX + name, value)
@@ -107,11 +189,11 @@ class SpeculatorConfig:
                 f"{PREFIX}emb_dim={self.emb_dim} and {PREFIX}proj_dim={self.proj_dim} must end in the same width: "
                 f"they are summed there, got {self.emb_dims[-1]} and {self.proj_dims[-1]}"
             )
-        for name, needed in family.requires.items():
-            if getattr(self, name) != needed:
+        for name, value in family.requires.items():
+            if getattr(self, name) != value:
                 raise UserError(
-                    f"{PREFIX}{name}={str(getattr(self, name)).lower()}: {PREFIX}method={self.method} "
-                    f"needs {PREFIX}{name}={str(needed).lower()}"
+                    f"{PREFIX}{name}={as_written(getattr(self, name))}: {PREFIX}method={self.method} "
+                    f"needs {PREFIX}{name}={as_written(value)}"
                 )
 
     @property
@@ -131,17 +213,17 @@ class SpeculatorConfig:
 
     @property
     def needs_base_modules(self) -> bool:
-        """Whether it copies a norm or a block of the base, and so needs a base that has one where it is looked for."""
+        """Whether it copies the final norm or a decoder layer of the base model."""
         return self.hidden_state == "pre_norm" or self.exit_layer is not None
 
     @property
     def depths(self) -> int:
-        """Depths that training knows: K, or 1 for a family that is trained one token at a time."""
+        """Depths in training: K, or 1 for a family that is trained one token at a time."""
         return 1 if FAMILIES[self.method].single_depth else self.n_predict
 
     @property
     def drafts_trees(self) -> bool:
-        """Whether several drafts may follow the same one: of families that live on one state."""
+        """Whether several drafts may follow the same draft token."""
         return not FAMILIES[self.method].single_depth
 
     @property
@@ -150,7 +232,7 @@ class SpeculatorConfig:
         return FAMILIES[self.method].first_offset
 
     def check_blocks(self, count: int) -> None:
-        """Refuse a block that a base with so many does not have.
+        """Refuse an `exit_layer` that a base model with `count` decoder layers does not have.
 
         Raises:
             UserError: naming both numbers.
@@ -162,91 +244,111 @@ class SpeculatorConfig:
 
     @staticmethod
     def read_settings(method: str) -> tuple[str, ...]:
-        """The settings that a family reads; all others are ignored."""
+        """The settings that a family reads."""
         return ("method", "n_predict", *FAMILIES[method].settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """What the family reads, in plain values: several widths as the dotted text, a single one as an integer."""
+        """The settings that the family reads: a single width as an integer, several as dotted text."""
         return {name: getattr(self, name) for name in self.read_settings(self.method)}
 
     def differences(self, other: SpeculatorConfig) -> list[str]:
         """Settings in which two configurations differ, as `name (self's value, other's value)`."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        names = dict.fromkeys([*mine, *theirs])
-        return [f"{n} ({mine.get(n)}, {theirs.get(n)})" for n in names if mine.get(n) != theirs.get(n)]
+        left, right = self.to_dict(), other.to_dict()
+        names = dict.fromkeys([*left, *right])
+        return [f"{n} ({left.get(n)}, {right.get(n)})" for n in names if left.get(n) != right.get(n)]
 
 
 @dataclass(frozen=True)
 class SpeculatorTraining:
-    """How a speculator is trained: what the command line sets beside its shape."""
+    """How a speculator is trained.
 
-    path: str | None = _setting(None, "trained speculator to start from: a checkpoint, or a run (its latest step)")
-    detach_hidden: bool = _setting(False, "joint training: keep the speculator's gradient away from the base")
-    init: str | None = _setting(None, "random, or base: tables and heads from the base's own; null: the family's own")
-    loss: Any = field(
-        default="ce",
-        metadata={"help": f"what is minimised: {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1.0}}"},
-    )
-    kl_temperature: float = _setting(1.0, "kl: softens both distributions; the loss is multiplied by its square")
-    lk_eta: float | None = _setting(
-        None, "lk: how fast it turns from KL to TV as acceptance grows; null: 10 for medusa, 3 for the others"
-    )
-    depth_weights: Any = field(
-        default=None,
-        metadata={"help": "weight of each depth's loss, [w0, w1, ...], or of each pair: reach, gain"},
-    )
-    loss_chunk_rows: int | None = _setting(None, "rows that go through head and loss at a time; null bounds the memory")
-    compile: bool | None = _setting(None, "fuse the speculator's training with torch.compile; null: on CUDA")
-    lr: float | None = _setting(None, "learning rate of the speculator; null: the optimizer's, optim.lr")
-    train: bool | None = _setting(None, "PPO: the actor's update trains it too; null: no. SFT always trains it")
+    Attributes:
+        objective: what `loss`, `kl_temperature`, `lk_eta` and `depth_weights` say together.
+
+    Raises:
+        UserError: on construction, for the first setting that cannot be used.
+    """
+
+    path: Annotated[Directory | None, "checkpoint of a speculator to start from, or a run (its latest step)"] = None
+    detach_hidden: Annotated[
+        bool, "joint training: stop the speculator's gradient at the base model's hidden states"
+    ] = False
+    init: Annotated[
+        Literal["random", "base"] | None,
+        "initial weights; base copies embeddings and LM heads from the base model, whose width the first emb_dim and "
+        "the last inner_dim must then have",
+    ] = None
+    loss: Annotated[Loss, "loss to minimise"] = "ce"
+    kl_temperature: Annotated[
+        PositiveNumber, "kl: temperature T of both distributions; the loss is multiplied by T²"
+    ] = 1.0
+    lk_eta: Annotated[PositiveNumber | None, "lk: how fast it turns from KL to TV as acceptance grows"] = None
+    depth_weights: Annotated[
+        DepthWeights | None,
+        "weight of each depth, [w0, w1, ...]; or of each pair of row and depth: reach is the probability that drafting "
+        "gets there, gain what its acceptance adds to the expected number of accepted tokens; null weighs all alike",
+    ] = None
+    loss_chunk_rows: Annotated[
+        Count | None, "rows that pass through LM head and loss at a time; null chooses a number that bounds the memory"
+    ] = None
+    compile: Annotated[
+        bool | None, "torch.compile the training; null: on CUDA, and not on a CPU, where it needs a C++ compiler"
+    ] = None
+    lr: Annotated[
+        PositiveNumber | None, "learning rate of the speculator, on the optimizer's schedule; null: optim.lr"
+    ] = None
+    train: Annotated[
+        bool | None, "PPO: whether the actor's update trains the speculator too; null: false. SFT always trains it"
+    ] = None
+    objective: Objective = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.detach_hidden, bool):
-            raise UserError(f"{PREFIX}detach_hidden={self.detach_hidden}: expected true or false")
-        if self.path is not None and not isinstance(self.path, str):
-            raise UserError(f"{PREFIX}path={self.path}: expected a directory")
-        if self.init not in (None, "random", "base"):
-            raise UserError(
-                f"{PREFIX}init={self.init}: expected random, base or null{nearest(str(self.init), ('random', 'base'))}"
-            )
-        rows = self.loss_chunk_rows
-        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-            raise UserError(f"{PREFIX}loss_chunk_rows={rows}: expected an integer of at least 1, or null")
-        if self.compile is not None and not isinstance(self.compile, bool):
-            raise UserError(f"{PREFIX}compile={self.compile}: expected true, false or null")
-        if self.lr is not None and not (is_number(self.lr) and self.lr > 0):
-            raise UserError(f"{PREFIX}lr={self.lr}: expected a number > 0, or null")
-        if self.train is not None and not isinstance(self.train, bool):
-            raise UserError(f"{PREFIX}train={self.train}: expected true, false or null")
-        if self.depth_weights is not None and not isinstance(self.depth_weights, Sequence):
-            raise UserError(
-                f"{PREFIX}depth_weights={self.depth_weights}: expected a list of numbers, reach, gain, or null"
-            )
-        self.objective  # noqa: B018
-
-    @property
-    def objective(self) -> Objective:
-        """What is minimised."""
-        return Objective.parse(
-            self.loss,
-            prefix=PREFIX,
-            kl_temperature=self.kl_temperature,
-            lk_eta=self.lk_eta,
-            depth_weights=self.depth_weights,
-        )
+        _check_fields(self, _declarations(SpeculatorTraining))
+        names = ("loss", "kl_temperature", "lk_eta", "depth_weights")
+        objective = Objective.parse(**{name: getattr(self, name) for name in names}, prefix=PREFIX)
+        object.__setattr__(self, "objective", objective)
 
 
-def known_settings() -> dict[str, Field]:
-    """Every `model.speculator.*` key with its dataclass field, in the order of the documentation."""
-    return {f.name: f for cls in (SpeculatorConfig, SpeculatorTraining) for f in fields(cls)}
+@dataclass(frozen=True)
+class SpeculatorSettings:
+    """The `model.speculator.*` keys of a run, parsed."""
+
+    config: SpeculatorConfig
+    training: SpeculatorTraining
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> SpeculatorSettings:
+        """Parse a mapping of `model.speculator.*` keys.
+
+        Raises:
+            UserError: for an unknown key or a value that cannot be used.
+        """
+        check_setting_names(values)
+        config = SpeculatorConfig(**_select(SpeculatorConfig, values))
+        defaults = FAMILIES[config.method].defaults
+        values = {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
+        training = SpeculatorTraining(**_select(SpeculatorTraining, values))
+        training.objective.depths(config.depths, prefix=PREFIX)
+        if training.init == "random" and config.head == "frozen_shared":
+            raise UserError(f"{PREFIX}init=random: {PREFIX}head=frozen_shared never learns; expected {PREFIX}init=base")
+        return cls(config, training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that the family reads, with its defaults, in plain values."""
+        training = {name: getattr(self.training, name) for name in _declarations(SpeculatorTraining)}
+        return self.config.to_dict() | training
 
 
-def default_of(setting: Field) -> Any:
-    """The default of a field from `known_settings`."""
-    return None if setting.default is MISSING else setting.default
+def _select(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in _declarations(cls) if name in values}
 
 
-def check_setting_names(names: Any) -> None:
+def known_settings() -> dict[str, Any]:
+    """The default of every `model.speculator.*` key, in the order of the documentation."""
+    return {name: getattr(cls, name) for cls in (SpeculatorConfig, SpeculatorTraining) for name in _declarations(cls)}
+
+
+def check_setting_names(names: Iterable[str]) -> None:
     """Refuse a `model.speculator.*` key that does not exist, with the nearest one that does.
 
     Raises:
@@ -260,31 +362,35 @@ def check_setting_names(names: Any) -> None:
             )
 
 
-def split_settings(values: Mapping[str, Any]) -> tuple[SpeculatorConfig, SpeculatorTraining]:
-    """The two configurations from one mapping of `model.speculator.*` keys.
-
-    Raises:
-        UserError: for an unknown key or a value that cannot be used.
-    """
-    check_setting_names(values)
-    shape, training = (
-        cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
-        for cls in (SpeculatorConfig, SpeculatorTraining)
-    )
-    training.objective.depths(shape.depths, prefix=PREFIX)
-    family = FAMILIES[shape.method]
-    eta = family.lk_eta if training.lk_eta is None else training.lk_eta
-    training = replace(training, init=training.init or family.init, lk_eta=eta)
-    if training.init == "random" and shape.head == "frozen_shared":
-        raise UserError(f"{PREFIX}init=random: {PREFIX}head=frozen_shared never learns; expected {PREFIX}init=base")
-    return shape, training
-
-
 def ignored_settings(values: Mapping[str, Any]) -> list[str]:
-    """`name=value` of what is set in a mapping of `model.speculator.*` keys and not read by the family it names."""
+    """`name=value` of the keys that are set in a mapping and not read by the family that it names."""
     read = SpeculatorConfig.read_settings(values.get("method", "sum_rnn"))
     return [
         f"{PREFIX}{f.name}={values[f.name]}"
         for f in fields(SpeculatorConfig)
         if f.name not in read and values.get(f.name, f.default) != f.default
     ]
+
+
+def setting_families(name: str) -> tuple[str, ...]:
+    """The families that read a setting."""
+    is_shape = name in _declarations(SpeculatorConfig)
+    return tuple(m for m in FAMILIES if not is_shape or name in SpeculatorConfig.read_settings(m))
+
+
+def describe_setting(name: str) -> tuple[str, str]:
+    """The accepted values of a setting, and its help with what null means where families have their own defaults."""
+    kind, text = (_declarations(SpeculatorConfig) | _declarations(SpeculatorTraining))[name]
+    methods: dict[Any, list[str]] = {}
+    for method, family in FAMILIES.items():
+        if name in family.defaults:
+            methods.setdefault(family.defaults[name], []).append(method)
+    defaults = (f"{'none' if value is None else value} for {', '.join(names)}" for value, names in methods.items())
+    return describe_values(kind), f"{text}; null: {', '.join(defaults)}" if methods else text
+
+
+def summarise_setting(name: str) -> str:
+    """Families, help and accepted values of a setting in a line, for the YAML and `--help`."""
+    families, (values, text) = setting_families(name), describe_setting(name)
+    readers = "" if len(families) == len(FAMILIES) else f"{', '.join(families)}: "
+    return f"{readers}{text} ({values})"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.provenance import data_fingerprint
-from verl_speculator.config.schema import PREFIX, SpeculatorTraining, split_settings
+from verl_speculator.config.schema import PREFIX, SpeculatorTraining
 from verl_speculator.data.hidden_state_cache import IRRELEVANT, file_digest, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -36,19 +36,19 @@ UNRECORDED_OPTIM = {"_target_", "total_training_steps"}
 ADJUSTABLE = (PREFIX + "lr", "trainer.total_epochs", "trainer.total_training_steps", VAL_CONTENTS)
 
 
-def record_settings(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
+def record_settings(config: DictConfig, training: SpeculatorTraining, tokenizer: Any) -> dict[str, Any]:
     """Every setting that decides what a run computes, by its name, in the values of JSON.
 
     A setting that has no effect in this run, such as η without the loss that reads it, is left out.
 
     Args:
         config: the resolved configuration.
+        training: its `model.speculator.*` settings of training.
         tokenizer: of the base model, with the chat template that training uses.
     """
     from omegaconf import OmegaConf
 
     tree = OmegaConf.to_container(config)
-    training = split_settings(tree["model"]["speculator"])[1]
     record = {
         **_objective(tree["model"], training),
         **_data(tree["data"]),

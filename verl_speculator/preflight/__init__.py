@@ -1,49 +1,53 @@
-"""Everything that can be wrong with a training run, found before the base model loads and before anything is written.
+"""Checks of a training run, before the base model loads and before anything is written.
 
-The checks run in one light process, from the cheapest to the dearest. Each raises `UserError` with one line.
+They run in one light process, from the cheapest to the most expensive. Each raises `UserError` with one line.
 """
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
+from verl_speculator.config.hydra import RunConfig
 from verl_speculator.preflight.base_model import check_base, check_checkpoints
 from verl_speculator.preflight.data import check_cache, check_data, check_rows
-from verl_speculator.preflight.loggers import check_loggers
-from verl_speculator.preflight.optimizer import check_optimizer
-from verl_speculator.preflight.settings import check_batch, check_device, check_settings
+from verl_speculator.preflight.settings import (
+    check_batch,
+    check_device,
+    check_loggers,
+    check_optimizer,
+    check_settings,
+)
 
 __all__ = ["check_run"]
 
 
 def check_run(
-    config: DictConfig, *, processes: int, processes_per_node: int, first_node: bool = True, read_rows: bool = True
+    run: RunConfig, *, processes: int, processes_per_node: int, first_node: bool = True, read_rows: bool = True
 ) -> None:
-    """All checks of a resolved configuration.
+    """Check everything that can be wrong with a run.
 
     Args:
-        config: from `settings.load_settings`.
+        run: from `config.hydra.load_run_config`.
         processes: over all nodes.
-        processes_per_node: on this one.
-        first_node: whether this machine is the one that reads and writes checkpoints and logs.
-        read_rows: whether to read every row of the data; a sweep reads those of many runs once.
+        processes_per_node: on this node.
+        first_node: whether this machine reads and writes checkpoints and logs.
+        read_rows: whether to read every row of the data. A sweep reads those of many runs once.
 
     Raises:
         UserError: for the first thing that is wrong.
     """
-    check_settings(config)
+    config = run.tree
+    check_settings(run)
     if first_node:
         check_loggers(config)
     check_optimizer(config)
-    check_device(config, processes, processes_per_node)
+    check_device(run, processes, processes_per_node)
     check_batch(config, processes)
     train, val = check_data(config)
-    base = check_base(config)
+    base = check_base(run)
     if first_node:
-        check_checkpoints(config, base, train.count)
+        check_checkpoints(run, base, train.count)
     if read_rows and not config.data.custom_cls.get("path"):
-        check_rows(config, base, train, "data.train_files")
+        check_rows(config, base, train)
         if val is not None:
-            check_rows(config, base, val, "data.val_files")
+            check_rows(config, base, val)
     if first_node:
         check_cache(config, base, train)

@@ -1,4 +1,4 @@
-"""Checks of the data: files and columns from their footers, then every row against the tokenizer."""
+"""Checks of the data: files and columns by their footers, then every row with the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,83 +15,84 @@ from verl_speculator.preflight.base_model import Base
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import spread
 
-ROWS_AT_A_TIME = 512
+BATCH_ROWS = 512
+SAMPLED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The column of some parquet files that training reads.
+    """The rows of parquet files that training reads.
 
     Attributes:
+        setting: the setting that names the files.
         files: paths, in order.
-        column: the one that holds the rows.
-        text: whether that is plain text; conversations otherwise.
-        count: rows that are used.
+        column: the column that holds the rows.
+        is_text: whether it holds plain text; conversations otherwise.
+        count: number of rows that are used.
     """
 
+    setting: str
     files: list[str]
     column: str
-    text: bool
+    is_text: bool
     count: int
 
-    def read(self, *others: str) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-        """Rows as dictionaries with `column` and those of `others` that exist: (file, index of the first, rows)."""
+    def read(self, *more_columns: str) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+        """Batches of rows with the place of each: `column`, and those of `more_columns` that exist."""
         import pyarrow.parquet as pq
 
-        left = self.count
+        remaining = self.count
         for file in self.files:
             parquet, first = pq.ParquetFile(file), 0
-            columns = [name for name in (self.column, *others) if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=columns):
-                rows = batch.to_pylist()[:left]
+            columns = [name for name in (self.column, *more_columns) if name in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+                rows = batch.to_pylist()[:remaining]
                 if not rows:
                     return
-                yield file, first, rows
-                first, left = first + len(rows), left - len(rows)
+                yield [f"{self.setting}: {file}, row {i}" for i in range(first, first + len(rows))], rows
+                first, remaining = first + len(rows), remaining - len(rows)
 
 
-def _rows(config: DictConfig, key: str, max_samples: int) -> Rows:
+def _open_rows(config: DictConfig, setting: str, max_samples: int) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data, files = config.data, list(OmegaConf.select(config, key))
+    data, files = config.data, list(OmegaConf.select(config, setting))
     if not files:
-        raise UserError(f"{key} is not set: expected one parquet file or a list of them")
-    count, texts = 0, set()
+        raise UserError(f"{setting} is not set: expected one parquet file or a list of them")
+    count, text_flags = 0, set()
     for file in files:
-        path = Path(file)
-        if not path.exists():
-            raise UserError(f"{key}={file}: no such file")
+        if not Path(file).exists():
+            raise UserError(f"{setting}={file}: no such file")
         try:
-            parquet = pq.ParquetFile(path)
+            parquet = pq.ParquetFile(file)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{key}={file}: not a parquet file ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{setting}={file}: not a parquet file ({str(error).splitlines()[0]})") from None
         if parquet.metadata.num_rows == 0:
-            raise UserError(f"{key}={file}: holds no rows")
+            raise UserError(f"{setting}={file}: holds no rows")
         count += parquet.metadata.num_rows
         names = parquet.schema_arrow.names
         if data.messages_key not in names and data.text_key not in names:
             raise UserError(
-                f"{key}={file}: no column {data.messages_key!r} (conversations) and none {data.text_key!r} (plain "
+                f"{setting}={file}: no column {data.messages_key!r} (conversations) and none {data.text_key!r} (plain "
                 f"text); it has {', '.join(names)}; set data.messages_key or data.text_key"
             )
-        texts.add(data.messages_key not in names)
-    if len(texts) > 1:
-        raise UserError(f"{key}: some files hold conversations and some plain text; expected one kind")
-    text = texts.pop()
-    if max_samples > 0:
-        count = min(count, max_samples)
-    return Rows(files, data.text_key if text else data.messages_key, text, count)
+        text_flags.add(data.messages_key not in names)
+    if len(text_flags) > 1:
+        raise UserError(f"{setting}: some files hold conversations and some plain text; expected one kind")
+    (is_text,) = text_flags
+    column = data.text_key if is_text else data.messages_key
+    return Rows(setting, files, column, is_text, min(count, max_samples) if max_samples > 0 else count)
 
 
 def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:
-    """Files, columns and row counts, read from the files' footers."""
+    """Check files, columns and row counts by the files' footers; training and validation rows."""
     data = config.data
-    train = _rows(config, "data.train_files", data.train_max_samples)
-    val = _rows(config, "data.val_files", data.val_max_samples) if data.val_files else None
-    if val is not None and val.text != train.text:
+    train = _open_rows(config, "data.train_files", data.train_max_samples)
+    val = _open_rows(config, "data.val_files", data.val_max_samples) if data.val_files else None
+    if val is not None and val.is_text != train.is_text:
         kinds = ("conversations", "plain text")
-        raise UserError(f"data.val_files hold {kinds[val.text]}, data.train_files {kinds[train.text]}")
+        raise UserError(f"data.val_files hold {kinds[val.is_text]}, data.train_files {kinds[train.is_text]}")
     if train.count < data.train_batch_size:
         raise UserError(
             f"data.train_batch_size={data.train_batch_size}: the training files have only {train.count} rows"
@@ -99,99 +100,102 @@ def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:
     return train, val
 
 
-def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
-    """Whether rows fit `data.max_length`, and whether any has something to draft."""
-    data, useful = config.data, False
+def check_rows(config: DictConfig, base: Base, rows: Rows) -> None:
+    """Check that rows fit `data.max_length`, and that at least one has a token to draft."""
+    data, has_target = config.data, rows.is_text
     must_fit = data.truncation == "error"
-    for file, first, batch in rows.read(data.tools_key, data.enable_thinking_key):
-        for i, row in enumerate(batch, first):
-            _check_row(row[rows.column], rows, f"{key}: {file}, row {i}")
+    for places, batch in rows.read(data.tools_key, data.enable_thinking_key):
+        for place, row in zip(places, batch, strict=True):
+            _check_row(row[rows.column], rows, place)
         if must_fit:
-            texts = [
-                row[rows.column] if rows.text else _render(config, base.tokenizer, row, f"{key}: {file}, row {i}")
-                for i, row in enumerate(batch, first)
-            ]
-            for i, ids in enumerate(tokenize_texts(base.tokenizer, texts, plain=rows.text), first):
-                if len(ids) > data.max_length:
-                    raise UserError(
-                        f"{key}: {file}, row {i} has {len(ids)} tokens, data.max_length is {data.max_length}; "
-                        "raise it, or cut with data.truncation=right"
-                    )
-        useful = useful or rows.text or any(_has_target(config, base, row) for row in batch)
-        if useful and not must_fit and not rows.text:
+            _check_lengths(config, base, rows, places, batch)
+        has_target = has_target or any(_has_target(config, base, row) for row in batch)
+        if has_target and not must_fit and not rows.is_text:
             return
-    if not useful:
+    if not has_target:
         raise UserError(
-            f"{key}: no row has anything to draft: expected assistant messages of more than one token within "
+            f"{rows.setting}: no row has anything to draft: expected assistant messages of more than one token within "
             f"data.max_length={data.max_length}"
         )
 
 
-def _check_row(value: Any, rows: Rows, where: str) -> None:
-    if rows.text and not isinstance(value, str):
-        raise UserError(f"{where}: {rows.column} is {value!r}, expected a text")
-    if not rows.text and (
+def _check_row(value: Any, rows: Rows, place: str) -> None:
+    if rows.is_text and not isinstance(value, str):
+        raise UserError(f"{place}: {rows.column} is {value!r}, expected a text")
+    if not rows.is_text and (
         not isinstance(value, list) or not value or not all(isinstance(m, dict) and m.get("role") for m in value)
     ):
-        raise UserError(f"{where}: {rows.column} is no list of messages with a role and a content")
+        raise UserError(f"{place}: {rows.column} is no list of messages with a role and a content")
 
 
-def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], where: str, **options: Any) -> str:
+def _check_lengths(config: DictConfig, base: Base, rows: Rows, places: list[str], batch: list[dict[str, Any]]) -> None:
+    texts = [
+        row[rows.column] if rows.is_text else _render(config, base.tokenizer, row, place)
+        for place, row in zip(places, batch, strict=True)
+    ]
+    limit = config.data.max_length
+    for place, ids in zip(places, tokenize_texts(base.tokenizer, texts, plain=rows.is_text), strict=True):
+        if len(ids) > limit:
+            raise UserError(
+                f"{place} has {len(ids)} tokens, data.max_length is {limit}; raise it, or cut with "
+                "data.truncation=right"
+            )
+
+
+def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], place: str, **options: Any) -> str:
+    """A conversation as verl's dataset renders it, with the row's tools and thinking mode."""
     from jinja2 import TemplateError
 
     data = config.data
     options = {"add_generation_prompt": False, **data.apply_chat_template_kwargs, **options}
     thinking = row.get(data.enable_thinking_key, data.enable_thinking_default)
-    if thinking is not None:  # as verl's dataset reads it
+    if thinking is not None:
         options["enable_thinking"] = bool(thinking)
     try:
         return tokenizer.apply_chat_template(
             row[data.messages_key], tools=row.get(data.tools_key), tokenize=False, **options
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{place}: the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
 
 
 def _has_target(config: DictConfig, base: Base, row: dict[str, Any]) -> bool:
-    """Whether an assistant's turn leaves two tokens within the length, the first of which does not end it."""
-    key, limit = config.data.messages_key, config.data.max_length
+    """Whether an assistant's turn has two tokens within the length, the first of which does not end the turn."""
+    key = config.data.messages_key
     for i, message in enumerate(row[key]):
         if message["role"] != "assistant" or i == 0:
             continue
-        before, after = (
-            _render(config, base.tokenizer, row | {key: row[key][:end]}, "row", add_generation_prompt=prompt)
-            for end, prompt in ((i, True), (i + 1, False))
-        )
-        prompt_ids, all_ids = tokenize_texts(base.tokenizer, [before, after], plain=False)
-        response = all_ids[len(prompt_ids) : limit]
+        texts = [
+            _render(config, base.tokenizer, row | {key: row[key][:end]}, "row", add_generation_prompt=end == i)
+            for end in (i, i + 1)
+        ]
+        prompt_ids, ids = tokenize_texts(base.tokenizer, texts, plain=False)
+        response = ids[len(prompt_ids) : config.data.max_length]
         if len(response) > 1 and response[0] not in base.end_token_ids:
             return True
     return False
 
 
-SAMPLE = 1000
-
-
 def check_cache(config: DictConfig, base: Base, train: Rows) -> None:
-    """Whether the states named by `data.cache_hidden_states` can be read or written. Reads a sample of the rows."""
+    """Check that the directory of `data.cache_hidden_states` can be read or written. Reads a sample of the rows."""
     if config.data.cache_hidden_states is None:
         return
     directory = Path(config.data.cache_hidden_states)
     if check_directory(directory, identify_states(config, base.tokenizer)) or config.data.custom_cls.get("path"):
         return
-    check_space(directory, _count_states(config, base, train) * base.hidden_size * BYTES, estimated=True)
+    check_space(directory, _estimate_states(config, base, train) * base.hidden_size * BYTES, estimated=True)
 
 
-def _count_states(config: DictConfig, base: Base, train: Rows) -> int:
-    """About how many states the drafts of all rows read, from a sample."""
-    chosen, counts = set(spread(train.count, SAMPLE)), []
-    rows = (row for _, _, batch in train.read() for row in batch)
-    for i, row in enumerate(rows):
-        if i not in chosen:
+def _estimate_states(config: DictConfig, base: Base, train: Rows) -> int:
+    """The number of hidden states that the drafts of all rows read, estimated from a sample."""
+    sample, counts = set(spread(train.count, SAMPLED_ROWS)), []
+    values = (row[train.column] for _, batch in train.read() for row in batch)
+    for i, value in enumerate(values):
+        if i not in sample:
             continue
-        if train.text:
-            mask = [1] * len(tokenize_texts(base.tokenizer, [row[train.column]], plain=True)[0])
+        if train.is_text:
+            mask = [1] * len(tokenize_texts(base.tokenizer, [value], plain=True)[0])
         else:
-            _, mask = tokenize_conversation(base.tokenizer, row[train.column])
+            _, mask = tokenize_conversation(base.tokenizer, value)
         counts.append(sum(mask[: config.data.max_length]))
     return sum(counts) * train.count // len(counts)

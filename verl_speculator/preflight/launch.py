@@ -1,8 +1,4 @@
-"""The launcher behind `run_speculator_training.sh`: check everything in this process, then become torchrun.
-
-What is the user's to mend is found here where it can be, before the workers start and the base model loads, and ends
-with one line and exit code 2.
-"""
+"""The launcher behind `run_speculator_training.sh`: check the run in this process, then become torchrun."""
 
 from __future__ import annotations
 
@@ -12,8 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 import verl_speculator
-from verl_speculator.config.hydra import common_overrides
+from verl_speculator.config.hydra import common_overrides, compose, resolve
+from verl_speculator.config.schema import ignored_settings
+from verl_speculator.preflight import check_run
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import CPU_ALLOCATOR
@@ -31,14 +31,14 @@ USAGE = f"""usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydr
 More than one machine: start it on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or any of torchrun's
 own PET_* variables.
 """
-# Where torchrun's options come from, besides the PET_* variables that it reads itself.
+# Options of torchrun and the variables that set them, besides the PET_* variables that torchrun reads itself.
 TORCHRUN_ENVIRONMENT = {
     "--nnodes": "NNODES",
     "--node-rank": "NODE_RANK",
     "--master-addr": "MASTER_ADDR",
     "--master-port": "MASTER_PORT",
 }
-# torchrun's own variables that say where processes meet; its others, such as PET_LOG_DIR, do not.
+# Prefixes of torchrun's own variables for the rendezvous; others, such as PET_LOG_DIR, do not concern it.
 RENDEZVOUS = ("PET_RDZV_", "PET_MASTER_", "PET_NODE_RANK", "PET_STANDALONE")
 
 
@@ -49,15 +49,18 @@ def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapp
 
 
 def _rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's options of where processes meet. One machine needs no address: MASTER_* that a scheduler or an outer
-    job left in the environment would be another's. What PET_* variables say of it torchrun reads itself."""
+    """torchrun's options for the rendezvous.
+
+    One machine needs no address: MASTER_* variables that a scheduler or an outer job left in the environment do not
+    concern this run. torchrun reads the PET_* variables itself.
+    """
     if node_count(environment) > 1:
         return [f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment]
     return [] if any(name.startswith(RENDEZVOUS) for name in environment) else ["--standalone"]
 
 
 def node_count(environment: Mapping[str, str]) -> int:
-    """Machines that take part; of an elastic `min:max` the largest number."""
+    """Number of machines; the largest of an elastic `min:max`."""
     text = environment.get("NNODES", environment.get("PET_NNODES", "1")).rpartition(":")[2]
     if not (text.isascii() and text.isdigit()) or int(text) < 1:
         raise UserError(f"NNODES={text}: expected a number of machines")
@@ -71,7 +74,7 @@ def node_count(environment: Mapping[str, str]) -> int:
 
 
 def worker_environment(device: str, processes: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the workers: on a CPU the thread count and the allocator are set, unless they are already."""
+    """The environment of the workers; on a CPU with a thread count and an allocator, unless these are set."""
     if device != "cpu":
         return dict(environment)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
@@ -82,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
     """Processes per node, save path and overrides.
 
     Raises:
-        UserError: for what is missing or is no number.
+        UserError: for a missing argument, or a number of processes that is none.
     """
     if len(argv) < 2 or any(re.match(r"[+~]*\w+(\.\w+)+=", argument) for argument in argv[:2]):
         raise UserError(f"expected <nproc_per_node> <save_path>, got {' '.join(argv[:2]) or 'nothing'}\n\n{USAGE}")
@@ -97,7 +100,7 @@ def launch(argv: Sequence[str]) -> None:
     """Check the run and replace this process by torchrun.
 
     Raises:
-        UserError: for anything that the user can mend.
+        UserError: for the first thing that is wrong.
     """
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -113,22 +116,17 @@ def launch(argv: Sequence[str]) -> None:
     quoted = str(save_path.absolute()).replace("\\", "\\\\").replace("'", "\\'")
     overrides.append(f"trainer.default_local_dir='{quoted}'")
 
-    from omegaconf import OmegaConf
-
-    from verl_speculator.config.hydra import compose, resolve
-    from verl_speculator.config.schema import ignored_settings
-    from verl_speculator.preflight import check_run
-
     config = compose(overrides)
-    given = config.model.speculator
-    config = resolve(config)
-    if ignored := ignored_settings(OmegaConf.to_container(given)):
-        sys.stderr.write(f"note: model.speculator.method={given.method} does not read {', '.join(ignored)}: ignored\n")
+    speculator = config.model.speculator  # as given: resolving replaces it
+    run = resolve(config)
+    if ignored := ignored_settings(OmegaConf.to_container(speculator)):
+        method = run.speculator.config.method
+        sys.stderr.write(f"note: model.speculator.method={method} does not read {', '.join(ignored)}: ignored\n")
     if show:
         sys.stdout.write(OmegaConf.to_yaml(config))
         return
     check_run(
-        config,
+        run,
         processes=processes * node_count(os.environ),
         processes_per_node=processes,
         # Only the first machine reads checkpoints; the others' disks need not hold them.

@@ -1,19 +1,32 @@
-"""Checks of the settings' own values, of the device, and of how the batch is cut. No file is read."""
+"""Checks of single settings, the optimizer, the loggers, the device and the batch. No data and no model is read."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import json
-import math
 import os
 import shutil
-from typing import Any
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from verl_speculator.base_model.loading import BaseModelFormat, check_frozen_type
-from verl_speculator.config.hydra import flash_attention_installed
-from verl_speculator.config.objective import is_number
-from verl_speculator.preflight.loggers import logger_names
+from verl_speculator.config.hydra import RunConfig, compose, compute_dtype, flash_attention_installed
+from verl_speculator.config.schema import (
+    Count,
+    Directory,
+    NonNegativeInt,
+    PositiveNumber,
+    as_written,
+    check_value,
+)
+from verl_speculator.utils.atomic_io import check_metrics_file, check_writable
 from verl_speculator.utils.errors import UserError, nearest
 
 # Features of verl's engine that change the module or the forward pass which the speculator is attached to.
@@ -26,182 +39,314 @@ UNSUPPORTED = {
     "model.use_fused_kernels": False,
     "data.pad_mode": "no_padding",
 }
-
-
-TYPES = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
-PRECISION = "engine.mixed_precision."
-# Settings whose value is one of a few.
-CHOICES = {
-    "trainer.resume_mode": ("auto", "disable", "resume_path"),
-    "data.truncation": ("error", "left", "right"),
-    "engine.strategy": ("fsdp2", "fsdp"),
-    "optim.lr_scheduler_type": ("cosine", "constant"),
-    "optim.warmup_style": (None, "cosine", "constant"),
-    "optim.zero_indexed_step": (True, False),
-    "engine.model_dtype": TYPES,
-    **{f"{PRECISION}{name}_dtype": TYPES for name in ("param", "reduce", "buffer")},
-    "model.freeze_base_model": (True, False),
-    "data.use_dynamic_bsz": (True, False),
-    "model.use_remove_padding": ("auto", True, False),
-}
-# Whole numbers, with the least that makes sense and what else is accepted.
-WHOLE_NUMBERS: dict[str, tuple[int, tuple[Any, ...]]] = {
-    "data.train_batch_size": (1, ()),
-    "data.micro_batch_size_per_gpu": (1, ()),
-    "data.max_token_len_per_gpu": (1, ()),
-    "data.max_length": (2, ()),
-    "data.train_max_samples": (-1, ()),
-    "data.val_max_samples": (-1, ()),
-    "data.num_workers": (0, ()),
-    # null and -1: by the ratio; 0 has become a ratio of 0.
-    "optim.lr_warmup_steps": (-1, (None,)),
-    "trainer.seed": (0, ()),
-    "trainer.total_epochs": (1, ()),
-    "trainer.total_training_steps": (1, (None,)),
-    "trainer.save_freq": (-1, ("after_each_epoch",)),
-    "trainer.test_freq": (-1, ("after_each_epoch",)),
-    "trainer.max_ckpt_to_keep": (1, (None,)),
-    "trainer.nnodes": (1, ()),
-    "trainer.n_gpus_per_node": (1, ()),
-}
-# Numbers, with the range that makes sense; the least is excluded where it stands alone.
-NUMBERS = {
-    "optim.lr": (0.0, math.inf, False),
-    "optim.clip_grad": (0.0, math.inf, False),
-    "optim.weight_decay": (0.0, math.inf, True),
-    "optim.lr_warmup_steps_ratio": (0.0, 1.0, True),
-    "optim.min_lr_ratio": (0.0, 1.0, True),
-    "optim.num_cycles": (0.0, math.inf, True),
-}
-CONTENTS = ("model", "optimizer", "extra", "hf_model")
 HALF_TYPES = ("bf16", "bfloat16", "fp16", "float16")
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
+OPTIMIZER_ARGUMENTS = "optim.override_optimizer_config"
+CACHE = "data.cache_hidden_states"
+PRECISION = "engine.mixed_precision"
+
+Dtype = Literal[*HALF_TYPES, "fp32", "float32"]
+NonNegativeNumber = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+CountOrAll = Annotated[int, Field(ge=-1)]
+Name = Annotated[str, Field(min_length=1, description="a name")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+# The accepted values of verl's settings.
+SETTINGS: dict[str, Any] = {
+    "trainer.resume_mode": Literal["auto", "disable", "resume_path"],
+    "data.truncation": Literal["error", "left", "right"],
+    "engine.strategy": Literal["fsdp2", "fsdp"],
+    "optim.lr_scheduler_type": Literal["cosine", "constant"],
+    "optim.warmup_style": Literal[None, "cosine", "constant"],
+    "optim.zero_indexed_step": bool,
+    "engine.model_dtype": Dtype,
+    "model.freeze_base_model": bool,
+    "data.use_dynamic_bsz": bool,
+    "model.use_remove_padding": Literal["auto"] | bool,
+    "data.train_batch_size": Count,
+    "data.micro_batch_size_per_gpu": Count,
+    "data.max_token_len_per_gpu": Count,
+    "data.max_length": Annotated[int, Field(ge=2)],
+    "data.train_max_samples": CountOrAll,
+    "data.val_max_samples": CountOrAll,
+    "data.num_workers": NonNegativeInt,
+    "optim.lr_warmup_steps": CountOrAll | None,  # null and -1: by the ratio; 0 has become a ratio of 0
+    "trainer.seed": NonNegativeInt,
+    "trainer.total_epochs": Count,
+    "trainer.total_training_steps": Count | None,
+    "trainer.save_freq": CountOrAll | Literal["after_each_epoch"],
+    "trainer.test_freq": CountOrAll | Literal["after_each_epoch"],
+    "trainer.max_ckpt_to_keep": Count | None,
+    "trainer.nnodes": Count,
+    "trainer.n_gpus_per_node": Count,
+    "trainer.project_name": Name,
+    "trainer.experiment_name": Name,
+    "optim.lr": PositiveNumber,
+    "optim.clip_grad": PositiveNumber,
+    "optim.weight_decay": NonNegativeNumber,
+    "optim.lr_warmup_steps_ratio": Ratio,
+    "optim.min_lr_ratio": Ratio,
+    "optim.num_cycles": NonNegativeNumber,
+    "optim.betas": Annotated[
+        list[Beta],
+        Field(min_length=2, max_length=2, description="two numbers of at least 0 and below 1, such as [0.9,0.95]"),
+    ],
+    OPTIMIZER_ARGUMENTS: Annotated[dict[str, Any], Field(description="settings such as {eps: 1e-6}")] | None,
+    "checkpoint.save_contents": Annotated[
+        list[Literal[*CONTENTS]], Field(description=f"a list of some of {', '.join(CONTENTS)}")
+    ],
+    CACHE: Directory | None,
+}
 
 
-def say(value: Any) -> str:
-    """A value as it is written on a command line."""
-    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+def check_settings(run: RunConfig) -> None:
+    """Check the values of single settings and of some pairs.
 
-
-def _choice(config: DictConfig, key: str) -> None:
-    value, known = OmegaConf.select(config, key), CHOICES[key]
-    if not any(value is one or (isinstance(one, str) and value == one) for one in known):
-        names = [say(one) for one in known]
-        raise UserError(f"{key}={say(value)}: expected one of {', '.join(names)}" + nearest(str(value), names))
-
-
-def _whole(config: DictConfig, key: str) -> None:
-    value, (least, also) = OmegaConf.select(config, key), WHOLE_NUMBERS[key]
-    if any(value is one or (isinstance(one, str) and value == one) for one in also):
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        more = "".join(f" or {say(one)}" for one in also)
-        raise UserError(f"{key}={say(value)}: expected an integer of at least {least}{more}")
-
-
-def _number(config: DictConfig, key: str, least: float, most: float, inclusive: bool) -> None:
-    value = OmegaConf.select(config, key)
-    if not is_number(value) or value < least or value > most or (value == least and not inclusive):
-        bounds = f"of at least {least:g}" if inclusive else f"above {least:g}"
-        bounds += "" if math.isinf(most) else f" and at most {most:g}"
-        raise UserError(f"{key}={say(value)}: expected a number {bounds}")
-
-
-def _names(config: DictConfig) -> None:
-    for key in ("trainer.project_name", "trainer.experiment_name"):
-        name = OmegaConf.select(config, key)
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{key}={say(name)}: expected a name")
-
-
-def _contents(config: DictConfig) -> None:
-    given = config.checkpoint.save_contents
-    if not isinstance(given, ListConfig):
-        raise UserError(f"checkpoint.save_contents={say(given)}: expected a list of some of {', '.join(CONTENTS)}")
-    for name in given:
-        if name not in CONTENTS:
-            raise UserError(
-                f"checkpoint.save_contents={list(given)}: expected some of {', '.join(CONTENTS)}"
-                + nearest(str(name), CONTENTS)
-            )
-
-
-def _profile(config: DictConfig) -> None:
-    given = config.trainer.profile_interval
-    steps = list(given) if isinstance(given, ListConfig) else []
-    whole = len(steps) == 2 and all(type(step) is int for step in steps)
-    if not whole or steps[1] < steps[0] or (steps[0] < 0 <= steps[1]):
-        shown = steps or say(given)
-        raise UserError(f"trainer.profile_interval={shown}: expected two steps, the first to the last, or [-1,-1]")
-
-
-def check_settings(config: DictConfig) -> None:
-    """Values of single settings."""
-    for key in CHOICES:
-        if not key.startswith(PRECISION) or config.engine.mixed_precision is not None:
-            _choice(config, key)
-    for key in WHOLE_NUMBERS:
-        _whole(config, key)
-    for key, bounds in NUMBERS.items():
-        _number(config, key, *bounds)
-    _number(config, "model.speculator_loss_coeff", 0.0, math.inf, inclusive=not config.model.freeze_base_model)
+    Raises:
+        UserError: naming the setting.
+    """
+    config, model = run.tree, run.tree.model
+    kinds = dict(SETTINGS)
+    kinds["model.speculator_loss_coeff"] = NonNegativeNumber if model.freeze_base_model is False else PositiveNumber
+    if config.engine.mixed_precision is not None:
+        kinds |= {f"{PRECISION}.{name}_dtype": Dtype for name in ("param", "reduce", "buffer")}
     if config.optim.get("grad_clip") is not None:
-        _number(config, "optim.grad_clip", 0.0, math.inf, inclusive=False)
+        kinds["optim.grad_clip"] = PositiveNumber
+    for key, kind in kinds.items():
+        check_value(key, _select(config, key), kind)
     logger_names(config.trainer.logger)
-    _names(config)
-    _contents(config)
-    _profile(config)
-    model = config.model
+    _check_profile_interval(_select(config, "trainer.profile_interval"))
     BaseModelFormat(model.quantization, model.gguf_file).check("model.", frozen=model.freeze_base_model)
     if model.freeze_base_model:
-        precision = config.engine.mixed_precision
-        compute = "bf16" if precision is None else precision.get("param_dtype", "bf16")
-        check_frozen_type(config.engine.model_dtype, compute)
-    named = config.data.cache_hidden_states
-    if named is not None and (not isinstance(named, str) or not named):
-        raise UserError(f"data.cache_hidden_states={named}: expected a directory, or null")
-    if named is not None and not config.model.freeze_base_model:
-        raise UserError(f"data.cache_hidden_states={named}: the states of a base that is trained change; expected null")
-    if named is not None and config.model.speculator.method == "early_exit":
+        check_frozen_type(config.engine.model_dtype, compute_dtype(config))
+    _check_cache_setting(run)
+    if model.quantization is not None and run.speculator.config.trainable == "head_and_block":
         raise UserError(
-            f"data.cache_hidden_states={named}: model.speculator.method=early_exit reads states inside the base, "
-            "which are not kept; expected null"
-        )
-    if config.model.quantization is not None and config.model.speculator.get("trainable") == "head_and_block":
-        raise UserError(
-            f"model.quantization={config.model.quantization}: a block in 4 bits cannot be trained; "
+            f"model.quantization={model.quantization}: a block in 4 bits cannot be trained; "
             "expected model.speculator.trainable=head"
         )
-    for key, only in UNSUPPORTED.items():
-        if OmegaConf.select(config, key) != only:
+    for key, supported in UNSUPPORTED.items():
+        if (value := OmegaConf.select(config, key)) != supported:
+            raise UserError(f"{key}={value}: a speculator trains with {key}={json.dumps(supported)} only")
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    """A value of the tree in plain Python."""
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _check_profile_interval(steps: Any) -> None:
+    is_pair = isinstance(steps, list) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not is_pair or steps[1] < steps[0] or steps[0] < 0 <= steps[1]:
+        raise UserError(
+            f"trainer.profile_interval={as_written(steps)}: expected two steps, the first to the last, or [-1,-1]"
+        )
+
+
+def _check_cache_setting(run: RunConfig) -> None:
+    directory = run.tree.data.cache_hidden_states
+    if directory is None:
+        return
+    if not run.tree.model.freeze_base_model:
+        raise UserError(f"{CACHE}={directory}: the states of a base that is trained change; expected null")
+    if run.speculator.config.method == "early_exit":
+        raise UserError(
+            f"{CACHE}={directory}: model.speculator.method=early_exit reads states inside the base, which are not "
+            "kept; expected null"
+        )
+
+
+@functools.cache
+def _optimizer_settings() -> tuple[str, ...]:
+    # verl reads grad_clip, although its own configuration does not list it.
+    return (*map(str, compose([]).optim), "grad_clip")
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Check that the optimizer exists and takes its settings, by making a small one. Imports torch.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    names = _optimizer_settings()
+    for name in map(str, config.optim):
+        if name not in names:
             raise UserError(
-                f"{key}={OmegaConf.select(config, key)}: a speculator trains with {key}={json.dumps(only)} only"
+                f"optim.{name} is not a setting{nearest(name, names)}; arguments of the optimizer's own go into "
+                f"{OPTIMIZER_ARGUMENTS}={{{name}: …}}"
             )
+    _try_optimizer(config.optim)
 
 
-def check_device(config: DictConfig, processes: int, processes_per_node: int) -> None:
-    """Whether the device has what is asked of it."""
+def _optimizer_class(optim: DictConfig) -> Any:
+    import torch
+
+    try:
+        module = importlib.import_module(str(optim.optimizer_impl))
+    except (ImportError, ValueError) as error:
+        setting = f"optim.optimizer_impl={optim.optimizer_impl}"
+        raise UserError(f"{setting}: {error}; expected a module of optimizers, such as torch.optim") from None
+    optimizer_class = getattr(module, str(optim.optimizer), None)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        classes = [name for name, kind in vars(module).items() if isinstance(kind, type) and name != "Optimizer"]
+        raise UserError(
+            f"optim.optimizer={optim.optimizer}: {optim.optimizer_impl} has no such optimizer"
+            f"{nearest(str(optim.optimizer), classes)}"
+        )
+    return optimizer_class
+
+
+def _try_optimizer(optim: DictConfig) -> None:
+    """Make an optimizer for a matrix and a vector, as verl makes the run's, and take a step if torch ships it."""
+    import torch
+
+    optimizer_class = _optimizer_class(optim)
+    arguments = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    if "adam" in optim.optimizer.lower() or "ademamix" in optim.optimizer.lower():
+        arguments["betas"] = tuple(optim.betas)
+    arguments |= _select(optim, "override_optimizer_config") or {}
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,))]
+    try:
+        optimizer = optimizer_class(parameters, **arguments)
+        # Other optimizers may need an accelerator for a step, and so does a capturable one.
+        if optimizer_class.__module__.startswith("torch.optim") and not arguments.get("capturable"):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+    except Exception as error:  # optimizers raise ValueError, TypeError, RuntimeError and others
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        raise UserError(f"optim.optimizer={optim.optimizer}: not with {shown}: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# verl's logging backends, with the package that each needs.
+LOGGER_PACKAGES = {
+    **{name: None for name in ("console", "file")},
+    **{name: name for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")},
+    "vemlp_wandb": "volcengine_ml_platform",
+    "rl_insight": "rl_insight",
+}
+VOLCENGINE_VARIABLES = ("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION")
+
+
+def check_loggers(config: DictConfig) -> None:
+    """Check that every backend of `trainer.logger` is installed, logged in and can write. Sends nothing.
+
+    Raises:
+        UserError: naming the backend and what it lacks.
+    """
+    for name in logger_names(config.trainer.logger):
+        setting, package = f"trainer.logger={name}", LOGGER_PACKAGES[name]
+        # verl does not use rl_insight unless it is switched on.
+        if name == "rl_insight" and os.environ.get("VERL_RL_INSIGHT_ENABLE") != "1":
+            continue
+        if package is not None and find_spec(package) is None:
+            raise UserError(f"{setting}: the package {package} is not installed")
+        if name in LOGGER_CHECKS:
+            LOGGER_CHECKS[name](setting, config.trainer)
+
+
+def logger_names(value: Any) -> list[str]:
+    """The backends that `trainer.logger` names.
+
+    Raises:
+        UserError: for one that verl does not have, or for null.
+    """
+    names = [value] if isinstance(value, str) or value is None else list(value)
+    for name in names:
+        if name not in LOGGER_PACKAGES:
+            raise UserError(
+                f"trainer.logger={as_written(name)}: expected one or several of {', '.join(LOGGER_PACKAGES)}"
+                + nearest(str(name), LOGGER_PACKAGES)
+            )
+    return names
+
+
+def _check_wandb(setting: str, trainer: DictConfig) -> None:
+    import wandb
+
+    advice = "; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
+    try:
+        if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+            return
+        if "prompt" in inspect.signature(wandb.login).parameters:
+            logged_in = wandb.login(prompt=False, verify=False)
+        else:  # before wandb 0.31
+            logged_in = bool(wandb.api.api_key)
+    except Exception as error:  # wandb's errors have no other common class
+        raise UserError(f"{setting}: {_one_line(error)}{advice}") from None
+    finally:
+        wandb.teardown()  # the process that trains reads the settings again
+    if not logged_in:
+        raise UserError(f"{setting}: not logged in{advice}")
+
+
+def _check_swanlab(setting: str, trainer: DictConfig) -> None:
+    if os.environ.get("SWANLAB_MODE", "cloud") not in ("cloud", "online") or os.environ.get("SWANLAB_API_KEY"):
+        return
+    directories = [Path(os.environ.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab"), Path(".swanlab")]
+    if not any((directory / name).is_file() for directory in directories for name in (".netrc", "netrc")):
+        raise UserError(
+            f"{setting}: not logged in; run `swanlab login`, set SWANLAB_API_KEY, or set SWANLAB_MODE=local"
+        )
+
+
+def _check_clearml(setting: str, trainer: DictConfig) -> None:
+    environment = os.environ
+    file = environment.get("CLEARML_CONFIG_FILE") or environment.get("TRAINS_CONFIG_FILE")
+    files = [Path(file)] if file else [Path.home() / "clearml.conf", Path.home() / "trains.conf"]
+    has_key = any(environment.get(f"{prefix}_API_ACCESS_KEY") for prefix in ("CLEARML", "TRAINS"))
+    offline = environment.get("CLEARML_OFFLINE_MODE", "0").lower() not in ("", "0", "false")
+    if not (has_key or offline or any(file.expanduser().is_file() for file in files)):
+        raise UserError(f"{setting}: no credentials; run `clearml-init`, or set CLEARML_API_ACCESS_KEY and its secret")
+
+
+def _check_volcengine(setting: str, trainer: DictConfig) -> None:
+    if missing := [name for name in VOLCENGINE_VARIABLES if name not in os.environ]:
+        raise UserError(f"{setting}: no credentials; set {', '.join(missing)}")
+
+
+def _check_tensorboard(setting: str, trainer: DictConfig) -> None:
+    default = f"tensorboard_log/{trainer.project_name}/{trainer.experiment_name}"
+    check_writable(setting, Path(os.environ.get("TENSORBOARD_DIR", default)))
+
+
+def _check_file(setting: str, trainer: DictConfig) -> None:
+    check_metrics_file(setting, trainer.project_name, trainer.experiment_name)
+
+
+LOGGER_CHECKS: dict[str, Callable[[str, DictConfig], None]] = {
+    "wandb": _check_wandb,
+    "swanlab": _check_swanlab,
+    "clearml": _check_clearml,
+    "vemlp_wandb": _check_volcengine,
+    "tensorboard": _check_tensorboard,
+    "file": _check_file,
+}
+
+
+def check_device(run: RunConfig, processes: int, processes_per_node: int) -> None:
+    """Check that the device supports the settings.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    config = run.tree
     device, strategy = config.trainer.device, config.engine.strategy
     if device == "cpu" and strategy == "fsdp":
         raise UserError("engine.strategy=fsdp: torch has no FSDP1 for the CPU; use engine.strategy=fsdp2")
     if strategy == "fsdp" and processes == 1:
         # torch turns it into NO_SHARD, whose frozen root then fails for a base model with a tied LM head.
         raise UserError("engine.strategy=fsdp: FSDP1 has nothing to shard in one process; expected fsdp2")
-    attention = config.model.override_config.get("attn_implementation")
-    if attention == "flash_attention_2" and not flash_attention_installed():
-        raise UserError(
-            "model.override_config.attn_implementation=flash_attention_2: the package flash-attn is not installed; "
-            "install it or use sdpa"
-        )
-    if attention == "flash_attention_2" and device == "cpu":
-        raise UserError("model.override_config.attn_implementation=flash_attention_2: not on a CPU; use sdpa")
-    precision = config.engine.mixed_precision
-    if attention == "flash_attention_2" and precision is not None and precision.param_dtype not in HALF_TYPES:
-        raise UserError(
-            "model.override_config.attn_implementation=flash_attention_2: needs a half type, "
-            f"engine.mixed_precision.param_dtype is {precision.param_dtype}"
-        )
+    if config.model.override_config.get("attn_implementation") == "flash_attention_2":
+        _check_flash_attention(device, compute_dtype(config))
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if device == "cpu" and config.model.speculator.compile and not any(map(shutil.which, compilers)):
+    if device == "cpu" and run.speculator.training.compile and not any(map(shutil.which, compilers)):
         raise UserError(
             f"model.speculator.compile=true: no C++ compiler ({' or '.join(compilers)}), which torch.compile needs on "
             "a CPU; install one, or set it to false"
@@ -217,19 +362,34 @@ def check_device(config: DictConfig, processes: int, processes_per_node: int) ->
             )
 
 
+def _check_flash_attention(device: str, dtype: str) -> None:
+    setting = "model.override_config.attn_implementation=flash_attention_2"
+    if not flash_attention_installed():
+        raise UserError(f"{setting}: the package flash-attn is not installed; install it or use sdpa")
+    if device == "cpu":
+        raise UserError(f"{setting}: not on a CPU; use sdpa")
+    if dtype not in HALF_TYPES:
+        raise UserError(f"{setting}: needs a half type, {PRECISION}.param_dtype is {dtype}")
+
+
 def check_batch(config: DictConfig, processes: int) -> None:
-    """Whether the global batch can be cut as asked."""
+    """Check that the global batch divides into processes and micro-batches.
+
+    Raises:
+        UserError: naming the setting.
+    """
     data = config.data
+    setting = f"data.train_batch_size={data.train_batch_size}"
     if data.train_batch_size % processes:
-        raise UserError(f"data.train_batch_size={data.train_batch_size}: not divisible by {processes} processes")
+        raise UserError(f"{setting}: not divisible by {processes} processes")
     if data.use_dynamic_bsz and data.max_token_len_per_gpu < data.max_length:
         raise UserError(
             f"data.max_token_len_per_gpu={data.max_token_len_per_gpu}: must hold a whole row, "
             f"data.max_length is {data.max_length}"
         )
-    per_rank = data.train_batch_size // processes
-    if not data.use_dynamic_bsz and per_rank % data.micro_batch_size_per_gpu:
+    rows = data.train_batch_size // processes
+    if not data.use_dynamic_bsz and rows % data.micro_batch_size_per_gpu:
         raise UserError(
-            f"data.train_batch_size={data.train_batch_size}: its {per_rank} rows per process are not divisible by "
+            f"{setting}: its {rows} rows per process are not divisible by "
             f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu}"
         )

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.base_model.loading import base_shape
 from verl_speculator.checkpoint.format import read_checkpoint_info
-from verl_speculator.config.schema import split_settings
+from verl_speculator.config.schema import SpeculatorSettings
 from verl_speculator.interop.engine_formats import proposer_obstacle
 from verl_speculator.rl.rollout_args import (
     BASE,
@@ -44,7 +44,7 @@ def check_following(config: DictConfig) -> list[str]:
         )
     for name in SYNC_REQUIREMENTS:
         check_followed(name, OmegaConf.select(config, name))
-    _, training = split_settings(_plain(config, MODEL + "speculator"))
+    training = SpeculatorSettings.parse(_plain(config, MODEL + "speculator")).training
     info = read_checkpoint_info(ProposerSettings.parse(_plain(config, SERVER + "additional_config")).path)
     if (
         training.path is not None

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_speculator.base_model.loading import check_base_name
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, resolve_checkpoint
 from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
-from verl_speculator.config.hydra import load_settings
+from verl_speculator.config.hydra import RunConfig, load_run_config
 from verl_speculator.decoding.draft_length import check_length
 from verl_speculator.evaluation.prompts import read_prompts, read_texts
 from verl_speculator.preflight import check_run
@@ -46,12 +46,12 @@ def check_sweep(settings: SweepSettings) -> list[Trial]:
     read: set[str] = set()
     for label, values in zip(labels_of(settings.points), settings.points, strict=True):
         try:
-            trial, config = _make_job(settings, label, values)
+            trial, run = _make_job(settings, label, values)
             if digest(trial.identity) in trials:
                 continue
             if trial.training().get("status") != DONE:
-                _check_training(settings, config, read)
-            _check_drafts(settings, config)
+                _check_training(settings, run, read)
+            _check_drafts(settings, run)
         except UserError as error:
             raise UserError(f"point {label}: {error}") from None
         trials[digest(trial.identity)] = trial
@@ -64,13 +64,14 @@ def check_sweep(settings: SweepSettings) -> list[Trial]:
     return list(trials.values())
 
 
-def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Trial, DictConfig]:
+def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Trial, RunConfig]:
     overrides = {"model.partial_pretrain": hydra_value(settings.base), "trainer.max_ckpt_to_keep": "1"}
     if settings.train_files:
         overrides["data.train_files"] = hydra_value(list(settings.train_files))
     overrides |= settings.settings | values
     lines = [f"{name}={value}" for name, value in overrides.items()]
-    config = load_settings([*lines, "trainer.default_local_dir=."])
+    run = load_run_config([*lines, "trainer.default_local_dir=."])
+    config = run.tree
     # The sweep reads what the run logs to a file, whatever else it logs to.
     loggers = config.trainer.logger
     loggers = [loggers] if isinstance(loggers, str) else list(loggers or [])
@@ -95,7 +96,7 @@ def _make_job(settings: SweepSettings, label: str, values: Values) -> tuple[Tria
         measurements=_measurements(settings, directory, measured),
         measured=measured,
     )
-    return trial, config
+    return trial, run
 
 
 def identify(config: DictConfig) -> dict[str, Any]:
@@ -125,17 +126,18 @@ def _fingerprint(path: Path) -> str:
     return file_fingerprint(path) if path.is_file() else str(path)
 
 
-def _check_training(settings: SweepSettings, config: DictConfig, read: set[str]) -> None:
+def _check_training(settings: SweepSettings, run: RunConfig, read: set[str]) -> None:
     """The launcher's checks; the rows of the same files, read the same way, once for all points."""
-    rows = digest({"data": OmegaConf.to_container(config.data), "template": config.model.custom_chat_template})
-    check_run(config, processes=settings.nproc, processes_per_node=settings.nproc, read_rows=rows not in read)
+    data, template = OmegaConf.to_container(run.tree.data), run.tree.model.custom_chat_template
+    rows = digest({"data": data, "template": template})
+    check_run(run, processes=settings.nproc, processes_per_node=settings.nproc, read_rows=rows not in read)
     read.add(rows)
 
 
-def _check_drafts(settings: SweepSettings, config: DictConfig) -> None:
+def _check_drafts(settings: SweepSettings, run: RunConfig) -> None:
     """Whether the evaluation can draft as many tokens as it is asked to with the speculator of this point."""
     try:
-        check_length(settings.evaluation.get("draft_length"), config.model.speculator.n_predict)
+        check_length(settings.evaluation.get("draft_length"), run.speculator.config.n_predict)
     except UserError as error:
         raise UserError(f"evaluation.{error}") from None
 

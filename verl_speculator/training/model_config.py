@@ -14,7 +14,7 @@ from verl.workers.config import HFModelConfig
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
 from verl_speculator.base_model.loading import BaseModelFormat, check_language_model, supported_attention
 from verl_speculator.checkpoint.format import read_checkpoint_info
-from verl_speculator.config.schema import SpeculatorConfig, SpeculatorTraining, split_settings
+from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings, SpeculatorTraining
 from verl_speculator.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ class SpeculatorModelConfig(HFModelConfig):
         settings: Mapping[str, Any] = dict(self.speculator)
         if settings.get("path"):
             settings = read_checkpoint_info(settings["path"]).config.to_dict() | settings
-        self.speculator_config, self.speculator_training = split_settings(settings)
+        parsed = SpeculatorSettings.parse(settings)
+        self.speculator_config, self.speculator_training = parsed.config, parsed.training
         if ensure_chat_template(self.tokenizer):
             logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
         self.end_token_ids = end_token_ids(self.tokenizer, self.generation_config)

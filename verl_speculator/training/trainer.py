@@ -96,7 +96,8 @@ class SpeculatorTrainer(SFTTrainer):
         self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
         self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
         # Of the data as they are read here, not as they may lie there by the first checkpoint; only rank 0 writes it.
-        self._record = record_settings(self.config, model.tokenizer) if dist.get_rank() == 0 else {}
+        is_writer = dist.get_rank() == 0
+        self._record = record_settings(self.config, model.speculator_training, model.tokenizer) if is_writer else {}
         if is_text(data.train_files, data):
             model.end_token_ids = ()  # every token is a target
         self.state_cache = None

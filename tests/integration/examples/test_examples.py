@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from helpers.training_runs import ROOT
-from verl_speculator.config.hydra import load_settings
-from verl_speculator.config.schema import split_settings
+from verl_speculator.config.hydra import load_run_config, load_settings
 from verl_speculator.sweep.settings import read_settings
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.txt"))
@@ -18,9 +17,9 @@ def test_recipes_are_overrides_without_blanks():
     for file in RECIPES:
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         assert lines and not any(" " in line or not line for line in lines)
-        config = load_settings([*lines, "trainer.default_local_dir=x", "trainer.device=cpu"])
-        shape, training = split_settings(config.model.speculator)
-        assert training.objective.needs_teacher and training.objective.depths(shape.n_predict)
+        speculator = load_run_config([*lines, "trainer.default_local_dir=x", "trainer.device=cpu"]).speculator
+        objective = speculator.training.objective
+        assert objective.needs_teacher and objective.depths(speculator.config.n_predict)
 
 
 def test_sweeps_are_read_and_their_settings_exist():

@@ -18,8 +18,8 @@ from helpers.tiny_models import VISION, make_chat_rows, make_vision_base, write_
 from helpers.training_runs import SCRIPT, overrides, script
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import STATE_FILES
-from verl_speculator.config.hydra import flash_attention_installed, load_settings
-from verl_speculator.preflight.loggers import PACKAGES
+from verl_speculator.config.hydra import flash_attention_installed, load_run_config, load_settings
+from verl_speculator.preflight.settings import LOGGER_PACKAGES
 from verl_speculator.utils.errors import UserError
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
@@ -141,24 +141,24 @@ def test_one_machine_meets_where_torchrun_is_told_to(attempt, monkeypatch, name)
         ("model.speculator.path=/no/such", "/no/such: no speculator checkpoint here"),
         ("trainer.resume_mode=automatic", "did you mean 'auto'"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
-        ("optim.lr=0", "optim.lr=0: expected a number above 0"),
+        ("optim.lr=0", "optim.lr=0: expected a number > 0"),
         ("trainer.default_local_dir=x", "this is <save_path>"),
-        ("optim.lr=nan", "optim.lr=nan: expected a number above 0"),
+        ("optim.lr=nan", "optim.lr=nan: expected a number > 0"),
         ("optim.lr=${foo.bar}", "foo"),
         ("optim.min_lr_ratio=2", "expected a number of at least 0 and at most 1"),
         ("optim.lr_scheduler_type=linear", "optim.lr_scheduler_type=linear: expected one of cosine, constant"),
-        ("optim.lr_warmup_steps=foo", "optim.lr_warmup_steps=foo: expected an integer of at least -1 or null"),
+        ("optim.lr_warmup_steps=foo", "optim.lr_warmup_steps=foo: expected an integer of at least -1, or null"),
         ("optim.lr_warmup_steps=false", "optim.lr_warmup_steps=false: expected an integer"),
-        ("optim.lr_warmup_steps=-2", "optim.lr_warmup_steps=-2: expected an integer of at least -1 or null"),
+        ("optim.lr_warmup_steps=-2", "optim.lr_warmup_steps=-2: expected an integer of at least -1, or null"),
         ("optim.num_cycles=abc", "optim.num_cycles=abc: expected a number of at least 0"),
         ("optim.betas=0.9", "optim.betas=0.9: expected two numbers of at least 0 and below 1, such as [0.9,0.95]"),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: expected two numbers"),
         ("optim.betas=[0.9,1.0]", "optim.betas=[0.9, 1.0]: expected two numbers"),
         ("optim.betas=[a,b]", "optim.betas=['a', 'b']: expected two numbers"),
         ("optim.betas=null", "optim.betas=null: expected two numbers"),
-        ("optim.zero_indexed_step=2", "optim.zero_indexed_step=2: expected one of true, false"),
+        ("optim.zero_indexed_step=2", "optim.zero_indexed_step=2: expected true or false"),
         ("optim.warmup_style=linear", "optim.warmup_style=linear: expected one of null, cosine, constant"),
-        ("+optim.grad_clip=x", "optim.grad_clip=x: expected a number above 0"),
+        ("+optim.grad_clip=x", "optim.grad_clip=x: expected a number > 0"),
         ("+optim.eps=1e-6", "optim.eps is not a setting; arguments of the optimizer's own go into"),
         ("+optim.weight_decy=1", "optim.weight_decy is not a setting (did you mean 'weight_decay'?)"),
         ("optim.optimizer=AdamWW", "optim.optimizer=AdamWW: torch.optim has no such optimizer (did you mean 'AdamW'?)"),
@@ -324,7 +324,7 @@ def test_wandb_offline_needs_no_login(attempt, no_credentials):
 def test_loggers_without_login_refused(attempt, tmp_path, tmp_path_factory, no_credentials, name, words):
     """The packages, which are not installed here, are empty ones: their credentials lie outside them."""
     packages = tmp_path_factory.mktemp("packages")
-    (packages / f"{PACKAGES[name]}.py").write_text("")
+    (packages / f"{LOGGER_PACKAGES[name]}.py").write_text("")
     no_credentials.syspath_prepend(packages)
     assert_refused(attempt, f"trainer.logger={name}: {words}", tmp_path, f"trainer.logger={name}")
 
@@ -486,7 +486,7 @@ def copy_of(folder, to, file, edit):
 
 
 @pytest.fixture
-def recorded_run(run_folder, base, chat, tmp_path, tokenizer):
+def recorded_run(run_folder, base, chat, tmp_path):
     """A run whose checkpoint has the record that training writes, and the custom class that read its data."""
     from verl_speculator.data.run_record import record_settings
     from verl_speculator.training.model_config import SpeculatorModelConfig
@@ -494,9 +494,9 @@ def recorded_run(run_folder, base, chat, tmp_path, tokenizer):
     code = tmp_path / "dataset.py"
     code.write_text("from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset as Rows\n")
     given = [f"data.custom_cls.path={code}", "data.custom_cls.name=Rows"]
-    config = load_settings([*overrides(base, chat), f"trainer.default_local_dir={run_folder.parent}", *given])
-    trained = SpeculatorModelConfig(path=str(base), speculator=SMALL).tokenizer
-    record(run_folder, settings=record_settings(config, trained))
+    run = load_run_config([*overrides(base, chat), f"trainer.default_local_dir={run_folder.parent}", *given])
+    tokenizer = SpeculatorModelConfig(path=str(base), speculator=SMALL).tokenizer
+    record(run_folder, settings=record_settings(run.tree, run.speculator.training, tokenizer))
     return given, code
 
 

@@ -147,7 +147,7 @@ def test_end_tokens_gguf_that_names_another_eos_come_from_the_template(bases, to
     """In training, in its checks and in decoding alike, whatever end token the file names."""
     import verl_speculator.training.plugin  # noqa: F401
     from verl_speculator.cli.options import load
-    from verl_speculator.config.hydra import load_settings
+    from verl_speculator.config.hydra import load_run_config
     from verl_speculator.preflight.base_model import check_base
     from verl_speculator.training.model_config import SpeculatorModelConfig
 
@@ -156,7 +156,7 @@ def test_end_tokens_gguf_that_names_another_eos_come_from_the_template(bases, to
     settings = [f"model.partial_pretrain={tmp_path}", f"model.gguf_file={FILE}", "trainer.default_local_dir=."]
     decoding = load(str(tmp_path), None, device="cpu", dtype="fp32", form=GGUF).ends
     training = SpeculatorModelConfig(path=str(tmp_path), gguf_file=FILE).end_token_ids
-    assert decoding == training == check_base(load_settings(settings)).end_token_ids == tuple(sorted((named, end)))
+    assert decoding == training == check_base(load_run_config(settings)).end_token_ids == tuple(sorted((named, end)))
 
 
 def test_end_tokens_folder_with_the_gguf_readers_eos_come_from_the_generation_config(bases, tokenizer, tmp_path):
