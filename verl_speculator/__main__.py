@@ -1,4 +1,4 @@
-"""The command table of `verl-speculator`."""
+"""The command line `verl-speculator`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ from typing import Annotated
 import typer
 
 import verl_speculator
-from verl_speculator.cli.checkpoints import convert, export, inspect, rollout_args
-from verl_speculator.cli.data import prepare, regenerate
 from verl_speculator.cli.diagnose import app as diagnose
-from verl_speculator.cli.evaluate import evaluate, plot
-from verl_speculator.cli.generate import generate
-from verl_speculator.cli.serve import serve
-from verl_speculator.cli.sweep import sweep
-from verl_speculator.cli.tree import tree
+from verl_speculator.cli.evaluate import evaluate, plot, sweep, tree
+from verl_speculator.cli.files import convert, export, inspect, prepare, regenerate, rollout_args
+from verl_speculator.cli.generate import generate, serve
+from verl_speculator.cli.options import command
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.import_warnings import silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
-for command in (
+for function in (
     *(prepare, regenerate, inspect, convert, generate, serve, evaluate, tree, plot, sweep),
     *(export, rollout_args),
 ):
-    app.command()(command)
+    app.command()(command(function))
 app.add_typer(diagnose, name="diagnose")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"verl_speculator {verl_speculator.__version__}")
         raise typer.Exit
 
@@ -45,11 +42,10 @@ def commands(
 
 
 def main() -> None:
-    """Console entry: a user's error is one line and exit code 2."""
+    """Run a command; a `UserError` is one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("verl_speculator.base_model.chat_template").setLevel(
-        logging.INFO
-    )  # names the tokens that end a turn
+    # Names the tokens that end a turn.
+    logging.getLogger("verl_speculator.base_model.chat_template").setLevel(logging.INFO)
     silence_import_warnings()
     try:
         app()

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from verl_speculator.data.conversations import DataFile, find_source
 from verl_speculator.data.dedup import MESSAGES, DedupWriter, choose_held_out, split
@@ -30,6 +30,7 @@ from verl_speculator.data.formats import (
 )
 from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable
 from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.options import Option, check_minimums
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,37 +45,24 @@ ROWS_LOOKED_AT = 100
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What is read, kept and held out.
+    """What is read, kept and held out."""
 
-    Attributes:
-        inputs: files and hub names.
-        out: directory of the results.
-        format: of FORMATS, for all inputs.
-        text_column: of plain text; None for `text` where no conversation is found.
-        val_share: share of the kept rows that is held out, rounded, at least one row; None for the default.
-        val_rows: number of them instead.
-        seed: which rows are held out.
-        max_rows: kept rows after which reading stops.
-        min_turns: answers that a conversation must have.
-        max_chars: characters that a row may have.
-        keep_system: system messages stay.
-        dedup: of equal rows the first is kept.
-        overwrite: replace results that are there.
-    """
-
-    inputs: tuple[str, ...]
-    out: Path
-    format: str = AUTO
-    text_column: str | None = None
-    val_share: float | None = None
-    val_rows: int | None = None
-    seed: int = 0
-    max_rows: int | None = None
-    min_turns: int = 1
-    max_chars: int | None = None
-    keep_system: bool = True
-    dedup: bool = True
-    overwrite: bool = False
+    inputs: Annotated[
+        tuple[str, ...],
+        Option("json, jsonl, parquet or text files, or owner/name[:config][:split]", positional=True),
+    ]
+    out: Annotated[Path, Option("directory of train.parquet, val.parquet and prepare.json")]
+    format: Annotated[str, Option(", ".join(FORMATS))] = AUTO
+    text_column: Annotated[str | None, Option(f"column of plain text [{TEXT}]")] = None
+    val_share: Annotated[float | None, Option(f"share that is held out [{DEFAULT_VAL_SHARE}]")] = None
+    val_rows: Annotated[int | None, Option("number of rows that are held out instead", minimum=0)] = None
+    seed: Annotated[int, Option("which rows are held out")] = 0
+    max_rows: Annotated[int | None, Option("stop when so many are kept", minimum=1)] = None
+    min_turns: Annotated[int, Option("answers that a conversation must have", minimum=1)] = 1
+    max_chars: Annotated[int | None, Option("characters that a row may have", minimum=1)] = None
+    keep_system: Annotated[bool, Option("keep system messages")] = True
+    dedup: Annotated[bool, Option("drop rows that equal an earlier one")] = True
+    overwrite: Annotated[bool, Option("replace results that are there")] = False
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -87,10 +75,7 @@ class PrepareSettings:
             raise UserError(f"val_share={self.val_share}, val_rows={self.val_rows}: expected one of the two")
         if not 0 <= self.share < 1:
             raise UserError(f"val_share={self.val_share}: expected a number from 0 up to, but not, 1")
-        for name, least in (("val_rows", 0), ("max_rows", 1), ("min_turns", 1), ("max_chars", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value}: expected a number ≥ {least}")
+        check_minimums(self)
 
     @property
     def share(self) -> float:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from verl_speculator.base_model.loading import UNQUANTIZED
 from verl_speculator.data.conversations import Conversation, PromptFile
@@ -18,6 +18,17 @@ from verl_speculator.data.shards import Shards
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.options import (
+    BaseModel,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Option,
+    Temperature,
+    TopK,
+    TopP,
+    check_minimums,
+)
 from verl_speculator.utils.process import progress_bar, spread
 
 if TYPE_CHECKING:
@@ -27,51 +38,47 @@ if TYPE_CHECKING:
 BACKENDS = ("hf", "vllm")
 
 
+def _read_vllm_args(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f'vllm_args={text}: expected a JSON object such as {{"tensor_parallel_size": 4}}')
+    return value
+
+
 @dataclass(frozen=True)
 class RegenerateSettings:
-    """Everything that decides what is written; all of it is recorded.
+    """Everything that decides what is written; all of it is recorded."""
 
-    Attributes:
-        base: directory or hub name.
-        data: parquet with the prompts.
-        out: parquet to write.
-        backend: of BACKENDS.
-        max_new_tokens: the most tokens of an answer.
-        temperature, top_p, top_k: the sampling policy.
-        seed: of sampling.
-        keep_unfinished: keep rows with an answer that did not end. The chat template writes an end token behind it all
-            the same, and so teaches an end that the base did not make.
-        num_rows: rows of the file, at even distances; 0 for all.
-        batch_size: prompts at a time, for Hugging Face's loop.
-        shard_rows: rows that are kept together, and that a kill can cost.
-        dtype, device: `auto` or a name.
-        vllm_args: further arguments of `vllm.LLM`.
-        overwrite: replace `out`, and shards of other settings.
-    """
-
-    base: str
-    data: Path
-    out: Path
-    backend: str = "hf"
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    keep_unfinished: bool = False
-    num_rows: int = 0
-    batch_size: int = 16
-    shard_rows: int = 512
-    dtype: str = "auto"
-    device: str = "auto"
-    vllm_args: dict[str, Any] = field(default_factory=dict)
-    overwrite: bool = False
+    base: BaseModel
+    data: Annotated[Path, Option("parquet with a column messages, turns or prompt")]
+    out: Annotated[Path, Option("parquet to write; the same command goes on after a kill")]
+    backend: Annotated[str, Option("hf (Hugging Face's generate) or vllm")] = "hf"
+    max_new_tokens: MaxNewTokens = 512
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    seed: Annotated[int, Option("of sampling", minimum=0)] = 0
+    # The chat template writes an end token behind an answer that did not end, too.
+    keep_unfinished: Annotated[
+        bool, Option("keep rows whose answer did not end; training sees an end there", flag="--keep-unfinished")
+    ] = False
+    num_rows: Annotated[int, Option("rows of the file, at even distances; 0 for all", minimum=0)] = 0
+    batch_size: Annotated[int, Option("prompts at a time (hf)", minimum=1)] = 16
+    shard_rows: Annotated[int, Option("rows that a kill costs at most", minimum=1)] = 512
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    vllm_args: Annotated[
+        dict[str, Any],
+        Option('JSON of vllm.LLM\'s, such as {"tensor_parallel_size": 4}', parse=_read_vllm_args),
+    ] = field(default_factory=dict)
+    overwrite: Annotated[bool, Option("replace the file, and shards of other settings", flag="--overwrite")] = False
 
     def __post_init__(self) -> None:
         self.policy  # noqa: B018
-        for name, least in (("max_new_tokens", 1), ("seed", 0), ("num_rows", 0), ("batch_size", 1), ("shard_rows", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected a number ≥ {least}")
+        check_minimums(self)
         if self.backend not in BACKENDS:
             hint = nearest(self.backend, BACKENDS)
             raise UserError(f"backend={self.backend}: expected {' or '.join(BACKENDS)}{hint}")

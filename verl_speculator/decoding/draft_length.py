@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.options import Option
 
 AUTO = "auto"
 DraftLength = int | Literal["auto"] | None
@@ -96,6 +97,11 @@ def read_length(text: str | None) -> DraftLength:
         return int(text)
     except ValueError:
         raise UserError(f"draft_length={text}: expected a whole number ≥ 1, or {AUTO}") from None
+
+
+DraftLengthOption = Annotated[
+    DraftLength, Option("drafts per round, at most n_predict, or auto [n_predict]", parse=read_length)
+]
 
 
 def check_length(length: DraftLength, n_predict: int) -> None:

@@ -6,89 +6,87 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.format import CheckpointInfo, read_checkpoint_info
-from verl_speculator.decoding.draft_length import DraftLength
+from verl_speculator.decoding.draft_length import DraftLength, read_length
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.options import (
+    AllowOtherBase,
+    BaseModel,
+    Device,
+    Dtype,
+    GgufFile,
+    Option,
+    Quantization,
+    Temperature,
+    TopK,
+    TopP,
+    check_minimums,
+)
 
 BASELINES = ("none", "prompt_lookup", "random")
 # Hugging Face's own loop without drafts: only by name, since the base alone is measured anyway.
 OPTIONAL_BASELINES = ("generate",)
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Everything that decides what is measured; all of it is recorded.
+    """Everything that decides what is measured; all of it but `plots` is recorded."""
 
-    Attributes:
-        base: directory or hub name.
-        speculators: checkpoints, runs, or patterns of them.
-        prompts: prompt files, each reported apart.
-        out: directory of the results.
-        texts: held-out text, None to leave quality out.
-        num_prompts: prompts of each file, at even distances; 0 for all.
-        num_texts: rows of the held-out text, likewise.
-        num_trials: runs of each prompt.
-        warmup_steps: generations before anything is timed.
-        max_new_tokens: the most tokens of an answer.
-        temperature, top_p, top_k: the sampling policy.
-        draft_length: γ, "auto", or None for each speculator's own `n_predict`.
-        draft_trees: files of trees; each is another row of every speculator, beside its chain.
-        kl_temperature: for `kl_training_temperature`; None for what a checkpoint was trained with, 1 if it names none.
-        dtype, device: `auto` or a name.
-        seed: of sampling, of the random baseline and of the bootstrap.
-        baselines: of BASELINES and OPTIONAL_BASELINES. The base alone is run beside each of the others in any case.
-        quantization, gguf_file: the form in which the base is held.
-        allow_other_base: evaluate speculators on a base with other weights than they were trained for.
-        allow_untrained: evaluate checkpoints that no training step has changed.
-    """
-
-    base: str
-    speculators: tuple[str, ...]
-    prompts: tuple[Path, ...]
-    out: Path
-    texts: Path | None = None
-    num_prompts: int = 0
-    num_texts: int = 0
-    num_trials: int = 1
-    warmup_steps: int = 3
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    draft_length: DraftLength = None
-    draft_trees: tuple[Path, ...] = ()
-    kl_temperature: float | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    baselines: tuple[str, ...] = BASELINES
-    quantization: str | None = None
-    gguf_file: str | None = None
-    allow_other_base: bool = False
-    allow_untrained: bool = False
+    base: BaseModel
+    prompts: Annotated[tuple[Path, ...], Option("parquet or jsonl of prompts; may be given again")]
+    out: Annotated[Path, Option("directory of results.csv and plots/; go on in it to add rows")]
+    speculators: Annotated[
+        tuple[str, ...], Option("checkpoint, run or quoted pattern; may be given again", flag="--speculator")
+    ] = ()
+    texts: Annotated[Path | None, Option("held-out text for CE, KL and accuracy", flag="--text")] = None
+    num_prompts: Annotated[int, Option("prompts of each file, at even distances; 0 for all", minimum=0)] = 0
+    num_texts: Annotated[int, Option("rows of the held-out text, likewise", minimum=0)] = 0
+    num_trials: Annotated[int, Option("runs of each prompt", minimum=1)] = 1
+    warmup_steps: Annotated[int, Option("generations before anything is timed", minimum=0)] = 3
+    max_new_tokens: Annotated[int, Option("the most tokens of an answer", minimum=2)] = 128
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    draft_length: Annotated[
+        DraftLength, Option("drafts per round, or auto [each one's n_predict]", parse=read_length, minimum=1)
+    ] = None
+    draft_trees: Annotated[
+        tuple[Path, ...],
+        Option("file of a tree: another row of each speculator; may be given again", flag="--draft-tree"),
+    ] = ()
+    kl_temperature: Annotated[float | None, Option("for kl_training_temperature [as trained, or 1]")] = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: Annotated[int, Option("of sampling, the random baseline and the intervals")] = 0
+    # The base alone is run beside each of the others in any case.
+    baselines: Annotated[
+        tuple[str, ...],
+        Option(f"comma-separated: {', '.join((*BASELINES, *OPTIONAL_BASELINES))}", parse=split_names),
+    ] = BASELINES
+    plots: Annotated[bool, Option("draw the pictures too")] = True
+    quantization: Quantization = None
+    gguf_file: GgufFile = None
+    allow_other_base: AllowOtherBase = False
+    allow_untrained: Annotated[bool, Option("checkpoints that training never changed")] = False
 
     def __post_init__(self) -> None:
         self.policy  # noqa: B018
         self.form.check()
         self.form.check_file(self.base)
-        for name, least in (
-            ("num_prompts", 0),
-            ("num_texts", 0),
-            ("num_trials", 1),
-            ("warmup_steps", 0),
-            ("max_new_tokens", 2),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected a number ≥ {least}")
+        check_minimums(self)
         if self.kl_temperature is not None and not self.kl_temperature > 0:
             raise UserError(f"kl_temperature={self.kl_temperature}: expected a number > 0")
-        if isinstance(self.draft_length, int) and self.draft_length < 1:
-            raise UserError(f"draft_length={self.draft_length}: expected a number ≥ 1")
         if self.draft_trees:
             check_beside(None, self.temperature)
             if not self.speculators:

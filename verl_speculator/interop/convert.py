@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from verl_speculator.base_model.loading import DTYPES, base_shape, load_base
 from verl_speculator.checkpoint.format import (
@@ -35,6 +35,7 @@ from verl_speculator.interop.key_maps import (
 )
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.options import Option, check_minimums
 
 if TYPE_CHECKING:
     import torch
@@ -49,29 +50,23 @@ OF_A_RUN = (STATE_DIRECTORY, BASE_DIRECTORY, TRACKER_FILE)
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """What is read, what is known of it, and where it goes.
+    """What is read, what is known of it, and where it goes."""
 
-    Attributes:
-        source: a file of tensors, or a directory with one.
-        out: directory of the checkpoint.
-        format: of SOURCE_FORMATS.
-        base: directory or hub name of the base; None where nothing is needed of it.
-        n_predict: heads in the file, in place of what its configuration says.
-        first_offset: the file's first head predicts the token so many positions on.
-        hidden_state: the base's state that the heads read, in place of what the configuration says.
-        dtype: of the tensors written; None for that of the file.
-        overwrite: replace a checkpoint that is there.
-    """
-
-    source: Path
-    out: Path
-    format: str = AUTO
-    base: str | None = None
-    n_predict: int | None = None
-    first_offset: int = TOKEN_AFTER_NEXT
-    hidden_state: str | None = None
-    dtype: str | None = None
-    overwrite: bool = False
+    source: Annotated[
+        Path, Option("directory of a Medusa checkpoint, or its .safetensors, .pt or .bin", positional=True)
+    ]
+    out: Annotated[Path, Option("directory of the checkpoint")]
+    format: Annotated[str, Option(", ".join(SOURCE_FORMATS))] = AUTO
+    base: Annotated[str | None, Option("the base, a directory or a hub name: checks, and what is missing")] = None
+    n_predict: Annotated[int | None, Option("heads in the file, where its config.json is wrong", minimum=1)] = None
+    first_offset: Annotated[
+        int, Option("the first head predicts the token so many positions on: 2, or 1 (it is dropped then)")
+    ] = TOKEN_AFTER_NEXT
+    hidden_state: Annotated[
+        str | None, Option("the base's state that the heads read: post_norm or pre_norm [config.json's]")
+    ] = None
+    dtype: Annotated[str | None, Option("fp32, bf16, fp16, fp64 [the file's]")] = None
+    overwrite: Annotated[bool, Option("replace a checkpoint that is there", flag="--overwrite")] = False
 
     def __post_init__(self) -> None:
         for name, known in (("format", SOURCE_FORMATS), ("hidden_state", HIDDEN_STATES), ("dtype", tuple(DTYPES))):
@@ -83,8 +78,7 @@ class ConvertSettings:
                 f"first_offset={self.first_offset}: expected {TOKEN_AFTER_NEXT} (the first head predicts the token "
                 f"after the next), or {NEXT_TOKEN} (the next)"
             )
-        if self.n_predict is not None and self.n_predict < 1:
-            raise UserError(f"n_predict={self.n_predict}: expected a number ≥ 1")
+        check_minimums(self)
 
     def check_output(self, source: Path) -> None:
         """Refuse an output directory that cannot be written to or holds what would be lost, without making it.

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from verl_speculator.decoding.draft_length import DraftLengthOption
 from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.options import BaseModel, MaxNewTokens, Option, check_minimums
 
+# Names the speculator where --speculator does not.
+VARIABLE = "VERL_SPECULATOR_PATH"
 # Seconds after which a stopping server closes its connections.
 GRACE = 2
 
@@ -59,40 +63,31 @@ def listen(app: Any, bound: socket.socket, stop: Callable[[], None]) -> None:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Address, names and limits of a server.
-
-    Attributes:
-        base: directory or hub name of the base model.
-        served_name: the model's name in requests; empty for the directory's name, or the hub name.
-        host: address to listen on.
-        port: 0 takes a free one.
-        max_request_bytes: of a request's body.
-        max_prompt_tokens: None for the base model's position limit.
-        max_new_tokens: of an answer; also the default of a request.
-        max_waiting: requests that may wait while another is answered.
+    """What a server loads, its names and its limits.
 
     Raises:
         UserError: for a value out of range.
     """
 
-    base: str
-    served_name: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_request_bytes: int = 1 << 20
-    max_prompt_tokens: int | None = None
-    max_new_tokens: int = 1024
-    max_waiting: int = 16
+    base: BaseModel
+    speculator: Annotated[str | None, Option(f"checkpoint or run [{VARIABLE}, or the base alone]")] = None
+    host: Annotated[str, Option("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Option("0 takes a free one")] = 8000
+    served_name: Annotated[str, Option("the model's name in requests [the base's]")] = ""
+    draft_length: DraftLengthOption = None
+    draft_tree: Annotated[
+        Path | None, Option("file of a tree to draft in greedy answers; others draft n_predict in a row")
+    ] = None
+    # Also what a request gets that names no number.
+    max_new_tokens: MaxNewTokens = 1024
+    max_prompt_tokens: Annotated[int | None, Option("of a request [the base's positions]", minimum=1)] = None
+    max_request_bytes: Annotated[int, Option("of a request's body", minimum=1)] = 1 << 20
+    max_waiting: Annotated[int, Option("requests that wait while another is answered", minimum=0)] = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port}: expected 0 to 65535 (0 takes a free one)")
-        for name in ("max_request_bytes", "max_prompt_tokens", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: expected a number ≥ 1")
-        if self.max_waiting < 0:
-            raise UserError(f"max_waiting={self.max_waiting}: expected a number ≥ 0")
+        check_minimums(self)
 
     @property
     def model(self) -> str:

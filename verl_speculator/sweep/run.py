@@ -1,172 +1,301 @@
-"""The sweep: check all points, work on those that are not done, and keep one table up to date."""
+"""A sweep: check all points as the launcher would, run the trials that are not done, keep one table up to date."""
 
 from __future__ import annotations
 
 import fcntl
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from verl_speculator.sweep.check import check_sweep
+from omegaconf import DictConfig, OmegaConf
+
+from verl_speculator.base_model.loading import check_base_name, choose_device, choose_dtype, load_tokenizer
+from verl_speculator.checkpoint.format import WEIGHTS_FILE, resolve_checkpoint
+from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
+from verl_speculator.config.hydra import RunConfig, load_run_config
+from verl_speculator.decoding.draft_length import check_length
+from verl_speculator.evaluation.prompts import read_prompts, read_texts
+from verl_speculator.preflight import check_run
 from verl_speculator.sweep.report import Row, number, write_results
-from verl_speculator.sweep.settings import SweepSettings
-from verl_speculator.sweep.trial import DONE, GRACE, TRAINING_LOG, Trial, fail, work
+from verl_speculator.sweep.settings import SweepSettings, Values, hydra_value, labels_of
+from verl_speculator.sweep.trial import (
+    DONE,
+    GRACE_SECONDS,
+    TRAINING_LOG,
+    Measurement,
+    Trial,
+    digest,
+    run_trial,
+    trial_directory,
+)
 from verl_speculator.utils.errors import UserError
 
-# Ray's names of what it counts, by the name of the device.
-RESOURCES = {"cuda": "GPU", "npu": "NPU"}
-DEVICE = "trainer.device"
+# Settings of where and how a run writes, which do not change what it learns.
+WITHOUT_EFFECT = (
+    *("trainer.default_local_dir", "trainer.logger", "trainer.project_name", "trainer.experiment_name"),
+    *("trainer.save_freq", "trainer.test_freq", "trainer.max_ckpt_to_keep", "trainer.resume_mode", "data.num_workers"),
+)
+# Identified by their content, not by their path.
+FILES = ("data.train_files", "data.val_files", "model.path", "model.partial_pretrain", "model.speculator.path")
 
 
-class Executor(Protocol):
-    """A place to work."""
+def check_sweep(settings: SweepSettings) -> list[Trial]:
+    """Every point as a trial, each once, in the order of training. Writes nothing.
 
-    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns in a process of its own, on a machine like those that train."""
-        ...
+    Raises:
+        UserError: for the first thing that the launcher or the evaluation would refuse, naming the point if it is a
+            point's.
+    """
+    check_base_name(settings.base)
+    options = settings.evaluation_settings()
+    with _named_option():
+        # The evaluation would refuse them only after the first training.
+        choose_dtype(options.dtype, choose_device(options.device))
+    for path in settings.prompts.values():
+        read_prompts(path)
+    trials: dict[str, Trial] = {}
+    checked_data: set[str] = set()
+    for label, values in zip(labels_of(settings.points), settings.points, strict=True):
+        try:
+            trial, run = _make_trial(settings, label, values)
+            if digest(trial.identity) in trials:
+                continue
+            if trial.training().get("status") != DONE:
+                # Points with the same data settings read the same rows.
+                template = run.tree.model.custom_chat_template
+                data = digest({"data": OmegaConf.to_container(run.tree.data), "template": template})
+                processes = {"processes": settings.nproc, "processes_per_node": settings.nproc}
+                check_run(run, **processes, read_rows=data not in checked_data)
+                checked_data.add(data)
+            with _named_option():
+                check_length(options.draft_length, run.speculator.config.n_predict)
+        except UserError as error:
+            raise UserError(f"point {label}: {error}") from None
+        trials[digest(trial.identity)] = trial
+    if settings.texts:
+        tokenizer = load_tokenizer(settings.base)
+        for path in settings.texts.values():
+            read_texts(path, tokenizer)
+    return list(trials.values())
 
-    def each(
-        self, work: Callable[[Trial], None], trials: Sequence[Trial], begin: Callable[[Trial], None]
-    ) -> Iterator[Trial]:
-        """Run all trials; yields each as soon as it is done. `begin` is called with a trial when it starts."""
-        ...
+
+@contextmanager
+def _named_option() -> Iterator[None]:
+    """Errors name the option as the sweep has it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
 
 
-class Local:
-    """One after another, in this process. What a point needs much memory for runs in processes of its own."""
+def _make_trial(settings: SweepSettings, label: str, values: Values) -> tuple[Trial, RunConfig]:
+    """A point's trial, and the run configuration of its training."""
+    overrides = {"model.partial_pretrain": hydra_value(settings.base), "trainer.max_ckpt_to_keep": "1"}
+    if settings.train_files:
+        overrides["data.train_files"] = hydra_value(list(settings.train_files))
+    overrides |= settings.settings | values
+    lines = [f"{name}={value}" for name, value in overrides.items()]
+    run = load_run_config([*lines, "trainer.default_local_dir=."])
+    config = run.tree
+    # The sweep reads the metrics of verl's file logger.
+    loggers = config.trainer.logger
+    loggers = [loggers] if isinstance(loggers, str) else list(loggers or [])
+    lines.append(f"trainer.logger={hydra_value([*loggers, *({'file'} - set(loggers))])}")
+    identity = _identity(config)
+    directory = trial_directory(settings.out, label, identity)
+    config.trainer.default_local_dir = str(directory / "run")
+    measured = {
+        "options": settings.evaluation,
+        **{
+            kind: {name: [str(path), file_fingerprint(path)] for name, path in files.items() if path.is_file()}
+            for kind, files in (("prompts", settings.prompts), ("texts", settings.texts))
+        },
+    }
+    trial = Trial(
+        label=label,
+        values=values,
+        overrides=tuple(lines),
+        identity=identity,
+        directory=directory,
+        processes=settings.nproc,
+        measurements=_measurements(settings, directory, measured),
+        measured=measured,
+    )
+    return trial, run
 
-    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`Executor.once`"""
-        # Not forked, and not here: a look at the device may hold on to it.
+
+def _identity(config: DictConfig) -> dict[str, Any]:
+    """What makes two trainings the same: resolved settings, and the content of data, base model and start."""
+    resolved = {name: value for name, value in _flatten(OmegaConf.to_container(config)) if name not in WITHOUT_EFFECT}
+    base = resolved["model.path"]
+    files = {name: resolved.pop(name, None) for name in FILES}
+    start = files["model.speculator.path"]
+    return {
+        "settings": resolved,
+        "base": weights_fingerprint(base) or base,
+        **{name: [_fingerprint(Path(file)) for file in files[name]] for name in ("data.train_files", "data.val_files")},
+        "start": None if start is None else _fingerprint(resolve_checkpoint(start) / WEIGHTS_FILE),
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a file's content; the path of one that does not exist, for the checks to refuse."""
+    return file_fingerprint(path) if path.is_file() else str(path)
+
+
+def _measurements(settings: SweepSettings, directory: Path, measured: Mapping[str, Any]) -> tuple[Measurement, ...]:
+    """One call for all prompt sets and the first text, and one for each further text that decodes as little as
+    possible: an evaluation reads one text."""
+    prompt_sets = {str(path): name for name, path in settings.prompts.items()}
+    prompts = [text for path in prompt_sets for text in ("--prompts", path)]
+    options = ["--base", settings.base, "--baselines", "", "--no-plots"]
+    for name, value in settings.evaluation.items():
+        # None and false are defaults.
+        if value is not None and value is not False:
+            options += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    # A larger sample goes on from a smaller one; any other change begins anew.
+    fixed = {name: value for name, value in settings.evaluation.items() if name not in ("num_prompts", "num_texts")}
+    place = directory / "evaluation" / digest(dict(measured) | {"options": fixed})
+    few = ("--num-prompts", "1", "--max-new-tokens", "2", "--warmup-steps", "0", "--num-trials", "1")
+    (first, path), *others = settings.texts.items() or [(None, None)]
+    text = ("--text", str(path)) if path else ()
+    return (
+        Measurement(place / "main", (*options, *prompts, *text), prompt_sets, first),
+        *(
+            Measurement(place / f"text_{name}", (*options, *prompts[:2], *few, "--text", str(path)), {}, name)
+            for name, path in others
+        ),
+    )
+
+
+class LocalExecutor:
+    """Runs trials one after another."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns in a process of its own."""
+        # Not forked, and not here: choosing a device may keep hold of it.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
 
-    def each(
-        self, work: Callable[[Trial], None], trials: Sequence[Trial], begin: Callable[[Trial], None]
-    ) -> Iterator[Trial]:
-        """`Executor.each`"""
+    def run(self, trials: Sequence[Trial], on_start: Callable[[Trial], None]) -> Iterator[Trial]:
+        """Run all trials; yield each one when it has ended."""
         for trial in trials:
-            begin(trial)
-            work(trial)
+            on_start(trial)
+            run_trial(trial)
             yield trial
 
 
-class OverRay:
-    """As many at a time as Ray's cluster has room for; `out` must lie where all its machines see it.
+class RayExecutor:
+    """Runs as many trials at a time as fit into Ray's cluster; all its machines must see the output directory.
 
     Args:
         ray: the module, with a cluster.
-        settings: how many processes a point has, and on which device.
+        settings: give the processes of a trial and their device.
     """
 
     def __init__(self, ray: Any, settings: SweepSettings) -> None:
         self.ray = ray
-        devices = {values[DEVICE] for values in (settings.settings, *settings.points) if DEVICE in values} or {"auto"}
-        there = ray.cluster_resources()
-        wanted = [RESOURCES.get(device, "") for device in devices]
-        wanted += [name for name in RESOURCES.values() if "auto" in devices and name in there]
-        accelerator = next(filter(None, wanted), None)
+        devices = {point.get("trainer.device") for point in (settings.settings, *settings.points)} - {None} or {"auto"}
+        resources = ray.cluster_resources()
         self.options: dict[str, Any] = {"num_cpus": settings.nproc, "max_retries": 0}
-        if accelerator == "GPU":
+        if "cuda" in devices or ("auto" in devices and "GPU" in resources):
             self.options["num_gpus"] = settings.nproc
-        elif accelerator:
-            self.options["resources"] = {accelerator: settings.nproc}
+        elif "npu" in devices or ("auto" in devices and "NPU" in resources):
+            self.options["resources"] = {"NPU": settings.nproc}
 
-    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`Executor.once`"""
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns on a machine like those that train."""
         try:
             return self.ray.get(self.ray.remote(**self.options)(function).remote(*arguments))
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
 
-    def each(
-        self, work: Callable[[Trial], None], trials: Sequence[Trial], begin: Callable[[Trial], None]
-    ) -> Iterator[Trial]:
-        """`Executor.each`"""
-        task = self.ray.remote(**self.options)(work)
+    def run(self, trials: Sequence[Trial], on_start: Callable[[Trial], None]) -> Iterator[Trial]:
+        """Run all trials; yield each one when it has ended. Ray does not tell when one starts."""
+        task = self.ray.remote(**self.options)(run_trial)
         pending = {task.remote(trial): trial for trial in trials}
         try:
             while pending:
-                (done,), _ = self.ray.wait(list(pending), num_returns=1)
-                trial = pending.pop(done)
+                (reference,), _ = self.ray.wait(list(pending), num_returns=1)
+                trial = pending.pop(reference)
                 try:
-                    self.ray.get(done)
+                    self.ray.get(reference)
                 except self.ray.exceptions.RayError as error:
-                    fail(trial, f"Ray: {str(error).strip().splitlines()[-1][:300]}")
+                    trial.write_failure(f"Ray: {str(error).strip().splitlines()[-1][:300]}")
                 yield trial
         finally:
             for reference in pending:
                 self.ray.cancel(reference)
             if pending:
-                self.ray.wait(list(pending), num_returns=len(pending), timeout=GRACE)
+                self.ray.wait(list(pending), num_returns=len(pending), timeout=GRACE_SECONDS)
 
 
 @contextmanager
-def executor_of(settings: SweepSettings) -> Iterator[Executor]:
-    """The place that the settings name; a cluster that RAY_ADDRESS names is used, else one is started here."""
+def make_executor(settings: SweepSettings) -> Iterator[LocalExecutor | RayExecutor]:
+    """The executor that the settings name; a cluster that RAY_ADDRESS names is used, else one is started here."""
     if settings.executor == "local":
-        yield Local()
+        yield LocalExecutor()
         return
     import ray
 
-    ours = not ray.is_initialized()
-    if ours:
-        ending = signal.getsignal(signal.SIGTERM)
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=False)
-        signal.signal(signal.SIGTERM, ending)  # Ray's own would abort
+        signal.signal(signal.SIGTERM, handler)  # Ray's own would abort
     try:
-        yield OverRay(ray, settings)
+        yield RayExecutor(ray, settings)
     finally:
-        if ours:
+        if is_ours:
             ray.shutdown()
 
 
-LOCK = ".lock"
-
-
 def plan(settings: SweepSettings) -> list[Trial]:
-    """All points as trials, checked. Nothing is written.
-
-    Raises:
-        UserError: for the first thing that is wrong.
-    """
-    with executor_of(settings) as executor:
-        return executor.once(check_sweep, settings)
+    """`check_sweep` on a machine like those that train."""
+    with make_executor(settings) as executor:
+        return executor.call(check_sweep, settings)
 
 
-def sweep(settings: SweepSettings, say: Callable[[str], None]) -> list[Row]:
-    """Train and measure every point that is not done yet.
+def sweep(settings: SweepSettings, log: Callable[[str], None]) -> list[Row]:
+    """Train and evaluate every point that is not done yet.
 
     Args:
         settings: of the sweep.
-        say: is told of each point in a line when it is begun and when it is done.
+        log: gets a line for each trial that starts or ends.
 
     Returns:
-        The rows of `results.csv`, which is written anew after each point.
+        The rows of `results.csv`, which is written anew after each trial.
 
     Raises:
-        UserError: for what is wrong, before any point is trained.
+        UserError: for what is wrong, before anything is trained.
     """
-    with executor_of(settings) as executor:
-        trials = executor.once(check_sweep, settings)
+    with make_executor(settings) as executor:
+        trials = executor.call(check_sweep, settings)
         settings.out.mkdir(parents=True, exist_ok=True)
-        with _alone(settings.out):
+        with _lock(settings.out):
             rows = write_results(settings.out, trials)
             due = [trial for trial in trials if trial.status != DONE]
             if len(due) < len(trials):
-                say(f"{len(trials) - len(due)} of {len(trials)} points are done already")
-            place = {trial.directory: f"[{i}/{len(trials)}] {trial.label}" for i, trial in enumerate(trials, 1)}
+                log(f"{len(trials) - len(due)} of {len(trials)} points are done already")
 
-            def begin(trial: Trial) -> None:
-                say(f"{place[trial.directory]}: {trial.directory / TRAINING_LOG}")
+            def name(trial: Trial) -> str:
+                return f"[{trials.index(trial) + 1}/{len(trials)}] {trial.label}"
 
-            for trial in executor.each(work, due, begin):
+            for trial in executor.run(due, lambda trial: log(f"{name(trial)}: {trial.directory / TRAINING_LOG}")):
                 rows = write_results(settings.out, trials)
-                say(f"{place[trial.directory]}: {_outcome(rows[trials.index(trial)])}")
+                log(f"{name(trial)}: {_outcome(rows[trials.index(trial)])}")
     return rows
 
 
@@ -177,16 +306,11 @@ def _outcome(row: Row) -> str:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second sweep out of a directory, as long as this process lives."""
-    with (out / LOCK).open("a") as file:
+def _lock(out: Path) -> Iterator[None]:
+    """Keep a second sweep out of a directory while this process lives."""
+    with (out / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"out={out}: another sweep is at work there") from None
         yield
-
-
-def failed(rows: Sequence[Row]) -> list[Row]:
-    """The points that came to nothing."""
-    return [row for row in rows if row["status"] != DONE]

@@ -1,4 +1,4 @@
-"""One point, trained by the launcher and measured by the evaluation in processes of their own; what is done is kept."""
+"""One trial: a point trained by the launcher and measured by `evaluate`, in subprocesses; what is done is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,98 +19,121 @@ from typing import Any
 
 import psutil
 
-from verl_speculator.sweep.grid import Values
+from verl_speculator.sweep.settings import Values
 from verl_speculator.utils.atomic_io import atomic_file, remove_directory
 
 POINTS = "points"
 TRAINING, EVALUATION, POINT = "training.json", "evaluation.json", "point.json"
+TRAINING_LOG, EVALUATION_LOG = "training.log", "evaluation.log"
+METRICS, LOSS = "metrics-*.jsonl", "train/loss"
 DONE, DIVERGED, OUT_OF_MEMORY, FAILED, WAITING = "done", "diverged", "out of memory", "failed", "waiting"
+# Columns of further prompt sets and of further texts, each with its interval.
+BEHAVIOUR = ("tau", "accepted", "accept_rate", "overlap", "tv", "speedup", "prompts_used")
+QUALITY = ("ce", "perplexity", "kl", "top1", "top5", "text_rows")
+# A trial trains on one machine, even if the sweep is part of a job on several.
+OTHER_MACHINES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+POLL_SECONDS = 0.5
+# torchrun gives its workers 30 seconds before it kills them.
+GRACE_SECONDS = 40.0
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One call of the evaluation.
+    """One call of `verl-speculator evaluate`.
 
     Attributes:
         directory: of its results.
-        arguments: of `verl-speculator evaluate`, without the checkpoint.
-        behaviour: names of the prompt sets that are reported, by file.
-        quality: name of the text whose figures are reported, None for none.
+        arguments: of the command, without the checkpoint.
+        prompt_sets: names of the prompt sets that are reported, by file.
+        text: name of the text that is reported, None for none.
     """
 
     directory: Path
     arguments: tuple[str, ...]
-    behaviour: dict[str, str]
-    quality: str | None
+    prompt_sets: dict[str, str]
+    text: str | None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a sweep.
+    """One point of a sweep, with its state on the disk.
 
     Attributes:
-        label: what a person calls it.
-        values: its settings.
+        label: name in tables and messages.
+        values: the point's settings.
         overrides: all settings of its training.
-        identity: what makes its training this one.
-        directory: all that belongs to it.
+        identity: what a finished training must share to be this one.
+        directory: of all its files.
         processes: of its training.
-        measurements: calls of the evaluation; the first one's figures are the point's own.
-        measured: what makes its evaluation this one.
+        measurements: the first one's figures have no suffix.
+        measured: what a finished evaluation must share to be this one.
     """
 
     label: str
     values: Values
     overrides: tuple[str, ...]
-    identity: dict[str, Any]
+    identity: Record
     directory: Path
     processes: int
     measurements: tuple[Measurement, ...]
-    measured: dict[str, Any]
+    measured: Record
 
     @property
-    def run(self) -> Path:
+    def run_directory(self) -> Path:
         """The launcher's save path."""
         return self.directory / "run"
 
-    def training(self) -> dict[str, Any]:
-        """The account of its training, empty if there is none."""
+    def training(self) -> Record:
+        """Status and figures of its training; empty before."""
         return read_record(self.directory / TRAINING)
 
-    def evaluation(self) -> dict[str, Any]:
-        """The account of its evaluation, empty if there is none, or of another one."""
-        found = read_record(self.directory / EVALUATION)
-        return found if found.get("measured") == self.measured else {}
+    def evaluation(self) -> Record:
+        """Status and figures of its evaluation; empty before, or if something else was measured."""
+        record = read_record(self.directory / EVALUATION)
+        return record if record.get("measured") == self.measured else {}
 
     @property
     def status(self) -> str:
         """DONE, WAITING, or how it failed."""
-        for record in (self.training(), self.evaluation()):
-            if record.get("status") != DONE:
-                return record.get("status", WAITING)
-        return DONE
+        training, evaluation = (record.get("status", WAITING) for record in (self.training(), self.evaluation()))
+        return evaluation if training == DONE else training
 
     @property
     def reason(self) -> str:
         """Why it failed, empty if it did not."""
         return self.training().get("reason") or self.evaluation().get("reason") or ""
 
+    def write_training(self, record: Record) -> None:
+        """Record the outcome of the training."""
+        write_record(self.directory / TRAINING, record)
+
+    def write_evaluation(self, record: Record) -> None:
+        """Record the outcome of the evaluation."""
+        write_record(self.directory / EVALUATION, record | {"measured": self.measured})
+
+    def write_failure(self, reason: str) -> None:
+        """Record a failure outside of training and evaluation."""
+        write = self.write_evaluation if self.training().get("status") == DONE else self.write_training
+        write({"status": FAILED, "reason": reason})
+
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """A short name of whatever JSON can hold."""
+    """A short name of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def point_directory(out: Path, label: str, identity: Mapping[str, Any]) -> Path:
-    """Where a point lies: found by its identity under whatever label, else a new place that begins with this one."""
+def trial_directory(out: Path, label: str, identity: Mapping[str, Any]) -> Path:
+    """The directory of an identity, whatever its label was, or else a new one that begins with the label."""
     key = digest(identity)
-    found = sorted((out / POINTS).glob(f"*-{key}"))
+    existing = sorted((out / POINTS).glob(f"*-{key}"))
     slug = re.sub(r"[^\w.=-]+", "_", label)[:60]
-    return (found[0] if found else out / POINTS / f"{slug}-{key}").absolute()
+    return (existing[0] if existing else out / POINTS / f"{slug}-{key}").absolute()
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON file, empty if there is none."""
+def read_record(path: Path) -> Record:
+    """A JSON file; empty if it does not exist."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -118,116 +141,91 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """A JSON file, in one piece."""
+    """Write a JSON file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 
-TRAINING_LOG, EVALUATION_LOG = "training.log", "evaluation.log"
-# A point trains on one machine, whatever the sweep was started by.
-OTHER_MACHINES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-# Figures of further prompt sets and texts, each with its interval.
-BEHAVIOUR = ("tau", "accepted", "accept_rate", "overlap", "tv", "speedup", "prompts_used")
-QUALITY = ("ce", "perplexity", "kl", "top1", "top5", "text_rows")
-
-
-def work(trial: Trial) -> None:
-    """Train and measure a point as far as that is not done; whatever goes wrong is recorded with it."""
+def run_trial(trial: Trial) -> None:
+    """Train and evaluate a trial as far as that is not done; every failure is recorded."""
     trial.directory.mkdir(parents=True, exist_ok=True)
     write_record(trial.directory / POINT, {"label": trial.label, "settings": trial.values, "identity": trial.identity})
     try:
         if trial.training().get("status") != DONE:
-            write_record(trial.directory / TRAINING, _train(trial))
+            trial.write_training(_train(trial))
         if trial.training()["status"] == DONE and trial.evaluation().get("status") != DONE:
-            record = _measure(trial)
-            write_record(trial.directory / EVALUATION, record | {"measured": trial.measured})
-    except Exception as error:  # one point's trouble, such as a full disk, is not the others'
-        fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            trial.write_evaluation(_evaluate(trial))
+    except Exception as error:  # such as a full disk; the other trials go on
+        trial.write_failure(f"{type(error).__name__}: {_one_line(str(error))}")
 
 
-def fail(trial: Trial, reason: str) -> None:
-    """Record that a point failed outside its training and its evaluation."""
-    trained = trial.training().get("status") == DONE
-    more = {"measured": trial.measured} if trained else {}
-    write_record(trial.directory / (EVALUATION if trained else TRAINING), {"status": FAILED, "reason": reason} | more)
-
-
-def _train(trial: Trial) -> dict[str, Any]:
-    """The account of a training. A killed one goes on from its last checkpoint, one that diverged begins anew."""
+def _train(trial: Trial) -> Record:
+    """Outcome of a training. A killed one goes on from its last checkpoint, a diverged one begins anew."""
     if trial.training().get("status") == DIVERGED:
-        if trial.run.exists():
-            remove_directory(trial.run)
-        for path in trial.directory.glob("metrics-*.jsonl"):
+        if trial.run_directory.exists():
+            remove_directory(trial.run_directory)
+        for path in trial.directory.glob(METRICS):
             path.unlink()
-    log, metrics = trial.directory / TRAINING_LOG, new_file(trial.directory)
-    start, watch = log.stat().st_size if log.exists() else 0, DivergenceWatch(metrics)
-    command = [
-        sys.executable,
-        "-m",
-        "verl_speculator.preflight.launch",
-        str(trial.processes),
-        str(trial.run),
-        *trial.overrides,
-    ]
-    code = run_child(command, log, _environment() | {"VERL_FILE_LOGGER_PATH": str(metrics)}, watch)
-    found = read_metrics(trial.directory)
-    account = {
-        "training_seconds": round(seconds(found), 3),
-        "steps": max(found, default=0),
-        "final_loss": found[max(found)].get(LOSS) if found else None,
+    log = trial.directory / TRAINING_LOG
+    # A file for each attempt: verl's logger empties the file that it opens.
+    attempt = len(list(trial.directory.glob(METRICS))) + 1
+    metrics_file = trial.directory / METRICS.replace("*", f"{attempt:03d}")
+    command = ("verl_speculator.preflight.launch", str(trial.processes), str(trial.run_directory), *trial.overrides)
+    environment = _environment() | {"VERL_FILE_LOGGER_PATH": str(metrics_file)}
+    failure = run_subprocess((sys.executable, "-m", *command), log, environment, lambda: has_diverged(metrics_file))
+    metrics = read_metrics(trial.directory)
+    last_step = max(metrics, default=0)
+    figures = {
+        "training_seconds": round(training_seconds(metrics), 3),
+        "steps": last_step,
+        "final_loss": metrics[last_step].get(LOSS) if metrics else None,
         "log": str(log),
     }
-    if reason := divergence(found):
-        return {"status": DIVERGED, "reason": reason} | account
-    if code:
-        status, reason = explain(code, log, start)
-        return {"status": status, "reason": reason} | account
+    if reason := divergence(metrics):
+        return {"status": DIVERGED, "reason": reason} | figures
+    if failure:
+        return failure | figures
     from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 
-    info = read_checkpoint_info(trial.run)
+    info = read_checkpoint_info(trial.run_directory)
     parameters = sum(tensor.numel() for tensor in read_weights(info).values())
-    return {"status": DONE, "checkpoint": str(info.directory), "parameters": parameters} | account
+    return {"status": DONE, "checkpoint": str(info.directory), "parameters": parameters} | figures
 
 
-def _measure(trial: Trial) -> dict[str, Any]:
-    """The account of an evaluation: the figures of the first prompt set and text, and those of the others by name."""
-    log = trial.directory / EVALUATION_LOG
-    checkpoint = trial.training()["checkpoint"]
-    figures: dict[str, Any] = {}
-    for call in trial.measurements:
-        start = log.stat().st_size if log.exists() else 0
-        where = ("--speculator", checkpoint, "--out", str(call.directory))
-        command = [sys.executable, "-m", "verl_speculator", "evaluate", *call.arguments, *where]
-        if code := run_child(command, log, _environment()):
-            status, reason = explain(code, log, start)
-            return {"status": status, "reason": f"evaluation: {reason}", "log": str(log)}
-        rows = {row["prompts"]: row for row in _rows(call.directory / "results.csv", checkpoint)}
-        if not rows:
+def _evaluate(trial: Trial) -> Record:
+    """Outcome of an evaluation: figures of the first prompt set and text, and those of the others with a suffix."""
+    log, checkpoint = trial.directory / EVALUATION_LOG, trial.training()["checkpoint"]
+    figures: Record = {}
+    for measurement in trial.measurements:
+        output = ("--speculator", checkpoint, "--out", str(measurement.directory))
+        command = (sys.executable, "-m", "verl_speculator", "evaluate", *measurement.arguments, *output)
+        if failure := run_subprocess(command, log, _environment()):
+            return failure | {"reason": f"evaluation: {failure['reason']}", "log": str(log)}
+        with (measurement.directory / "results.csv").open(newline="") as file:
+            own_rows = [row for row in csv.DictReader(file) if row["speculator"] == checkpoint]
+        if not own_rows:
             return {"status": FAILED, "reason": "evaluation: no prompt fits the base", "log": str(log)}
-        if not figures:
-            figures = dict(rows.get(next(iter(call.behaviour)), {}))
-        for path, name in list(call.behaviour.items())[1:]:
-            figures |= _further(rows.get(path, {}), BEHAVIOUR, name)
-        if call is not trial.measurements[0]:
-            figures |= _further(next(iter(rows.values())), QUALITY, call.quality)
+        # The first row of each prompt set: the last one that is written to the mapping.
+        rows = {row["prompts"]: row for row in reversed(own_rows)}
+        prompt_sets = list(measurement.prompt_sets.items())
+        if measurement is trial.measurements[0]:
+            figures |= rows.get(prompt_sets[0][0], {})
+        else:
+            figures |= _with_suffix(next(iter(rows.values())), QUALITY, measurement.text)
+        for path, name in prompt_sets[1:]:
+            figures |= _with_suffix(rows.get(path, {}), BEHAVIOUR, name)
     return {"status": DONE, "figures": figures}
 
 
-def _rows(path: Path, checkpoint: str) -> list[dict[str, str]]:
-    """The lines of a table of the evaluation that are this checkpoint's, the first of each prompt set last."""
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["speculator"] == checkpoint][::-1]
-
-
-def _further(row: dict[str, str], figures: tuple[str, ...], name: str) -> dict[str, str]:
-    """Figures with their intervals, under their names and the set's."""
-    wanted = [f"{figure}{end}" for figure in figures for end in ("", "_lo", "_hi")]
-    return {f"{figure}@{name}": row[figure] for figure in wanted if figure in row}
+def _with_suffix(row: dict[str, str], names: tuple[str, ...], suffix: str | None) -> dict[str, str]:
+    """Figures with their intervals, as `name@suffix`."""
+    columns = [f"{name}{end}" for name in names for end in ("", "_lo", "_hi")]
+    return {f"{column}@{suffix}": row[column] for column in columns if column in row}
 
 
 def _environment() -> dict[str, str]:
-    """Of a command that this machine runs alone."""
+    """Of a command that runs on this machine alone."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -235,29 +233,23 @@ def _environment() -> dict[str, str]:
     }
 
 
-POLL = 0.5
-# torchrun gives its workers 30 seconds before it kills them.
-GRACE = 40.0
+def run_subprocess(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], should_stop: Callable[[], bool] = lambda: False
+) -> Record:
+    """Run a command until it ends or should stop, and end all its descendants; its output is appended to a log.
 
-
-def run_child(
-    command: Sequence[str], log: Path, environment: Mapping[str, str], give_up: Callable[[], bool] = lambda: False
-) -> int:
-    """The exit code of a command; its output is appended to a log.
-
-    Args:
-        command: with all its arguments.
-        log: gets standard output and standard error.
-        environment: of the command.
-        give_up: asked now and then whether to end it before it ends by itself.
+    Returns:
+        Status and reason of a failure; empty for exit code 0.
     """
-    leash = (sys.executable, "-m", "verl_speculator.utils.process", str(os.getpid()))
+    # Ends the command when this process is gone.
+    parent_death = (sys.executable, "-m", "verl_speculator.utils.process", str(os.getpid()))
     log.parent.mkdir(parents=True, exist_ok=True)
-    seen: set[psutil.Process] = set()
+    start = log.stat().st_size if log.exists() else 0
+    descendants: set[psutil.Process] = set()
     with log.open("ab") as output:
         # In a session of its own: a Ctrl-C reaches this process alone, which then ends the command in order.
         process = subprocess.Popen(
-            [*leash, *command],
+            [*parent_death, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -265,133 +257,115 @@ def run_child(
             start_new_session=True,
         )
         try:
-            while not give_up():
+            while process.poll() is None and not should_stop():
                 with suppress(psutil.NoSuchProcess):
-                    # A worker whose torchrun was killed is nobody's child any more.
-                    seen.update(psutil.Process(process.pid).children(recursive=True))
+                    # Collected on the way: a worker whose torchrun was killed has no parent any more.
+                    descendants.update(psutil.Process(process.pid).children(recursive=True))
                 with suppress(subprocess.TimeoutExpired):
-                    return process.wait(POLL)
+                    process.wait(POLL_SECONDS)
         finally:
-            _end(process, seen)
-    return process.returncode
+            _end(process, descendants)
+    return failure_of(process.returncode, log, start) if process.returncode else {}
 
 
-def _end(process: subprocess.Popen, seen: set[psutil.Process]) -> None:
+def _end(process: subprocess.Popen, descendants: set[psutil.Process]) -> None:
     """Ask a process to end, wait, and kill what is left of it and of its descendants."""
     if process.poll() is None:
         with suppress(psutil.NoSuchProcess):
-            seen.update(psutil.Process(process.pid).children(recursive=True))
+            descendants.update(psutil.Process(process.pid).children(recursive=True))
         process.terminate()
         try:
-            process.wait(GRACE)
+            process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    left = [one for one in seen if one.is_running()]
+    left = [descendant for descendant in descendants if descendant.is_running()]
     for act in (psutil.Process.terminate, psutil.Process.kill):
-        for one in left:
+        for descendant in left:
             with suppress(psutil.NoSuchProcess):
-                act(one)
+                act(descendant)
         _, left = psutil.wait_procs(left, timeout=3)
 
 
-TAIL = 200_000
+TAIL_BYTES = 200_000
 MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|Cannot allocate memory|\bMemoryError\b",
     re.IGNORECASE,
 )
-RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
-USERS = re.compile(r"^error: (.*)$")
-# torchrun's own account of a worker that failed.
-NOT_IT = ("torch.distributed.elastic.multiprocessing.errors.ChildFailedError", "ChildFailedError")
+# torchrun's own summary of a worker that failed names no cause.
+RAISED = re.compile(
+    r"^(?:\[rank\d+\]: ?)?(?!(?:[\w.]+\.)?ChildFailedError)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*)$"
+)
+USER_ERROR = re.compile(r"^error: (.*)$")
 
 
-def explain(code: int, log: Path, start: int = 0) -> tuple[str, str]:
-    """A status and a reason in a line.
+def failure_of(code: int, log: Path, start: int = 0) -> Record:
+    """Status and reason in one line.
 
     Args:
         code: exit code of the command, negative for a signal.
         log: its output.
-        start: where in the log it began.
+        start: offset in the log at which the output begins.
     """
     text = _tail(log, start)
     lines = [line.strip() for line in text.splitlines()]
-    raised = [m[1] for line in lines if (m := RAISED.match(line)) and not m[1].startswith(NOT_IT)]
-    users = [m[1] for line in lines if (m := USERS.match(line))]
+    raised, user_errors = ([m[1] for line in lines if (m := form.match(line))] for form in (RAISED, USER_ERROR))
     if memory := [line for line in raised if MEMORY.search(line)]:
-        return OUT_OF_MEMORY, _short(memory[0])
-    said = next((found[-1] for found in (users, raised) if found), None)
-    if said is None and (code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "Signal 9 (SIGKILL)" in text):
-        said = "killed by SIGKILL, which is what the system does when memory runs out"
-    elif said is None and code < 0:
-        said = f"ended by {signal.Signals(-code).name}"
-    return FAILED, _short(said or f"exit code {code}")
+        return {"status": OUT_OF_MEMORY, "reason": _one_line(memory[0])}
+    if user_errors or raised:
+        reason = (user_errors or raised)[-1]
+    elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "Signal 9 (SIGKILL)" in text:
+        reason = "killed by SIGKILL, which is what the system does when memory runs out"
+    else:
+        reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return {"status": FAILED, "reason": _one_line(reason)}
 
 
-def _tail(log: Path, start: int) -> str:
-    with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - TAIL))
-        return file.read().decode(errors="replace").replace("\r", "\n")
+def _tail(file: Path, start: int = 0) -> str:
+    with file.open("rb") as content:
+        content.seek(max(start, file.stat().st_size - TAIL_BYTES))
+        return content.read().decode(errors="replace").replace("\r", "\n")
 
 
-def _short(line: str) -> str:
-    return " ".join(line.split())[:300]
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
-LOSS = "train/loss"
+def read_metrics(directory: Path) -> dict[int, Record]:
+    """Metrics by step, over all attempts; a step that was repeated counts as it was done last."""
+    metrics: dict[int, Record] = {}
+    for path in sorted(directory.glob(METRICS)):
+        metrics |= _parse_metrics(path.read_text())
+    return dict(sorted(metrics.items()))
 
 
-def new_file(directory: Path) -> Path:
-    """A place for the next attempt's metrics: verl's file logger empties the file that it opens."""
-    number = len(list(directory.glob("metrics-*.jsonl"))) + 1
-    return directory / f"metrics-{number:03d}.jsonl"
+def _parse_metrics(text: str) -> dict[int, Record]:
+    """Metrics by step of all whole lines."""
+    metrics = {}
+    for line in text.splitlines():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            metrics[entry["step"]] = entry["data"]
+    return metrics
 
 
-def read_metrics(directory: Path) -> dict[int, dict[str, Any]]:
-    """Metrics by step, over all attempts; a step that was done again counts as it was done last."""
-    found: dict[int, dict[str, Any]] = {}
-    for path in sorted(directory.glob("metrics-*.jsonl")):
-        found |= {entry["step"]: entry["data"] for entry in _entries(path.read_bytes())}
-    return dict(sorted(found.items()))
-
-
-def divergence(metrics: dict[int, dict[str, Any]]) -> str | None:
-    """Where the loss stopped being a number; None where it never did."""
+def divergence(metrics: Mapping[int, Record]) -> str | None:
+    """Where the loss stopped being finite; verl's logger writes null for that. None where it never did."""
     for step, values in metrics.items():
         if LOSS in values and (values[LOSS] is None or not math.isfinite(values[LOSS])):
             return f"the loss is not finite from step {step} on"
     return None
 
 
-def seconds(metrics: dict[int, dict[str, Any]]) -> float:
+def has_diverged(metrics_file: Path) -> bool:
+    """Whether the run that writes this file has diverged lately; half a last line is ignored."""
+    return metrics_file.exists() and divergence(_parse_metrics(_tail(metrics_file))) is not None
+
+
+def training_seconds(metrics: Mapping[int, Record]) -> float:
     """Time spent in training steps, without starting, validating and saving."""
     return sum(
         values["train/global_tokens"] / values["perf/tokens_per_second"]
         for values in metrics.values()
         if values.get("perf/tokens_per_second")
     )
-
-
-class DivergenceWatch:
-    """Whether a run that is going on has diverged; reads what is new in its file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.read, self.diverged = path, 0, False
-
-    def __call__(self) -> bool:
-        if not self.diverged and self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self.read)
-                whole, newline, _ = file.read().rpartition(b"\n")
-            self.read += len(whole + newline)
-            self.diverged = divergence({entry["step"]: entry["data"] for entry in _entries(whole)}) is not None
-        return self.diverged
-
-
-def _entries(content: bytes) -> Iterator[dict[str, Any]]:
-    """Without half a last line."""
-    for line in content.splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return

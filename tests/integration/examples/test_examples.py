@@ -24,7 +24,7 @@ def test_recipes_are_overrides_without_blanks():
 
 def test_sweeps_are_read_and_their_settings_exist():
     for file in sorted((ROOT / "examples" / "sweeps").glob("*.yaml")):
-        asked = read_settings(file, {})
+        asked = read_settings(file)
         for point in asked.points:
             overrides = [f"{name}={value}" for name, value in (asked.settings | point).items()]
             load_settings([*overrides, "trainer.default_local_dir=x", "trainer.device=cpu"])

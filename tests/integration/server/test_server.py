@@ -441,17 +441,18 @@ def test_serve_settings_out_of_range_raise(settings, message):
 
 
 def test_serve_without_speculator_or_dependencies_says_so(monkeypatch, capsys):
-    import verl_speculator.cli.serve as module
+    import verl_speculator.cli.generate as module
+    from verl_speculator.cli.options import LoadingOptions
 
     monkeypatch.delenv("VERL_SPECULATOR_PATH", raising=False)
     assert module._find_speculator(None) is None
     assert "the base alone" in capsys.readouterr().err
     monkeypatch.setattr(module, "restart_with_allocator", lambda: None)
     with pytest.raises(UserError, match="draft_length=2: there is no speculator"):
-        module.serve("b", draft_length=2)
+        module.serve(ServeSettings("b", draft_length=2), LoadingOptions())
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install fastapi uvicorn"):
-        module.serve("b")
+        module.serve(ServeSettings("b"), LoadingOptions())
 
 
 def test_command_table_imports_no_torch_or_fastapi():

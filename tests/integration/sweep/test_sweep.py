@@ -21,19 +21,29 @@ from hypothesis import strategies as st
 from helpers.sweep_trials import finish_without_training
 from helpers.training_runs import environment
 from verl_speculator.evaluation.plots import STYLE
-from verl_speculator.sweep.grid import Refinement, hydra_value, labels_of, make_points, shown, split_list
-from verl_speculator.sweep.report import answers, axis_figures, is_sweep, number, plot_sweep, read_table
-from verl_speculator.sweep.run import sweep
-from verl_speculator.sweep.settings import EVALUATION_KEYS, SweepSettings, read_settings
+from verl_speculator.sweep.report import axis_figures, is_sweep, number, plot_sweep, read_results, recommendations
+from verl_speculator.sweep.run import check_sweep, sweep
+from verl_speculator.sweep.settings import (
+    EVALUATION_KEYS,
+    Refinement,
+    SweepOptions,
+    SweepSettings,
+    hydra_value,
+    labels_of,
+    make_points,
+    read_settings,
+    split_list,
+    unquoted,
+)
 from verl_speculator.sweep.trial import (
-    DivergenceWatch,
     divergence,
-    explain,
-    point_directory,
+    failure_of,
+    has_diverged,
     read_metrics,
     read_record,
-    run_child,
-    seconds,
+    run_subprocess,
+    training_seconds,
+    trial_directory,
 )
 from verl_speculator.utils.errors import UserError
 
@@ -46,7 +56,7 @@ DEPTH, LR, METHOD = "model.speculator.n_predict", "optim.lr", "model.speculator.
     st.dictionaries(st.sampled_from("abcd"), st.lists(st.sampled_from("123456"), min_size=1, unique=True), min_size=1)
 )
 @hypothesis_settings(deadline=None)
-def test_points_are_the_product_each_once(axes):
+def test_make_points_axes_give_their_product_each_point_once(axes):
     points = make_points(axes)
     count = 1
     for values in axes.values():
@@ -55,7 +65,7 @@ def test_points_are_the_product_each_once(axes):
     assert all(point[name] in values for point in points for name, values in axes.items())
 
 
-def test_listed_points_are_combined_with_the_axes():
+def test_make_points_listed_points_are_combined_with_the_axes():
     listed = [{METHOD: "sum_rnn"}, {METHOD: "sum_lstm", "model.speculator.tie_lstm_embs": "true"}]
     points = make_points({DEPTH: ["2", "3"]}, listed)
     assert points == [one | {DEPTH: depth} for one in listed for depth in ("2", "3")]
@@ -64,7 +74,7 @@ def test_listed_points_are_combined_with_the_axes():
         make_points({"model.speculator.tie_lstm_embs": ["true"]}, listed)
 
 
-def test_a_refined_axis_is_walked_coarsely_first():
+def test_make_points_refined_axis_puts_coarse_values_first():
     refine = Refinement("exit", ("3", "1"), ("0", "1", "2", "3"))
     points = make_points({"t": ["1", "2"]}, (), refine)
     assert [(p["t"], p["exit"]) for p in points[:4]] == [("1", "3"), ("1", "1"), ("2", "3"), ("2", "1")]
@@ -73,7 +83,7 @@ def test_a_refined_axis_is_walked_coarsely_first():
         make_points({"t": ["1"]}, (), Refinement("t", ("1",), ("1",)))
 
 
-def test_labels_tell_the_points_apart():
+def test_labels_of_points_name_the_settings_that_differ():
     points = [{METHOD: "sum_rnn", DEPTH: "3", LR: "1e-3"}, {METHOD: "sum_lstm", DEPTH: "2", LR: "1e-3"}]
     assert labels_of(points) == ["sum_rnn, n_predict=3", "sum_lstm, n_predict=2"]
     assert labels_of(points[:1]) == ["sum_rnn, n_predict=3, lr=1e-3"]
@@ -92,13 +102,13 @@ GOOD = {
 }
 
 
-def written(path: Path, **more) -> Path:
+def write_sweep_file(path: Path, **more) -> Path:
     """A sweep file; what is None is left out."""
     (path / "sweep.yaml").write_text(json.dumps({k: v for k, v in (GOOD | more).items() if v is not None}))
     return path / "sweep.yaml"
 
 
-def test_values_stay_as_they_are_written(tmp_path):
+def test_read_settings_yaml_values_stay_as_they_are_written(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(
         "base: b\ntrain_files: [a.parquet, 'a file.parquet']\nprompts: {chat: p.jsonl, maths: m.jsonl}\nout: o\n"
@@ -106,30 +116,35 @@ def test_values_stay_as_they_are_written(tmp_path):
         "settings: {optim.lr: 1e-4, model.speculator.loss: {kl: 1.0, tv: 1.0}, optim.betas: [0.9, 0.95]}\n"
         "axes: {model.speculator.inner_dim: [1024.2560, 512], temperatures: [1, 2]}\nnproc: 2\n"
     )
-    found = read_settings(file, {})
+    found = read_settings(file)
     assert found.settings == {LR: "1e-4", "model.speculator.loss": "{kl:1.0,tv:1.0}", "optim.betas": "[0.9,0.95]"}
     assert found.points[0] == {"model.speculator.inner_dim": "1024.2560", "model.speculator.kl_temperature": "1"}
     here = Path.cwd()
     assert found.train_files == (str(here / "a.parquet"), str(here / "a file.parquet")) and found.out == here / "o"
     assert found.prompts == {"chat": here / "p.jsonl", "maths": here / "m.jsonl"}
     assert found.texts == {"t": here / "t.parquet"}
-    assert hydra_value("a b") == "'a b'" and shown("'a b'") == "a b"
+    assert hydra_value("a b") == "'a b'" and unquoted("'a b'") == "a b"
     assert found.evaluation == {"num_prompts": 20, "temperature": 0.5, "allow_untrained": True, "draft_length": None}
     assert found.nproc == 2
 
 
-def test_the_command_line_takes_the_place_of_the_file(tmp_path):
-    given = {
-        "base": "other",
-        "axes": {LR: ["1"]},
-        "settings": {"a.b": "1"},
-        "evaluation": {"num_prompts": "3"},
-        "nproc": 4,
-    }
-    found = read_settings(written(tmp_path, evaluation={"num_texts": "5"}), given)
-    assert (found.base, found.nproc, found.out) == ("other", 4, Path.cwd() / "out") and found.settings == {"a.b": "1"}
-    assert found.points == ({DEPTH: "2", LR: "1"}, {DEPTH: "3", LR: "1"})
-    assert found.evaluation == {"num_texts": 5, "num_prompts": 3}
+def test_read_settings_command_line_replaces_or_extends_the_file(tmp_path):
+    options = SweepOptions(
+        base="other",
+        axis=(f"{LR}=1",),
+        exit_layers="range(0,2)",
+        set=("a.b=1",),
+        evaluation=("num_prompts=3",),
+        nproc=4,
+    )
+    settings = read_settings(write_sweep_file(tmp_path, evaluation={"num_texts": "5"}), options)
+    assert (settings.base, settings.nproc, settings.out) == ("other", 4, Path.cwd() / "out")
+    assert settings.settings == {"a.b": "1"}
+    exit_layer = "model.speculator.exit_layer"
+    assert settings.points == tuple({DEPTH: n, exit_layer: e, LR: "1"} for n in "23" for e in "01")
+    assert settings.evaluation == {"num_texts": 5, "num_prompts": 3}
+    with pytest.raises(UserError, match="--set a: expected NAME=VALUE"):
+        read_settings(write_sweep_file(tmp_path), SweepOptions(set=("a",)))
     assert split_list(LR, "1e-3,'x y'", "--axis") == ["0.001", "'x y'"]
     assert split_list(DEPTH, "range(0,4)", "--axis") == ["0", "1", "2", "3"]
     assert split_list("model.speculator.inner_dim", "1024.2560, 512", "--axis") == ["1024.2560", "512"]
@@ -168,13 +183,13 @@ def test_the_command_line_takes_the_place_of_the_file(tmp_path):
         ({"evaluation": {"temperature": "-1"}}, "temperature=-1.0: expected a number ≥ 0"),
     ],
 )
-def test_bad_files(tmp_path, more, words):
+def test_read_settings_bad_key_or_value_is_one_line(tmp_path, more, words):
     with pytest.raises(UserError) as error:
-        read_settings(written(tmp_path, **more), {})
+        read_settings(write_sweep_file(tmp_path, **more))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_files_that_are_no_sweep(tmp_path):
+def test_read_settings_file_that_is_not_a_sweep_is_refused(tmp_path):
     for content, words in (
         ("a: [", "not YAML"),
         ("out: a\nout: b\n", "out stands there twice"),
@@ -182,12 +197,12 @@ def test_files_that_are_no_sweep(tmp_path):
     ):
         (tmp_path / "sweep.yaml").write_text(content)
         with pytest.raises(UserError, match=words):
-            read_settings(tmp_path / "sweep.yaml", {})
+            read_settings(tmp_path / "sweep.yaml")
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        read_settings(tmp_path / "nothing.yaml", {})
+        read_settings(tmp_path / "nothing.yaml")
 
 
-def test_every_option_of_the_evaluation_has_a_flag():
+def test_evaluation_keys_are_all_flags_of_evaluate():
     from typer.main import get_command
 
     from verl_speculator.__main__ import app
@@ -205,59 +220,62 @@ def log_metrics(path: Path, steps: dict[int, float | None]) -> None:
     path.write_text("".join(lines))
 
 
-def test_metrics_of_several_attempts(tmp_path):
+def test_read_metrics_several_attempts_keep_the_last_value_of_a_step(tmp_path):
     log_metrics(tmp_path / "metrics-001.jsonl", {1: 5.0, 2: 4.0})
     log_metrics(tmp_path / "metrics-002.jsonl", {2: 4.5, 3: 3.0})
     with (tmp_path / "metrics-002.jsonl").open("a") as file:
         file.write('{"step": 4, "da')
     found = read_metrics(tmp_path)
     assert {step: values["train/loss"] for step, values in found.items()} == {1: 5.0, 2: 4.5, 3: 3.0}
-    assert seconds(found) == pytest.approx(6.0) and divergence(found) is None
+    assert training_seconds(found) == pytest.approx(6.0) and divergence(found) is None
 
 
-def test_a_divergence_is_seen_while_it_trains(tmp_path):
+def test_has_diverged_growing_file_is_seen_at_the_first_null_loss(tmp_path):
     """verl's file logger writes null for what is not finite."""
     path = tmp_path / "metrics-001.jsonl"
-    watch = DivergenceWatch(path)
-    assert not watch()
+    assert not has_diverged(path)
     log_metrics(path, {1: 5.0})
-    assert not watch()
+    assert not has_diverged(path)
     with path.open("a") as file:
         file.write('{"step": 2, "data": {"train/lo')
-    assert not watch()
+    assert not has_diverged(path)
     log_metrics(path, {1: 5.0, 2: None})
-    assert watch() and divergence(read_metrics(tmp_path)) == "the loss is not finite from step 2 on"
+    assert has_diverged(path) and divergence(read_metrics(tmp_path)) == "the loss is not finite from step 2 on"
 
 
 @pytest.mark.parametrize(
-    ("code", "log", "found"),
+    ("code", "log", "status", "reason"),
     [
-        (2, "bla\nerror: optim.lr=x: expected a number\n", ("failed", "optim.lr=x: expected a number")),
+        (2, "bla\nerror: optim.lr=x: expected a number\n", "failed", "optim.lr=x: expected a number"),
         (
             1,
             "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nChildFailedError: \n",
-            ("out of memory", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of memory",
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
         ),
         (
             1,
             "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried",
-            ("out of memory", None),
+            "out of memory",
+            "RuntimeError: [enforce fail]",
         ),
         (
             1,
             "traceback : Signal 9 (SIGKILL) received by PID 5\n",
-            ("failed", "killed by SIGKILL, which is what the system"),
+            "failed",
+            "killed by SIGKILL, which is what the system",
         ),
-        (-9, "", ("failed", "killed by SIGKILL, which is what the system does when memory runs out")),
-        (-15, "", ("failed", "ended by SIGTERM")),
-        (1, "[rank0]: ValueError: no such thing\nmore\n", ("failed", "ValueError: no such thing")),
-        (3, "nothing to see\n", ("failed", "exit code 3")),
+        (-9, "", "failed", "killed by SIGKILL, which is what the system does when memory runs out"),
+        (-15, "", "failed", "ended by SIGTERM"),
+        (1, "[rank0]: ValueError: no such thing\nmore\n", "failed", "ValueError: no such thing"),
+        (1, "ValueError: a\ntorch.distributed.ChildFailedError: \n", "failed", "ValueError: a"),
+        (3, "nothing to see\n", "failed", "exit code 3"),
     ],
 )
-def test_reasons(tmp_path, code, log, found):
+def test_failure_of_log_gives_status_and_reason(tmp_path, code, log, status, reason):
     (tmp_path / "log").write_text("RuntimeError: of an attempt before\n" + log)
-    status, reason = explain(code, tmp_path / "log", start=35)
-    assert status == found[0] and (found[1] is None or reason.startswith(found[1]))
+    failure = failure_of(code, tmp_path / "log", start=35)
+    assert failure["status"] == status and failure["reason"].startswith(reason)
 
 
 # A child, whose own children live in sessions of their own, as torchrun's do.
@@ -274,13 +292,11 @@ time.sleep(600)
 """
 
 
-def ended(pid: int, within: float = 10.0) -> bool:
+def assert_ends(pid: int, within: float = 10.0) -> None:
     deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.05)
-    return False
 
 
 def pid_in(log: Path) -> int:
@@ -290,35 +306,37 @@ def pid_in(log: Path) -> int:
     return int(log.read_text())
 
 
-def test_a_child_that_is_given_up_leaves_nothing_behind(tmp_path):
+def test_run_subprocess_stopped_ends_its_descendants(tmp_path):
     log = tmp_path / "log"
-    code = run_child([sys.executable, "-c", PARENT], log, environment(), lambda: log.exists() and bool(log.read_text()))
-    assert code != 0 and ended(pid_in(log), within=1)
-    assert run_child([sys.executable, "-c", "raise SystemExit(3)"], log, environment()) == 3
+    failure = run_subprocess((sys.executable, "-c", PARENT), log, environment(), lambda: bool(log.read_text()))
+    assert failure["status"] == "failed"
+    assert_ends(pid_in(log), within=1)
+    for code, record in (("raise SystemExit(3)", {"status": "failed", "reason": "exit code 3"}), ("pass", {})):
+        assert run_subprocess((sys.executable, "-c", code), log, environment()) == record
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_child_does_not_outlive_the_sweep(tmp_path, kind):
+def test_run_subprocess_does_not_outlive_its_parent(tmp_path, kind):
     log = tmp_path / "log"
     code = (
-        "import os, signal, sys; from pathlib import Path; from verl_speculator.sweep.trial import run_child\n"
+        "import os, signal, sys; from pathlib import Path; from verl_speculator.sweep.trial import run_subprocess\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         # A shell starts what runs in its background with Ctrl-C ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"run_child([sys.executable, '-c', {PARENT!r}], Path({str(log)!r}), os.environ)"
+        f"run_subprocess([sys.executable, '-c', {PARENT!r}], Path({str(log)!r}), os.environ)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.DEVNULL)
     grandchild = pid_in(log)
     process.send_signal(kind)
     process.wait(60)
-    assert ended(grandchild)
+    assert_ends(grandchild)
 
 
 # Tables and pictures.
 
 
-def made_up(layers=(0, 1, 2), words=("head", "head_and_block"), **more) -> list[dict]:
+def result_rows(layers=(0, 1, 2), words=("head", "head_and_block"), **more) -> list[dict]:
     from helpers.result_tables import RNN, line
 
     rows = []
@@ -340,19 +358,19 @@ def made_up(layers=(0, 1, 2), words=("head", "head_and_block"), **more) -> list[
     return [*rows, failed | {name: rows[0][name] for name in ("base", "prompts")}]
 
 
-def test_pictures(tmp_path):
+def test_plot_sweep_numeric_axis_has_quality_acceptance_and_histogram(tmp_path):
     import matplotlib
 
     from helpers.result_tables import write
 
-    write(tmp_path / "results.csv", made_up())
+    write(tmp_path / "results.csv", result_rows())
     assert is_sweep(tmp_path)
     drawn = {path.name for path in plot_sweep(tmp_path)}
     for name in ("exit_layer_quality", "exit_layer_acceptance", "exit_layer_histogram", "speedup_against_quality"):
         assert {f"{name}.png", f"{name}.pdf"} <= drawn
     assert not any(name.startswith("trainable") for name in drawn)
     with matplotlib.rc_context(STYLE):
-        figures = dict(axis_figures(read_table(tmp_path)))
+        figures = dict(axis_figures(read_results(tmp_path)))
     quality = figures["exit_layer_quality"]
     # KL, CE and top-1, of the text and of the other one, which has no CE; a line for each word.
     assert len(quality.axes) == 6 and [axis.get_title(loc="left") for axis in quality.axes[::3]] == ["chat", "web"]
@@ -364,22 +382,22 @@ def test_pictures(tmp_path):
     assert len(figures["exit_layer_histogram"].axes) == 2
 
 
-def test_many_points_have_no_picture_of_a_line_each(tmp_path):
+def test_plot_sweep_many_points_leave_out_plots_per_point(tmp_path):
     from helpers.result_tables import write
 
-    write(tmp_path / "results.csv", made_up(layers=range(11)))
+    write(tmp_path / "results.csv", result_rows(layers=range(11)))
     drawn = {path.stem for path in plot_sweep(tmp_path)}
     assert "acceptance_per_depth" not in drawn and {"speedup_against_quality", "exit_layer_acceptance"} <= drawn
 
 
-def test_without_a_finished_point_there_is_no_picture(tmp_path):
+def test_plot_sweep_without_finished_point_draws_nothing(tmp_path):
     from helpers.result_tables import write
 
-    write(tmp_path / "results.csv", made_up()[-1:])
+    write(tmp_path / "results.csv", result_rows()[-1:])
     assert plot_sweep(tmp_path) == []
 
 
-def test_which_one_to_train():
+def test_recommendations_best_and_smallest_within_tolerance():
     def row(name, tau, speedup, parameters, status="done"):
         return {"point": name, "tau": tau, "speedup": speedup, "parameters": parameters, "status": status}
 
@@ -389,13 +407,13 @@ def test_which_one_to_train():
         row("tiny", 2.0, 1.6, 10),
         row("x", "", "", "", "failed"),
     ]
-    assert [(what, found["point"]) for what, found in answers(rows)] == [
+    assert [(what, found["point"]) for what, found in recommendations(rows)] == [
         ("best τ", "large"),
         ("smallest within 2% of it", "small"),
         ("best speedup", "tiny"),
         ("smallest within 2% of it", "tiny"),
     ]
-    assert answers(rows[3:]) == [] and number({"a": None}, "a") != number({"a": None}, "a")
+    assert recommendations(rows[3:]) == [] and number({"a": None}, "a") != number({"a": None}, "a")
 
 
 # Whole sweeps.
@@ -409,7 +427,7 @@ SMALL = {
 }
 
 
-def asked(base_: Path, chat: Path, out: Path, points, **more) -> SweepSettings:
+def make_settings(base_: Path, chat: Path, out: Path, points, **more) -> SweepSettings:
     few = {"num_prompts": 2, "num_texts": 2, "max_new_tokens": 6, "warmup_steps": 0}
     return SweepSettings(
         **{
@@ -467,12 +485,14 @@ def swept(tmp_path_factory, base, chat):
     process.kill()
     process.communicate()
     first = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and "lr=5e-2" in str(path)}
-    assert left and all(ended(one.pid, within=45) for one in left)
+    assert left
+    for child in left:
+        assert_ends(child.pid, within=45)
     result = subprocess.run(command(file), env=environment(), capture_output=True, text=True)
     return folder, file, first, result
 
 
-def test_a_failed_point_beside_a_good_one(swept):
+def test_sweep_failed_point_is_named_beside_a_good_one(swept):
     folder, _, _, result = swept
     assert result.returncode == 1, result.stderr
     good, bad = table(folder / "out")
@@ -488,13 +508,13 @@ def test_a_failed_point_beside_a_good_one(swept):
     assert (folder / "out" / "plots" / "accepted_length_histogram.pdf").is_file()
 
 
-def test_what_was_done_before_the_kill_is_kept(swept):
+def test_sweep_after_kill_keeps_finished_trials(swept):
     _, _, first, result = swept
     assert first and all(path.stat().st_mtime_ns == before for path, before in first.items())
     assert "1 of 2 points are done already" in result.stderr
 
 
-def test_a_changed_point_alone_is_trained_again(swept, base, chat):
+def test_sweep_changed_point_alone_is_trained_again(swept, base, chat):
     folder, _, first, _ = swept
     file = sweep_file(folder, base, chat, [{DEPTH: "2", LR: "5e-2"}, {DEPTH: "3", LR: "1e-2"}])
     listed = subprocess.run(command(file, "--dry-run"), env=environment(), capture_output=True, text=True)
@@ -531,27 +551,26 @@ def test_a_changed_point_alone_is_trained_again(swept, base, chat):
         ([{"data.train_batch_size": "9"}], {"nproc": 2}, "not divisible by 2 processes"),
     ],
 )
-def test_bad_points_are_found_before_the_first_is_trained(base, chat, tmp_path, points, more, words):
-    from verl_speculator.sweep.check import check_sweep
-
+def test_check_sweep_bad_point_is_refused_before_training(base, chat, tmp_path, points, more, words):
     with pytest.raises(UserError) as error:
-        check_sweep(asked(base, chat, tmp_path / "out", points, **more))
+        check_sweep(make_settings(base, chat, tmp_path / "out", points, **more))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("length", ["auto", None, 2])
 def test_check_sweep_draft_length_reaches_the_evaluation(base, chat, tmp_path, length):
-    from verl_speculator.cli.evaluate import read_length
-    from verl_speculator.sweep.check import check_sweep
+    from verl_speculator.decoding.draft_length import read_length
 
-    (trial,) = check_sweep(asked(base, chat, tmp_path / "out", [{DEPTH: "2"}], evaluation={"draft_length": length}))
+    (trial,) = check_sweep(
+        make_settings(base, chat, tmp_path / "out", [{DEPTH: "2"}], evaluation={"draft_length": length})
+    )
     arguments = trial.measurements[0].arguments
     given = arguments[arguments.index("--draft-length") + 1] if "--draft-length" in arguments else None
     assert read_length(given) == length
 
 
-def test_a_users_error_is_one_line_and_exit_code_2(base, chat, tmp_path):
+def test_sweep_command_user_error_is_one_line_and_exit_code_2(base, chat, tmp_path):
     files = ("--base", base, "--train-files", chat, "--prompts", chat, "--out", tmp_path / "out")
     arguments = (*files, "--set", "data.train_batch_size=8", "--axis", f"{DEPTH}=2,-1")
     result = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True)
@@ -560,11 +579,9 @@ def test_a_users_error_is_one_line_and_exit_code_2(base, chat, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_makes_a_point(base, bases, chat, tmp_path):
-    from verl_speculator.sweep.check import check_sweep
-
+def test_check_sweep_identity_depends_on_settings_and_content_alone(base, bases, chat, tmp_path):
     def identities(points, **more):
-        return [trial.identity for trial in check_sweep(asked(base, chat, tmp_path, points, **more))]
+        return [trial.identity for trial in check_sweep(make_settings(base, chat, tmp_path, points, **more))]
 
     (first,) = identities([{DEPTH: "3"}])
     assert identities([{DEPTH: "3"}, {DEPTH: "3", LR: "1e-4"}]) == [first]  # the default, named or not
@@ -575,35 +592,33 @@ def test_what_makes_a_point(base, bases, chat, tmp_path):
     assert identities([{DEPTH: "3"}], base=str(bases["qwen2_untied"])) != [first]
     assert identities([{DEPTH: "3"}], settings=SMALL | {"trainer.total_training_steps": "3"}) != [first]
     # Found again under another label.
-    place = point_directory(tmp_path, "one", first)
+    place = trial_directory(tmp_path, "one", first)
     place.mkdir(parents=True)
-    assert point_directory(tmp_path, "another", first) == place.absolute()
+    assert trial_directory(tmp_path, "another", first) == place.absolute()
 
 
-def test_each_text_and_prompt_set_is_measured(base, chat, tmp_path):
-    from verl_speculator.sweep.check import check_sweep
-
+def test_check_sweep_each_text_and_prompt_set_is_measured(base, chat, tmp_path):
     sets = {"prompts": {"a": chat, "b": chat.with_name("b.parquet")}, "texts": {"c": chat, "d": chat}}
     shutil.copy(chat, sets["prompts"]["b"])
-    (trial,) = check_sweep(asked(base, chat, tmp_path, [{DEPTH: "2"}], **sets))
+    (trial,) = check_sweep(make_settings(base, chat, tmp_path, [{DEPTH: "2"}], **sets))
     main, further = trial.measurements
-    assert main.arguments.count("--prompts") == 2 and main.quality == "c" and further.quality == "d"
-    assert further.arguments[-2:] == ("--text", str(chat)) and further.behaviour == {}
+    assert main.arguments.count("--prompts") == 2 and main.text == "c" and further.text == "d"
+    assert further.arguments[-2:] == ("--text", str(chat)) and further.prompt_sets == {}
     sets["prompts"] = {"a": chat}
-    (other,) = check_sweep(asked(base, chat, tmp_path, [{DEPTH: "2"}], **sets))
+    (other,) = check_sweep(make_settings(base, chat, tmp_path, [{DEPTH: "2"}], **sets))
     assert other.directory == trial.directory and other.measured != trial.measured
 
 
 # Ray.
 
 
-def test_points_over_ray(base, chat, tmp_path, monkeypatch):
+def test_sweep_ray_executor_names_the_trial_whose_process_died(base, chat, tmp_path, monkeypatch):
     """Two small tasks and one whose process dies, on workers of a cluster of this machine's."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the workers
-    monkeypatch.setattr("verl_speculator.sweep.run.work", finish_without_training)
+    monkeypatch.setattr("verl_speculator.sweep.run.run_trial", finish_without_training)
     told: list[str] = []
-    settings = asked(base, chat, tmp_path / "out", [{DEPTH: "2"}, {DEPTH: "3"}, {DEPTH: "4"}], executor="ray")
+    settings = make_settings(base, chat, tmp_path / "out", [{DEPTH: "2"}, {DEPTH: "3"}, {DEPTH: "4"}], executor="ray")
     rows = sweep(settings, told.append)
     assert [row["status"] for row in rows] == ["done", "done", "failed"] and len(told) == 3
     assert rows[2]["reason"].startswith("Ray: ")

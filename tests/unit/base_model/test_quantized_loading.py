@@ -21,7 +21,7 @@ from verl_speculator import build_speculator, load_speculator
 from verl_speculator.base_model.loading import BaseModelFormat, base_shape, load_base, load_tokenizer
 from verl_speculator.checkpoint.format import read_checkpoint_info, write_checkpoint
 from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
-from verl_speculator.cli.options import check_form
+from verl_speculator.cli.options import LoadingOptions
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.utils.errors import UserError
 
@@ -93,7 +93,7 @@ def test_a_missing_package_is_refused(attempt, installed, base, setting, package
     words = f"{setting}: the package {package} is not installed; expected: pip install 'verl_speculator[{extra}]'"
     assert attempt(f"model.{setting}") == f"model.{words}"
     with pytest.raises(UserError) as error:
-        check_form(str(base), *(setting.partition("=")[2] if name in setting else None for name in ("quant", "gguf")))
+        LoadingOptions(**dict([setting.split("=")])).base_format(str(base))
     assert str(error.value) == words
 
 
@@ -146,7 +146,7 @@ def test_the_tokenizer_is_the_one_of_the_file(gguf_bases, tokenizer, tmp_path):
 def test_end_tokens_gguf_that_names_another_eos_come_from_the_template(bases, tokenizer, tmp_path):
     """In training, in its checks and in decoding alike, whatever end token the file names."""
     import verl_speculator.training.plugin  # noqa: F401
-    from verl_speculator.cli.options import load
+    from verl_speculator.cli.options import load_models
     from verl_speculator.config.hydra import load_run_config
     from verl_speculator.preflight.base_model import check_base
     from verl_speculator.training.model_config import SpeculatorModelConfig
@@ -154,7 +154,7 @@ def test_end_tokens_gguf_that_names_another_eos_come_from_the_template(bases, to
     make_gguf(bases["qwen2_untied"], tmp_path / FILE, eos="<|im_start|>")
     named, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     settings = [f"model.partial_pretrain={tmp_path}", f"model.gguf_file={FILE}", "trainer.default_local_dir=."]
-    decoding = load(str(tmp_path), None, device="cpu", dtype="fp32", form=GGUF).ends
+    decoding = load_models(str(tmp_path), None, LoadingOptions("fp32", "cpu", gguf_file=FILE)).ends
     training = SpeculatorModelConfig(path=str(tmp_path), gguf_file=FILE).end_token_ids
     assert decoding == training == check_base(load_run_config(settings)).end_token_ids == tuple(sorted((named, end)))
 

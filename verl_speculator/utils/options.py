@@ -1,0 +1,70 @@
+"""Command-line metadata of settings, declared with the field that it describes. Imports no command-line library.
+
+A field of a settings dataclass, or a parameter of a command, is the only declaration of its option::
+
+    num_trials: Annotated[int, Option("runs of each prompt", minimum=1)] = 1
+
+`verl_speculator.cli.options.command` makes `--num-trials INTEGER  runs of each prompt [default: 1]` of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import Field, dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+from verl_speculator.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a setting appears on the command line.
+
+    Attributes:
+        help: text of `--help`.
+        flag: name of the option, by default the field's name with dashes and, for a boolean, its `--no-` form.
+        positional: an argument instead of an option.
+        parse: from the text of the command line to the field's type, for types that are no scalar or list of scalars.
+        minimum: smallest value that `check` accepts.
+    """
+
+    help: str
+    flag: str | None = None
+    positional: bool = False
+    parse: Callable[[str], Any] | None = None
+    minimum: int | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Check a value against the minimum; None and texts pass.
+
+        Raises:
+            UserError: for a value below it.
+        """
+        if self.minimum is not None and isinstance(value, int) and value < self.minimum:
+            raise UserError(f"{name}={value}: expected a number ≥ {self.minimum}")
+
+
+def settings_options(settings: type) -> Iterator[tuple[Field, Any, Option]]:
+    """Each field of a settings dataclass with its type and its option, in order."""
+    hints = get_type_hints(settings, include_extras=True)
+    for field in fields(settings):
+        yield field, hints[field.name].__origin__, hints[field.name].__metadata__[0]
+
+
+def check_minimums(settings: Any) -> None:
+    """`Option.check` of every field."""
+    for field, _, option in settings_options(type(settings)):
+        option.check(field.name, getattr(settings, field.name))
+
+
+# Options that several commands have.
+BaseModel = Annotated[str, Option("base model: a directory or a hub name")]
+MaxNewTokens = Annotated[int, Option("the most tokens of an answer", minimum=1)]
+Temperature = Annotated[float, Option("0 is greedy")]
+TopP = Annotated[float, Option("share of the probability that is kept")]
+TopK = Annotated[int, Option("number of tokens kept, 0 for all")]
+Dtype = Annotated[str, Option("auto (fp32 on a CPU, else bf16), fp32, bf16, fp16")]
+Device = Annotated[str, Option("auto, cpu, cuda, …")]
+Quantization = Annotated[str | None, Option("bnb4 holds the base in 4 bits")]
+GgufFile = Annotated[str | None, Option("read the base from this file in --base")]
+AllowOtherBase = Annotated[bool, Option("a base with other weights than at training")]
