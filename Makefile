@@ -10,7 +10,7 @@ else
 TORCH ?= torch>=2.11
 endif
 
-.PHONY: setup demo test test-slow test-vllm lint clean
+.PHONY: setup demo test test-slow test-vllm lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,11 @@ test-vllm: .venv-vllm/.installed
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as a site in build/site.
+docs: setup
+	$(BIN)/python -m pip install -q -e ".[docs]" -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf demo $(VENV) .venv-vllm
