@@ -10,7 +10,7 @@ else
 TORCH ?= torch>=2.11
 endif
 
-.PHONY: setup demo test test-slow test-vllm lint docs-tables clean
+.PHONY: setup demo test test-slow test-vllm lint docs docs-tables clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,11 @@ lint: setup
 # The speculator's settings in speculator_sft.yaml and docs/configuration.md, from config/schema.py.
 docs-tables: setup
 	$(BIN)/python docs/settings_tables.py
+
+# The documentation as a site in build/site.
+docs: setup
+	$(BIN)/python -m pip install -q -e ".[docs]" -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf demo $(VENV) .venv-vllm
