@@ -37,7 +37,7 @@ class SpeculatorWorker(TrainingWorker):
             self.engine.state_cache = StateCache(Path(state_cache))
         self._recorded: dict[str, Any] = {}
         self.checkpoints = RunCheckpoints(
-            self.engine, directory, settings, save_state=save_state, provenance=lambda step: self._recorded
+            self.engine, Path(directory), settings, save_state=save_state, provenance=lambda step: self._recorded
         )
         return self.checkpoints.load_checkpoint()
 

@@ -34,8 +34,9 @@ from verl_speculator.data.dataset import (
 from verl_speculator.data.hidden_state_cache import SETTING, StateCache, check_directory, identify_states, say_size
 from verl_speculator.data.run_record import RECORD, record_settings
 from verl_speculator.losses import DraftSums
+from verl_speculator.training import MODEL_TYPE
 from verl_speculator.training.checkpointing import RunCheckpoints
-from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
+from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
 from verl_speculator.utils.atomic_io import check_metrics_file
 from verl_speculator.utils.errors import UserError
 
@@ -178,7 +179,7 @@ class SpeculatorTrainer(SFTTrainer):
     def _build_ckpt_handler(self) -> None:
         self.ckpt_handler = RunCheckpoints(
             self.engine,
-            self.config.trainer.default_local_dir,
+            Path(self.config.trainer.default_local_dir),
             self.config.trainer,
             save_state="optimizer" in self.config.checkpoint.save_contents,
             provenance=self._provenance,

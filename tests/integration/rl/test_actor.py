@@ -14,8 +14,8 @@ from helpers.engine_harness import build_engine, gradients, whole
 from helpers.ppo_rollouts import CLIP, build_actor, make_rollouts, ppo_config
 from verl_speculator import build_speculator, load_speculator, save_speculator
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.training.policy import response_mask
-from verl_speculator.training.rollout_config import served_model_config, without_speculator
+from verl_speculator.training.plugin import rollout_model_config, without_speculator
+from verl_speculator.training.policy import PolicyEngine, response_mask
 from verl_speculator.utils.errors import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
@@ -230,14 +230,14 @@ def test_verls_ppo_configuration_with_our_keys(base, trained):
     # verl's rollout servers, by their own call
     with pytest.raises(Exception, match="speculator"):
         omega_conf_to_dataclass(config.actor_rollout_ref.model, dataclass_type=HFModelConfig)
-    served = served_model_config(config.actor_rollout_ref.model)
+    served = rollout_model_config(config.actor_rollout_ref.model)
     converted = omega_conf_to_dataclass(served, dataclass_type=HFModelConfig)
     assert type(converted) is HFModelConfig
     plain = omega_conf_to_dataclass(ppo_config(base).actor_rollout_ref.model, dataclass_type=HFModelConfig)
     assert (converted.path, converted.model_type) == (plain.path, "language_model")
     assert "speculator" in config.actor_rollout_ref.model, "the workers' own configuration must stay"
     stock = ppo_config(base).actor_rollout_ref.model
-    assert served_model_config(stock) is stock
+    assert rollout_model_config(stock) is stock
 
 
 def test_verls_registry_makes_replicas_that_know_the_base_alone(base, trained):
@@ -254,7 +254,7 @@ def test_verls_registry_makes_replicas_that_know_the_base_alone(base, trained):
     assert isinstance(replica, Replica)
     assert "speculator" not in replica.model_config
     for name in ("vllm", "sglang", "trtllm"):
-        assert RolloutReplicaRegistry._registry[name].__module__ == "verl_speculator.training.rollout_config"
+        assert RolloutReplicaRegistry._registry[name].__module__ == "verl_speculator.training.plugin"
 
 
 @pytest.mark.parametrize(
@@ -303,18 +303,15 @@ def test_optimizer_step_updates_every_parameter_once():
     """Also what lies in the root's flat parameter under FSDP1, which belongs to neither policy nor speculator."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    from verl_speculator.training.engine import SpeculatorEngine
-
     def shard(module):
         return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
 
     model = torch.nn.Module()
     model.base = torch.nn.ModuleDict({"layer": shard(torch.nn.Linear(3, 3)), "norm": torch.nn.LayerNorm(3)})
     model.draft = shard(torch.nn.Linear(3, 3))
-    engine = object.__new__(SpeculatorEngine)
-    engine.module, engine.scaler, engine.draft_is_frozen = shard(model), None, False
+    engine = object.__new__(PolicyEngine)
+    engine.module, engine.scaler, engine.trains_draft = shard(model), None, True
     engine._qat_enabled = False
-    engine.model_config = SimpleNamespace(is_policy=True)
     engine.engine_config = SimpleNamespace(forward_only=False)
     engine.optimizer_config = SimpleNamespace(clip_grad=1.0)
     parameters = list(engine.module.parameters())
