@@ -70,7 +70,7 @@ def test_log_probs_and_entropy_are_those_of_verls_engine_to_the_bit(bases, train
             assert torch.equal(found[field].values(), expected[field].values())
 
 
-def compare_updates(stock, ours, vocab_size, steps=2):
+def assert_same_updates(stock, ours, vocab_size, steps=2):
     """The same rollouts to both; at each update gradients, clipped, and weights of the policy are compared."""
     found, clipped = [], []
     for step in range(steps):
@@ -122,7 +122,7 @@ def test_a_learning_speculator_does_not_move_the_policy_by_a_bit(bases, vocab_si
     stock = build_actor(ppo_config(bases[name]))
     ours = build_actor(ppo_config(bases[name], train="true", **speculator))
     before = {n: whole(p).detach().clone() for n, p in ours.engine.draft.named_parameters()}
-    found = compare_updates(stock, ours, vocab_size)
+    found = assert_same_updates(stock, ours, vocab_size)
     after = {n: whole(p).detach() for n, p in ours.engine.draft.named_parameters()}
     resting = {f"speculator.{n}" for n in ours.engine.speculator.frozen()}
     assert any(not torch.equal(before[n], after[n]) for n in before)
@@ -137,7 +137,7 @@ def test_without_training_the_speculator_is_carried_along(base, trained, vocab_s
     stock, ours = build_actor(ppo_config(base)), build_actor(ppo_config(base, path=trained))
     calls = []
     ours.engine.draft.register_forward_pre_hook(lambda *_: calls.append(1))
-    (metrics, *_) = compare_updates(stock, ours, vocab_size)
+    (metrics, *_) = assert_same_updates(stock, ours, vocab_size)
     assert not calls
     assert not any("speculator" in name for name in metrics)
     mine = load_speculator(trained)
@@ -179,7 +179,7 @@ def test_a_broken_draft_does_not_stop_the_policy(base, vocab_size):
     stock, ours = build_actor(ppo_config(base)), build_actor(ppo_config(base, broken, **LEARNING))
     head = ours.engine.speculator.heads[0].weight
     before = whole(head).detach().clone()
-    compare_updates(stock, ours, vocab_size, steps=1)
+    assert_same_updates(stock, ours, vocab_size, steps=1)
     assert torch.equal(whole(head), before)
 
 
@@ -288,7 +288,7 @@ def test_a_half_precision_policy(base, vocab_size):
     key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
     stock = build_actor(ppo_config(base, f"{key}=bf16"))
     ours = build_actor(ppo_config(base, f"{key}=bf16", **LEARNING))
-    compare_updates(stock, ours, vocab_size, steps=1)
+    assert_same_updates(stock, ours, vocab_size, steps=1)
     with pytest.raises(UserError, match=r"fp16: model.speculator.train=true needs a type without loss scaling"):
         build_actor(ppo_config(base, f"{key}=fp16", **LEARNING))
 
