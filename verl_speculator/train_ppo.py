@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from verl_speculator.config.hydra import compose_ppo
-from verl_speculator.rl.preflight import check_following
+from verl_speculator.rl.rollout_args import check_ppo
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.import_warnings import silence_import_warnings
 
@@ -26,21 +26,21 @@ def train(overrides: Sequence[str]) -> None:
     """verl's `main_ppo`, with our task runner.
 
     Raises:
-        UserError: for an override that Hydra refuses, and as `check_following`.
+        UserError: for an override that Hydra refuses, and as `check_ppo`.
     """
     config = compose_ppo(overrides)
-    for note in check_following(config):
+    for note in check_ppo(config):
         logger.warning(note)
     from verl.trainer.main_ppo import run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
-    from verl_speculator.rl.trainer import FollowedTaskRunner
+    from verl_speculator.rl.trainer import SpeculatorTaskRunner
 
     auto_set_device(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    run_ppo(config, task_runner_class=FollowedTaskRunner)
+    run_ppo(config, task_runner_class=SpeculatorTaskRunner)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
-"""Losses of a speculator: `reference` holds the definitions, `speculator_loss` is fast and gives the same."""
+"""Losses of a speculator: `reference` defines them, `speculator_loss` computes the same in bounded memory."""
 
-from verl_speculator.losses.chunked import speculator_loss
-from verl_speculator.losses.module import DraftLoss, DraftSums
+from verl_speculator.losses.chunked import DraftSums, speculator_loss
+from verl_speculator.losses.module import DraftLoss
 
 __all__ = ["DraftLoss", "DraftSums", "speculator_loss"]

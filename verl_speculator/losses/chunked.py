@@ -1,10 +1,20 @@
-"""The speculator's loss in row chunks, with the gradients made in the forward pass.
+"""The speculator's loss in chunks of rows, with the gradients computed in the forward pass.
 
-Logits of K depths are the largest tensors of training: K·T·V numbers, and as many gradients. Here a chunk of rows runs
-through unroll, head and loss, gives its gradients, and is gone before the next one; nothing is computed twice. Sums
-over chunks are kept in float32, in place, and become gradients in the parameters' type one tensor at a time.
+Logits of K depths are the largest tensors of training: K·T·V numbers, and as many gradients. autograd would keep them
+until the backward pass, or compute the product of states and head, the most expensive one, a second time. Instead each
+chunk of rows runs through unroll, head and loss, adds its gradients to sums and is freed before the next one starts;
+`backward` only multiplies the sums by the gradient of the loss (as Liger-Kernel's fused linear cross-entropy does, Hsu
+et al. 2024, arXiv 2410.10989). What is allocated:
 
-Shapes: T rows, K depths, D base width, E speculator width, V vocabulary, R rows of the teacher.
+    for the whole pass   the gradient of each parameter       in the accumulation dtype: thousands of chunks are added
+    for one chunk        [K · r, V] logits, overwritten by    in the accumulation dtype: bf16 has too few digits for
+                         their gradient, and the teacher's    a softmax and its differences
+    for one chunk        [K, r, E] states and their gradient  in the compute dtype (autocast's, else the parameters')
+
+The accumulation dtype is float32 for bf16 and fp16, else the compute dtype. `backward` converts the gradients to the
+dtypes of their parameters, one at a time.
+
+Shapes: T rows, r rows of a chunk, K depths, D base width, E speculator width, V vocabulary, R rows of the teacher.
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +37,69 @@ from verl_speculator.losses.closed_form import Kernel, Teacher, choose_kernel, c
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 from verl_speculator.models.speculator import Speculator
 
-# Numbers in one block of logits: 256 MiB in float32. Independent of the machine, so that sums are too.
-BLOCK = 2**26
-LEAST_ROWS = 16
+# Numbers in one block of logits: 256 MiB in float32. The same on every machine, so that sums are too.
+BLOCK_NUMBERS = 2**26
+MIN_CHUNK_ROWS = 16
 
 Head = Callable[[Tensor], Tensor]
 
 
+class DraftSums(NamedTuple):
+    """Sums over rows, for each depth. Micro-batches and ranks are added before anything is divided.
+
+    Attributes:
+        loss: [K] the loss of the valid pairs.
+        weighted: [K] the same with each pair's weight, where the objective has pair weights.
+        pairs: [K] number of valid pairs.
+        correct: [K] pairs whose most likely token is the target.
+        reached: [K] pairs whose earlier depths were all correct.
+        accepted: [K] pairs that were reached and are correct.
+    """
+
+    loss: Tensor
+    weighted: Tensor
+    pairs: Tensor
+    correct: Tensor
+    reached: Tensor
+    accepted: Tensor
+
+    def stack(self) -> Tensor:
+        """[6, K] float32 without a gradient, to be added over micro-batches and ranks."""
+        return torch.stack([sums.detach().float() for sums in self])
+
+    @classmethod
+    def unstack(cls, sums: Tensor) -> DraftSums:
+        """From what `stack` returns."""
+        return cls(*sums.unbind(0))
+
+    def metrics(self, objective: Objective | None = None) -> dict[str, float]:
+        """`speculator_loss`, `depth{k}_loss`, `depth{k}_accuracy` and `expected_accept_length`.
+
+        The expected acceptance length is 1 + Σ_k Π_{j≤k} a_j, where a_j is the share of rows correct at depth j among
+        those correct at all earlier depths. A depth without a valid pair ends the sum and has no entry of its own.
+        """
+        weights = (objective or Objective()).depths(len(self.pairs))
+        metrics = {"speculator_loss": float((self.weighted * depth_scale(self.pairs, weights)).sum())}
+        expected, chain = 1.0, 1.0
+        for k, (pairs, reached) in enumerate(zip(self.pairs.tolist(), self.reached.tolist(), strict=True)):
+            if pairs:
+                metrics[f"depth{k}_loss"] = float(self.loss[k]) / pairs
+                metrics[f"depth{k}_accuracy"] = float(self.correct[k]) / pairs
+            chain *= float(self.accepted[k]) / reached if reached else 0.0
+            expected += chain
+        metrics["expected_accept_length"] = expected
+        return metrics
+
+
 def default_chunk_rows(vocab_size: int, depths: int, objective: Objective, *, capped: bool = False) -> int:
-    """Rows of a chunk whose blocks of logits, the teacher's and a soft cap's slopes among them, have a bounded size."""
+    """Rows of a chunk whose blocks (logits, the teacher's, a soft cap's slopes) have `BLOCK_NUMBERS` numbers in all."""
     blocks = 1 + objective.needs_teacher + ("lk_pure" in dict(objective.weights)) + capped
-    return max(LEAST_ROWS, BLOCK // (vocab_size * depths) // blocks)
+    return max(MIN_CHUNK_ROWS, BLOCK_NUMBERS // (vocab_size * depths) // blocks)
 
 
 def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
-    """[K] what a depth's summed loss is multiplied with: the mean over its valid pairs, then by weight over the depths
-    that have any. All zeros where none has.
+    """[K] the factor of each depth's summed loss: 1 / pairs for the mean over its valid pairs, times its share of the
+    weights of the depths that have any. All zeros if none has.
 
     Args:
         counts: [K] valid pairs of each depth.
@@ -69,54 +126,48 @@ def speculator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a speculator over all rows and depths, differentiable in `hidden` and in its parameters.
 
-    Where gradients are switched off (`torch.no_grad`), as in validation, none is computed and no room is made for any.
-
-    The sum over each depth's valid pairs is divided by the depth's count and averaged over the depths that have any,
-    by the objective's depth weights.
+    Under `torch.no_grad`, as in validation, no gradient is computed and no memory is allocated for one.
 
     Args:
         speculator: any family.
-        hidden: [T, D] the base's states after its final norm. Rows without a valid pair cost nothing.
+        hidden: [T, D] hidden states of the base model. Rows without a valid pair cost nothing.
         tokens: [T, K] the tokens x_{t+1} … x_{t+K}.
         targets: [T, K] the token that each depth predicts.
         valid: [T, K] bool, the pairs that count.
-        teacher_hidden: [R, D] states of the base, for losses that compare with its distribution. No gradient flows
-            into them.
-        teacher_rows: [T, K] the row of `teacher_hidden` at which the base predicts the same token.
-        base_head: the base's output head, as a weight [V, D] or as a function from states [r, D] to logits [r, V].
-        counts: [K] valid pairs of each depth in the whole batch, of which this may be a part; those of `valid` by
-            default.
+        teacher_hidden: [R, D] hidden states of the base model, for losses that compare with its distribution. They
+            receive no gradient.
+        teacher_rows: [T, K] the row of `teacher_hidden` at which the base model predicts the same token.
+        base_head: the base model's LM head: its weight [V, D], or a function from states [n, D] to logits [n, V].
+        counts: [K] valid pairs of each depth in the global batch, of which these rows may be a part; by default those
+            of `valid`.
         loss: a name, weights by name, or an `Objective`.
-        chunk_rows: rows at a time, each with all its depths; `default_chunk_rows` by default.
-        compiled: run unroll and closed forms through torch.compile, which fuses norms, activations and the passes over
-            the logits. Any number of rows runs through the same code.
+        chunk_rows: rows of a chunk, each with all its depths; by default `default_chunk_rows`.
+        compiled: run unroll and closed forms through torch.compile, once for any number of rows.
 
     Returns:
-        The loss, and per depth, without a gradient, [K] each: `loss` (summed), `weighted` (the same with each pair's
-        weight, if it has one), `pairs`, `correct`, `reached`, `accepted`.
+        The loss, Σ_k `depth_scale`_k Σ (pair weight · loss), and the fields of `DraftSums` by name, without a gradient.
 
     Raises:
-        ValueError: if the teacher is asked for and not given, or chunk_rows is not positive.
+        ValueError: if the teacher is needed and not given, or chunk_rows is not positive.
     """
     objective = loss if isinstance(loss, Objective) else Objective.parse(loss)
     if objective.needs_teacher and (teacher_hidden is None or teacher_rows is None or base_head is None):
         raise ValueError("this loss compares with the base: teacher_hidden, teacher_rows and base_head are needed")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows}: expected at least 1")
-    counts = valid.sum(0) if counts is None else counts
-    scale = depth_scale(counts, objective.depths(valid.shape[1]))
+    depths = valid.shape[1]
+    scale = depth_scale(valid.sum(0) if counts is None else counts, objective.depths(depths))
 
-    # Where shapes are only reckoned with, which rows are valid is not known: all are kept.
-    if not isinstance(hidden, FakeTensor):
+    if not isinstance(hidden, FakeTensor):  # fake tensors have shapes but no values: all rows are kept
         kept = valid.any(1).nonzero().squeeze(-1)
         hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
         teacher_rows = None if teacher_rows is None else teacher_rows[kept]
     capped = speculator.logit_cap is not None
-    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, valid.shape[1], objective, capped=capped)
+    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, depths, objective, capped=capped)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
-    job = _LossInputs(
+    inputs = _LossInputs(
         speculator=speculator,
         tokens=tokens,
         targets=targets,
@@ -127,52 +178,49 @@ def speculator_loss(
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
-        # Within an autograd function gradients are always off, and `needs_input_grad` does not know whether they were.
-        training=torch.is_grad_enabled(),
+        # Asked here: inside an autograd function gradients are always off, and `needs_input_grad` ignores no_grad.
+        needs_grad=torch.is_grad_enabled(),
         unroll=compile_once(_unroll) if compiled else _unroll,
-        kernel=choose_kernel(objective, rows * valid.shape[1], speculator.vocab_size, hidden.device.type, compiled),
+        kernel=choose_kernel(objective, rows * depths, speculator.vocab_size, hidden.device.type, compiled),
     )
-    total, *sums = _ChunkedLoss.apply(job, hidden, *speculator.unroll_parameters().values())
-    return total, dict(zip(SUMS, sums, strict=True))
+    total, *sums = _ChunkedLoss.apply(inputs, hidden, *speculator.unroll_parameters().values())
+    return total, DraftSums(*sums)._asdict()
 
 
 @contextmanager
-def _parameters_alone(module: nn.Module) -> Iterator[None]:
-    """Without the plain tensors that FSDP1 lays over a module's parameters during its forward pass: an attribute is
-    found before a parameter of its name, so that `functional_call` would put its tensors where nobody looks."""
-    hidden = []
+def _without_parameter_views(module: nn.Module) -> Iterator[None]:
+    """Remove the tensors that FSDP1 sets as attributes over a module's parameters during its forward pass. Attributes
+    are looked up before parameters, so the tensors that `functional_call` sets as parameters would not be used."""
+    removed = []
     for part in module.modules():
         attributes = vars(part)
-        hidden += [(attributes, name, attributes.pop(name)) for name in part._parameters if name in attributes]
+        removed += [(attributes, name, attributes.pop(name)) for name in part._parameters if name in attributes]
     try:
         yield
     finally:
-        for attributes, name, tensor in hidden:
+        for attributes, name, tensor in removed:
             attributes[name] = tensor
 
 
-def _unroll(speculator: Speculator, parameters: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
-    """[K, r, E] the states of a chunk, with these parameters in the place of the speculator's own."""
-    return functional_call(speculator, parameters, (state, tokens))
+def _unroll(speculator: Speculator, parameters: dict[str, Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
+    """[K, r, E] the states of a chunk, with `parameters` in place of the speculator's own."""
+    return functional_call(speculator, parameters, (hidden, tokens))
 
 
 def pair_weights(objective: Objective, acceptance: Tensor) -> Tensor:
     """[K, r] weights of pairs from α [K, r], as `Objective.pair_weights` defines them."""
     weights = torch.cat([torch.ones_like(acceptance[:1]), acceptance[:-1]]).cumprod(0)
     if objective.pair_weights == "gain":
-        tail = torch.ones_like(acceptance[0])
+        tail = torch.ones_like(acceptance[0])  # 1 + α_{k+1} + α_{k+1} α_{k+2} + …, from the last depth
         for k in range(len(acceptance) - 2, -1, -1):
             tail = 1 + acceptance[k + 1] * tail
             weights[k] *= tail
     return weights
 
 
-SUMS = ("loss", "weighted", "pairs", "correct", "reached", "accepted")
-
-
 @dataclass
 class _LossInputs:
-    """All of a loss that carries no gradient."""
+    """Everything that a loss is computed from and that receives no gradient; names as in `speculator_loss`."""
 
     speculator: Speculator
     tokens: Tensor
@@ -184,223 +232,217 @@ class _LossInputs:
     teacher_hidden: Tensor | None
     teacher_rows: Tensor | None
     base_head: Head | None
-    training: bool
+    needs_grad: bool
     unroll: Callable[..., Tensor]
     kernel: Kernel
 
     def chunks(self) -> Iterator[slice]:
-        """Of nearly the same size, so that none is too small to be worth a product."""
+        """Chunks of nearly equal size: a small last one would waste a matrix product."""
         rows = self.tokens.shape[0]
         count = -(-rows // self.chunk_rows)
         return (slice(i * rows // count, (i + 1) * rows // count) for i in range(count))
 
-    def teacher(self, chunk: slice, dtype: torch.dtype) -> tuple[Teacher, Tensor | None]:
-        """The base's distribution at every state that a chunk compares with, each computed once, and [r, K] which of
-        them each pair's is: the rows of a document share all but the last of theirs."""
+    def teacher(self, chunk: slice, dtype: torch.dtype) -> Teacher:
+        """The base model's distribution for each pair of a chunk, [K · r, V] depth by depth.
+
+        Depth k at row t and depth k − 1 at row t + 1 compare with the same distribution, so it is computed for each
+        distinct row of the teacher once.
+        """
         if not self.objective.needs_teacher:
-            return {}, None
+            return {}
         rows = self.teacher_rows[chunk]
-        if isinstance(rows, FakeTensor):  # as many as a document's consecutive rows have
-            distinct, which = rows.new_zeros(rows.shape[0] + rows.shape[1] - 1), rows
+        if isinstance(rows, FakeTensor):  # as many distinct rows as r consecutive positions of one document have
+            distinct, index = rows.new_zeros(rows.shape[0] + rows.shape[1] - 1), rows
         else:
             rows = torch.where(self.valid[chunk], rows, rows[:, :1])
-            distinct, which = rows.unique(return_inverse=True)
+            distinct, index = rows.unique(return_inverse=True)
         with torch.no_grad():
             logits = self.base_head(self.teacher_hidden[distinct]).to(dtype)
-            return teacher_distribution(logits, self.objective), which
+            teacher = teacher_distribution(logits, self.objective)
+        del logits
+        index = index.T.flatten()
+        return {temperature: distribution.rows(index) for temperature, distribution in teacher.items()}
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss and sums; the gradients are made here and only scaled on the way back."""
+    """The loss and its sums. `forward` computes the gradients, `backward` scales them."""
 
     @staticmethod
-    def forward(ctx: Any, job: _LossInputs, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, inputs: _LossInputs, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         device = hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
-        with torch.autocast(device, enabled=False), _parameters_alone(job.speculator):
-            wanted = [job.training and want for want in ctx.needs_input_grad[1:]]
-            run = _ChunkedPass(job, hidden.detach(), parameters, compute, wanted)
-            for chunk in job.chunks():
-                run.chunk(chunk)
-        ctx.gradients, ctx.hidden_gradient = run.gradients, run.hidden_gradient
-        ctx.dtypes = [p.dtype for p in parameters]
-        total = (run.sums["weighted"] * job.scale.to(run.wide)).sum()
-        found = tuple(run.sums[name] for name in SUMS)
-        ctx.mark_non_differentiable(*found)
-        return total, *found
+        compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+        with torch.autocast(device, enabled=False), _without_parameter_views(inputs.speculator):
+            needs_grad = [inputs.needs_grad and needed for needed in ctx.needs_input_grad[1:]]
+            chunked = _ChunkedPass(inputs, hidden.detach(), parameters, compute_dtype, needs_grad)
+            for chunk in inputs.chunks():
+                chunked.add(chunk)
+        ctx.gradients, ctx.hidden_gradient = chunked.gradients, chunked.hidden_gradient
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        total = (chunked.sums.weighted * inputs.scale.to(chunked.accumulation_dtype)).sum()
+        ctx.mark_non_differentiable(*chunked.sums)
+        return total, *chunked.sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Any, ...]:
         hidden = None if ctx.hidden_gradient is None else ctx.hidden_gradient * scale.to(ctx.hidden_gradient.dtype)
-        found = []
-        for i, dtype in enumerate(ctx.dtypes):
-            total, ctx.gradients[i] = ctx.gradients[i], None
-            found.append(None if total is None else total.mul_(scale).to(dtype))
-            del total
-        return None, hidden, *found
+        gradients = []
+        for i, dtype in enumerate(ctx.dtypes):  # each float32 sum is freed before the next one is converted
+            gradient, ctx.gradients[i] = ctx.gradients[i], None
+            gradients.append(None if gradient is None else gradient.mul_(scale).to(dtype))
+            del gradient
+        return None, hidden, *gradients
 
 
 class _ChunkedPass:
-    """One pass over all chunks, and what it adds up.
+    """One pass over all chunks, and the sums that it adds up.
 
-    Tables and heads, which are as large as the vocabulary, are never there twice: a table's gradient is added row by
-    row, a head's product is added into the sum.
+    Embedding tables and heads, which are as large as the vocabulary, get one gradient in the accumulation dtype and no
+    second one to be added to it: a table's is added row by row, a head's product is accumulated in place.
 
     Args:
-        job: what is computed.
-        hidden: [T, D] without a gradient.
-        parameters: of the speculator, in its order.
-        compute: the type to multiply in.
-        wanted: whether the gradient of `hidden`, then of each parameter, is asked for.
+        inputs: of the loss.
+        hidden: [T, D] without a graph.
+        parameters: of the speculator, in the order of `unroll_parameters`.
+        compute_dtype: of products.
+        needs_grad: whether `hidden`, then each parameter, needs a gradient.
 
     Attributes:
-        sums: [K] for each name of SUMS.
-        gradients: of each parameter, in float32 at least; None where not asked for.
+        sums: [K] each, in the accumulation dtype.
+        gradients: of each parameter, in the accumulation dtype; None where not needed.
         hidden_gradient: [T, D], or None.
-        wide: the type of sums and logits.
+        accumulation_dtype: of sums, logits and gradients of parameters.
     """
 
     def __init__(
         self,
-        job: _LossInputs,
+        inputs: _LossInputs,
         hidden: Tensor,
         parameters: Sequence[Tensor],
-        compute: torch.dtype,
-        wanted: Sequence[bool],
+        compute_dtype: torch.dtype,
+        needs_grad: Sequence[bool],
     ) -> None:
-        self.job, self.hidden = job, hidden
-        self.wide = torch.float32 if compute in (torch.bfloat16, torch.float16) else compute
-        self.training = any(wanted)
-        self.cap = job.speculator.logit_cap
-        self.parameters = [p.detach().to(compute) for p in parameters]
-        self.hidden_gradient = torch.zeros_like(hidden) if wanted[0] else None
+        self.inputs, self.hidden = inputs, hidden
+        half = compute_dtype in (torch.bfloat16, torch.float16)
+        self.accumulation_dtype = torch.float32 if half else compute_dtype
+        self.needs_grad = any(needs_grad)
+        self.parameters = [parameter.detach().to(compute_dtype) for parameter in parameters]
+        self.hidden_gradient = torch.zeros_like(hidden) if needs_grad[0] else None
         self.gradients = [
-            torch.zeros(p.shape, dtype=self.wide, device=p.device) if want else None
-            for p, want in zip(parameters, wanted[1:], strict=True)
+            torch.zeros(parameter.shape, dtype=self.accumulation_dtype, device=parameter.device) if needed else None
+            for parameter, needed in zip(parameters, needs_grad[1:], strict=True)
         ]
-        self.sums = {name: hidden.new_zeros(job.valid.shape[1], dtype=self.wide) for name in SUMS}
-        modules = job.speculator.modules()
-        kinds = {id(m.weight): type(m) for m in modules if isinstance(m, (TokenEmbedding, OutputHead))}
-        self.names, own = zip(*job.speculator.unroll_parameters().items(), strict=True)
-        self.kinds = [kinds.get(id(p)) for p in own]
-        places = {id(p): i for i, p in enumerate(own)}
-        heads = [places[id(job.speculator.head(k))] for k in range(job.valid.shape[1])]
-        # Depths that share a head follow each other: one product serves all of them.
-        self.heads = list(_runs(heads))
+        speculator, depths = inputs.speculator, inputs.valid.shape[1]
+        self.sums = DraftSums(*(hidden.new_zeros(depths, dtype=self.accumulation_dtype) for _ in DraftSums._fields))
+        self.names, originals = zip(*speculator.unroll_parameters().items(), strict=True)
+        layers = (m for m in speculator.modules() if isinstance(m, (TokenEmbedding, OutputHead)))
+        layer_types = {id(layer.weight): type(layer) for layer in layers}
+        self.layer_types = [layer_types.get(id(parameter)) for parameter in originals]
+        # Consecutive depths with the same head are one product: (index of the parameter, slice of depths) each.
+        indices = {id(parameter): i for i, parameter in enumerate(originals)}
+        self.heads: list[tuple[int, slice]] = []
+        for index, run in groupby(range(depths), key=lambda k: indices[id(speculator.head(k))]):
+            first, *rest = run
+            self.heads.append((index, slice(first, first + 1 + len(rest))))
 
-    def chunk(self, chunk: slice) -> None:
+    def add(self, chunk: slice) -> None:
         """Add one chunk's losses and gradients to the sums."""
-        job, tokens = self.job, self.job.tokens[chunk]
-        leaves, numbers = self._leaves(tokens)
-        # A copy: torch.compile would make code of its own for a view of a tensor of another size.
-        state = self.hidden[chunk].to(self.parameters[0].dtype, copy=True)
+        inputs, tokens = self.inputs, self.inputs.tokens[chunk]
+        leaves, leaf_tokens = self._leaves(tokens)
+        # A copy: torch.compile would compile once more for a view of a tensor of another size.
+        hidden = self.hidden[chunk].to(self.parameters[0].dtype, copy=True)
         if self.hidden_gradient is not None:
-            state = state.requires_grad_()
-        with torch.set_grad_enabled(self.training):
-            states = job.unroll(job.speculator, dict(zip(self.names, leaves, strict=True)), state, numbers)
-        backs = self._loss_and_gradients(chunk, states.detach())
-        if self.training:
-            self._backward(chunk, states, backs, state, leaves, tokens)
+            hidden = hidden.requires_grad_()
+        with torch.set_grad_enabled(self.needs_grad):
+            states = inputs.unroll(inputs.speculator, dict(zip(self.names, leaves, strict=True)), hidden, leaf_tokens)
+        state_gradients = self._loss_and_gradients(chunk, states.detach())
+        if self.needs_grad:
+            self._backward(chunk, states, state_gradients, hidden, leaves, tokens)
+
+    def _leaves(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The parameters as leaves of the chunk's own graph, and the token ids to call it with.
+
+        An embedding table is replaced by the rows that the chunk looks up, in order, so that its gradient has as many
+        rows as the chunk has tokens instead of V.
+        """
+        rows, leaves = tokens.flatten(), []
+        for parameter, layer_type, gradient in zip(self.parameters, self.layer_types, self.gradients, strict=True):
+            leaf = F.embedding(rows, parameter) if layer_type is TokenEmbedding else parameter.detach()
+            in_graph = self.needs_grad and gradient is not None and layer_type is not OutputHead
+            leaves.append(leaf.requires_grad_(in_graph))
+        return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
 
     def _loss_and_gradients(self, chunk: slice, states: Tensor) -> Tensor | None:
-        """Heads and losses for states [K, r, E]; [K, r, E] the gradient of the total by the states, in training."""
-        job = self.job
+        """Add the losses and head gradients of states [K, r, E]; the gradient of the total by the states [K, r, E]."""
+        inputs = self.inputs
         depths, rows, _ = states.shape
-        valid, targets = job.valid[chunk].T, job.targets[chunk].T.flatten()
-        logits, slope = self._logits(states), None
-        if self.cap is not None:
-            logits = logits.div_(self.cap).tanh_()
-            slope = 1 - logits * logits if self.training else None
-            logits.mul_(self.cap)
-        hit = (logits.argmax(-1) == targets).view(depths, rows)
-        teacher, which = job.teacher(chunk, self.wide)
-        said = {temperature: base.rows(which.T.flatten()) for temperature, base in teacher.items()}
-        del teacher
-        losses, gradient, acceptance = job.kernel(logits, targets, said, job.objective, self.training)
-        del said, logits
-        losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.wide)
+        valid, targets = inputs.valid[chunk].T, inputs.targets[chunk].T.flatten()
+        logits, cap, cap_slope = self._logits(states), inputs.speculator.logit_cap, None
+        if cap is not None:  # c·tanh(z/c), whose slope is 1 − tanh²(z/c)
+            logits = logits.div_(cap).tanh_()
+            cap_slope = 1 - logits * logits if self.needs_grad else None
+            logits.mul_(cap)
+        correct = valid & (logits.argmax(-1) == targets).view(depths, rows)
+        teacher = inputs.teacher(chunk, self.accumulation_dtype)
+        losses, gradient, acceptance = inputs.kernel(logits, targets, teacher, inputs.objective, self.needs_grad)
+        del teacher, logits
+        losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.accumulation_dtype)
         if acceptance is not None:
-            weights = weights * pair_weights(job.objective, acceptance.view(depths, rows) * valid)
-        accepted = (hit & valid).cummin(0).values
+            weights = weights * pair_weights(inputs.objective, acceptance.view(depths, rows) * valid)
+        accepted = correct.cummin(0).values
         reached = valid & torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]])
-        found = (losses, losses * weights, valid, hit & valid, reached, accepted)
-        for name, per_pair in zip(SUMS, found, strict=True):
-            self.sums[name] += per_pair.sum(1)
-        if not self.training:
+        per_pair = DraftSums(losses, losses * weights, valid, correct, reached, accepted)
+        for total, values in zip(self.sums, per_pair, strict=True):
+            total += values.sum(1)
+        if not self.needs_grad:
             return None
-        weights = weights * job.scale.to(self.wide).unsqueeze(-1)
-        gradient = gradient if slope is None else gradient.mul_(slope)
-        return self._backs(states, gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1))
-
-    def _backs(self, states: Tensor, gradient: Tensor) -> Tensor:
-        """[K, r, E] the gradient by the states from that by the logits [K, r, V]; the heads' own are added up."""
-        backs = torch.empty_like(states)
-        for at, ks in self.heads:
-            part = gradient[ks].flatten(0, 1)
-            if self.gradients[at] is not None:
-                add_product_(self.gradients[at], part, states[ks].flatten(0, 1))
-            torch.mm(part.to(states.dtype), self.parameters[at], out=backs[ks].flatten(0, 1))
-        return backs
+        gradient = gradient if cap_slope is None else gradient.mul_(cap_slope)
+        weights = weights * inputs.scale.to(self.accumulation_dtype).unsqueeze(-1)
+        return self._state_gradients(states, gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1))
 
     def _logits(self, states: Tensor) -> Tensor:
-        """[K · r, V] in the wide type, depth by depth."""
+        """[K · r, V] in the accumulation dtype, depth by depth."""
         depths, rows, _ = states.shape
-        products = (states[ks].flatten(0, 1) @ self.parameters[at].T for at, ks in self.heads)
+        products = (states[ks].flatten(0, 1) @ self.parameters[index].T for index, ks in self.heads)
         if len(self.heads) == 1:
-            return next(products).to(self.wide)
-        logits = states.new_empty(depths * rows, self.job.speculator.vocab_size, dtype=self.wide)
+            return next(products).to(self.accumulation_dtype)
+        logits = states.new_empty(depths * rows, self.inputs.speculator.vocab_size, dtype=self.accumulation_dtype)
         for (_, ks), product in zip(self.heads, products, strict=True):
             logits[ks.start * rows : ks.stop * rows] = product
         return logits
 
-    def _leaves(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The parameters as the chunk's own leaves, and the token numbers that go with them.
-
-        A table is replaced by the rows that this chunk looks up, in order, so that its gradient is as small as they
-        are.
-        """
-        rows, leaves = tokens.flatten(), []
-        for parameter, kind, total in zip(self.parameters, self.kinds, self.gradients, strict=True):
-            leaf = F.embedding(rows, parameter) if kind is TokenEmbedding else parameter.detach()
-            leaves.append(leaf.requires_grad_(self.training and total is not None and kind is not OutputHead))
-        return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
+    def _state_gradients(self, states: Tensor, gradient: Tensor) -> Tensor:
+        """[K, r, E] the gradient by the states, from that by the logits [K, r, V]; adds the gradients of the heads."""
+        state_gradients = torch.empty_like(states)
+        for index, ks in self.heads:
+            logit_gradient, total = gradient[ks].flatten(0, 1), self.gradients[index]
+            if total is not None:  # in the accumulation dtype: rounding to bf16 before the product would lose digits
+                total.addmm_(logit_gradient.T, states[ks].flatten(0, 1).to(total.dtype))
+            out = state_gradients[ks].flatten(0, 1)
+            torch.mm(logit_gradient.to(states.dtype), self.parameters[index], out=out)
+        return state_gradients
 
     def _backward(
-        self, chunk: slice, states: Tensor, backs: Tensor, state: Tensor, leaves: list[Tensor], tokens: Tensor
+        self,
+        chunk: slice,
+        states: Tensor,
+        state_gradients: Tensor,
+        hidden: Tensor,
+        leaves: list[Tensor],
+        tokens: Tensor,
     ) -> None:
         """Through the chunk's unroll, into the sums."""
-        inputs = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        asked = [leaf for _, leaf in inputs] + [state] * (self.hidden_gradient is not None)
-        if not asked:
+        trained = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        inputs = [leaves[i] for i in trained] + [hidden] * (self.hidden_gradient is not None)
+        if not inputs:
             return
-        found = list(torch.autograd.grad(states, asked, backs, allow_unused=True))
+        gradients = list(torch.autograd.grad(states, inputs, state_gradients, allow_unused=True))
         if self.hidden_gradient is not None:
-            self.hidden_gradient[chunk] = found.pop()
-        for (i, _), gradient in zip(inputs, found, strict=True):
-            if gradient is None:  # at a single depth the later depths' parameters rest
+            self.hidden_gradient[chunk] = gradients.pop()
+        for i, gradient in zip(trained, gradients, strict=True):
+            if gradient is None:  # with a single depth, parameters of later depths are not used
                 continue
-            if self.kinds[i] is TokenEmbedding:
-                self.gradients[i].index_add_(0, tokens.flatten(), gradient.to(self.gradients[i].dtype))
+            if self.layer_types[i] is TokenEmbedding:
+                self.gradients[i].index_add_(0, tokens.flatten(), gradient.to(self.accumulation_dtype))
             else:
                 self.gradients[i].add_(gradient)
-
-
-def _runs(values: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each run of equal values, and where it stands."""
-    start = 0
-    for value, run in groupby(values):
-        stop = start + len(list(run))
-        yield value, slice(start, stop)
-        start = stop
-
-
-def add_product_(total: Tensor, gradient: Tensor, output: Tensor) -> None:
-    """total += gradientᵀ · output, in the type of `total` and in place: rounding to a half type would lose digits.
-
-    Args:
-        total: [V, E]
-        gradient: [r, V] in the type of `total`.
-        output: [r, E]
-    """
-    total.addmm_(gradient.T, output.to(total.dtype))

@@ -1,7 +1,7 @@
-"""PPO and GRPO whose rollouts are drafted by a speculator that follows the policy: verl's own workers and trainers.
+"""PPO and GRPO with a speculator that is trained with the policy: verl's own workers and trainers, with weight sync.
 
-Each update of the rollout's weights brings the actor's speculator beside the policy; what the one before it did is
-asked first. Every name of verl's configuration means what it means to verl.
+Each update of the rollout's weights also sends the actor's speculator; before that, the acceptance statistics of the
+previous version are collected. Every setting of verl has verl's meaning.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 import verl_speculator.training.plugin  # noqa: F401  (fails loudly in a worker, where verl's own loading fails silently)
 from verl_speculator.training.engine import SpeculatorEngine
 from verl_speculator.training.platform_cpu import start_process_group
-from verl_speculator.vllm_plugin.acceptance_stats import rollout_metrics
+from verl_speculator.vllm_plugin.proposer import rollout_metrics
+
+TRAINER_NAME = "{}_with_speculator"  # by the name of verl's trainer
 
 
 def whole_tensors(
     parameters: Mapping[str, Tensor], *, device: Any = None, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gather parameters one after the other; a tensor is kept no longer than whoever asked for it keeps it.
+    """Gather parameters one after the other. The generator keeps no reference to a tensor that it has yielded.
 
     Args:
-        parameters: this rank's shards (`DTensor`), or whole tensors; all ranks in the same order.
-        device: of what is given out; by default where each lies.
-        dtype: of what is given out, taken before the gathering, so that ranks send each other no more; by default
-            each one's own.
+        parameters: this rank's shards (`DTensor`), or whole tensors; in the same order on all ranks.
+        device: of the yielded tensors; by default that of each parameter.
+        dtype: of the yielded tensors, by default that of each parameter. Shards are converted before they are gathered.
     """
     for name, parameter in parameters.items():
         yield name, _whole(parameter.detach().to(device=device, dtype=dtype))
@@ -51,19 +52,17 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 async def sync_speculator(rollout: Any, parameters: Mapping[str, Tensor], version: int | None = None) -> None:
-    """Send a speculator to the vLLM workers of a verl rollout.
+    """Send a speculator to the vLLM workers of a verl rollout: each rank to the worker on its device, through verl's
+    buckets. At most two tensors are whole on a rank at a time, in the dtype of the rollout.
 
-    Called by every rank, where verl calls `rollout.update_weights`: with the device's expandable segments switched off,
-    since what lies in them cannot be shared with another process twice.
-
-    It goes the way of the base's weights: each rank sends to the worker on its own device, through verl's buckets. At
-    no time are more than two tensors whole on a rank, in the type that the rollout serves (`rollout.dtype`).
+    Every rank calls it where verl calls `rollout.update_weights`: the device's expandable segments are off there, and
+    memory from them cannot be shared with another process.
 
     Args:
         rollout: verl's `ServerAdapter`.
-        parameters: every parameter of the speculator, as this rank holds it, under the module's names; all ranks in
-            the same order.
-        version: the trainer's step, usually. None for a sync at no step: the version stays what it was.
+        parameters: every parameter of the speculator on this rank, by the module's names; in the same order on all
+            ranks.
+        version: the trainer's step. None, for a sync outside of a step, keeps the version.
     """
     from verl.utils.device import get_device_id
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
@@ -82,18 +81,18 @@ async def sync_speculator(rollout: Any, parameters: Mapping[str, Tensor], versio
         bucket_size_mb=rollout.config.checkpoint_engine.update_weights_bucket_megabytes,
         use_shm=rollout.use_shm,
     )
-    # vLLM's names of types are torch's; auto, the base's own, is left to the worker to convert to.
-    served_dtype = getattr(torch, rollout.config.dtype, None)
-    await sender.async_send_weights(whole_tensors(parameters, device=get_device_id(), dtype=served_dtype))
+    # vLLM names dtypes as torch does, except `auto`: the worker then converts.
+    dtype = getattr(torch, rollout.config.dtype, None)
+    await sender.async_send_weights(whole_tensors(parameters, device=get_device_id(), dtype=dtype))
     if call is not None:
         await call
 
 
 async def collect_accounts(rollout: Any) -> list[dict[str, Any]]:
-    """What this rank's rollout drafted since the last call: `account.rollout_metrics` makes metrics of it.
+    """`AcceptanceStats` of this rank's rollout since the last call, for `rollout_metrics`.
 
-    Through files, since verl's `collective_rpc` gives no results back. Empty on ranks that hold no server; workers on
-    other machines than the server's are not asked, and count the same requests.
+    Read from files, since verl's `collective_rpc` returns no results. Empty on ranks without a server. Workers on other
+    machines than the server's are not asked: they count the same requests.
 
     Args:
         rollout: verl's `ServerAdapter`.
@@ -103,18 +102,13 @@ async def collect_accounts(rollout: Any) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted(Path(directory).glob("[0-9]*.json"))]
 
 
-# What verl's trainers are called with a speculator that follows.
-SYNC_REQUIREMENTS = "{}_with_speculator"
-
-
 class RolloutWithSpeculator:
-    """verl's rollout, which gets the actor's speculator with every update of the policy's weights.
+    """verl's rollout, which also receives the actor's speculator in `update_weights`.
 
-    verl updates the rollout with the device's expandable segments switched off, and its memory back: weights that are
-    sent to another process have to be allocated then.
+    verl calls that method with the device's expandable segments off and its memory back.
 
     Args:
-        rollout: verl's; all but updates goes to it as it is.
+        rollout: verl's; every other attribute is its own.
         engine: the actor's.
     """
 
@@ -126,13 +120,13 @@ class RolloutWithSpeculator:
         return getattr(self._rollout, name)
 
     async def update_weights(self, weights: Any, global_steps: int | None = None, **kwargs: Any) -> Any:
-        """As verl's; the speculator first."""
+        """As verl's, after the speculator."""
         await sync_speculator(self._rollout, dict(self._engine.speculator.named_parameters()), version=global_steps)
         return await self._rollout.update_weights(weights, global_steps=global_steps, **kwargs)
 
 
 class SpeculatorActorWorker(ActorRolloutRefWorker):
-    """verl's worker of actor, rollout and reference, whose rollout drafts with the actor's newest speculator."""
+    """verl's worker of actor, rollout and reference, whose rollout drafts with the actor's latest speculator."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         start_process_group()
@@ -141,31 +135,34 @@ class SpeculatorActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
-        """As verl's; the rollout gets the speculator too."""
+        """As verl's, with `RolloutWithSpeculator`."""
         super().init_model()
         if self._is_actor and self._is_rollout:
             self.rollout = RolloutWithSpeculator(self.rollout, self.actor.engine)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> Any:
-        """As verl's; what was drafted until now is counted before another speculator drafts."""
+        """As verl's, after the statistics of the current speculator are collected."""
         await self.collect_accounts()
         return await super().update_weights(global_steps, mode)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     async def collect_accounts(self) -> None:
-        """Ask this rank's rollout what it drafted since it was last asked, and keep the answer."""
+        """Collect the statistics of this rank's rollout for `take_accounts`."""
         self._accounts += await collect_accounts(self.rollout)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def take_accounts(self) -> list[dict[str, Any]]:
-        """What was collected of this rank's rollout since the last call (`rollout.account`)."""
-        taken, self._accounts = self._accounts, []
-        return taken
+        """The statistics collected since the last call."""
+        accounts, self._accounts = self._accounts, []
+        return accounts
 
 
 class SpeculatorSyncMixin:
-    """Of a trainer of verl's: its workers are ours, and its metrics tell how the speculator did."""
+    """Mixin for verl's trainers that syncs the speculator to the rollout and logs its acceptance."""
+
+    # Of training rollouts that were unfinished when a validation started.
+    _earlier_accounts: Sequence[dict[str, Any]] = ()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -173,20 +170,17 @@ class SpeculatorSyncMixin:
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(SpeculatorActorWorker)
 
-    # Of training rollouts that a validation found under way.
-    _earlier_accounts: Sequence[dict[str, Any]] = ()
-
     def _take_accounts(self) -> list[dict[str, Any]]:
-        return [account for taken in self.actor_rollout_wg.take_accounts() for account in taken]
+        return [account for accounts in self.actor_rollout_wg.take_accounts() for account in accounts]
 
     def _consume_sync_metrics(self) -> dict[str, float]:
-        # These rollouts were drafted before this step's update, by what the step before it had sent.
+        # This step's rollouts were drafted before its update, by the speculator that the step before sent.
         accounts = [*self._earlier_accounts, *self._take_accounts()]
         self._earlier_accounts = ()
         return super()._consume_sync_metrics() | rollout_metrics(accounts, trainer_version=self.global_steps - 1)
 
     def _validate(self) -> dict[str, float]:
-        """As verl's; what was drafted meanwhile has metrics of its own (`val/…`), and is no part of the next step's."""
+        """As verl's; the acceptance of its drafts is reported as `val/…` and does not count for the next step."""
         self.actor_rollout_wg.collect_accounts()
         self._earlier_accounts = [*self._earlier_accounts, *self._take_accounts()]
         metrics = super()._validate()
@@ -194,23 +188,19 @@ class SpeculatorSyncMixin:
         return metrics | rollout_metrics(self._take_accounts(), prefix="val")
 
 
-def follow(trainer: type[PPOTrainer]) -> type[PPOTrainer]:
-    """The trainer with a speculator that follows."""
-    return type(f"SpeculatorSyncMixin{trainer.__name__}", (SpeculatorSyncMixin, trainer), {"__doc__": trainer.__doc__})
-
-
-# verl's third trainer, separate_async, has rollouts that no actor shares a machine with.
+# verl's third trainer, separate_async, has no actor on the machines of the rollout.
 TRAINERS: dict[str, type[PPOTrainer]] = {"sync": PPOTrainerSync, "colocate_async": PPOTrainerColocateAsync}
 for _name, _trainer in TRAINERS.items():
-    register_trainer(SYNC_REQUIREMENTS.format(_name))(follow(_trainer))
+    _class = type(f"{_trainer.__name__}WithSpeculator", (SpeculatorSyncMixin, _trainer), {"__doc__": _trainer.__doc__})
+    register_trainer(TRAINER_NAME.format(_name))(_class)
 
 
 @ray.remote
-class FollowedTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
-    """verl's, in a process that knows these trainers."""
+class SpeculatorTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
+    """verl's, in a process in which these trainers are registered."""
 
     def run(self, config: Any) -> None:
-        # Ray sends the class itself, not the name of its module.
+        # Ray sends the class by value, so its module has to be imported by name.
         importlib.import_module("verl_speculator.rl.trainer")
-        config.trainer.v1.trainer_mode = SYNC_REQUIREMENTS.format(config.trainer.v1.trainer_mode)
+        config.trainer.v1.trainer_mode = TRAINER_NAME.format(config.trainer.v1.trainer_mode)
         super().run(config)

@@ -7,3 +7,5 @@ import verl.
 from verl_speculator.utils.import_warnings import silence_import_warnings
 
 silence_import_warnings()  # before any module here imports verl
+
+MODEL_TYPE = "language_model_with_speculator"  # under which verl knows the engine

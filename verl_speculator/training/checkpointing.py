@@ -1,11 +1,11 @@
-"""A training run on disk: one directory a step, whole or not there at all, for any number of processes.
+"""A training run on disk: one directory a step, complete or absent, for any number of processes.
 
     <save_path>/global_step_N/pytorch_model.bin, config.json    the speculator (verl_speculator.checkpoint.format)
-    <save_path>/global_step_N/training_state/                   optimizer, schedule, random states: what resuming needs
-    <save_path>/global_step_N/huggingface/                      the base, only if it was trained
+    <save_path>/global_step_N/training_state/                   what resuming needs: optimizer, schedule, random states
+    <save_path>/global_step_N/huggingface/                      the base model, only if it was trained
     <save_path>/latest_checkpointed_iteration.txt               N, written last
 
-Rank 0 gathers and writes, reads and sends: the number of processes may change in between.
+Rank 0 gathers and writes, reads and sends, so the number of processes may change in between.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,38 +58,74 @@ SPECULATOR_PREFIX = "speculator."
 GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SEND = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
+State = dict[str, torch.Tensor]
 
+
+def gather_speculator(engine: SpeculatorEngine) -> State:
+    """The speculator's whole parameters under its own names, on rank 0 only. Every rank calls it."""
+    return _strip_prefix(get_model_state_dict(engine.draft, options=GATHER), SPECULATOR_PREFIX)
+
+
+def write_speculator(engine: SpeculatorEngine, folder: Path, parameters: State, provenance: dict[str, Any]) -> None:
+    """Write a checkpoint of an engine's speculator from its gathered parameters."""
+    write_checkpoint(
+        folder,
+        engine.model_config.speculator_config,
+        parameters,
+        hidden_size=engine.speculator.hidden_size,
+        vocab_size=engine.speculator.vocab_size,
+        logit_cap=engine.speculator.logit_cap,
+        base_architectures=engine.model_config.architectures,
+        provenance=provenance,
+    )
+
+
+def read_speculator(engine: SpeculatorEngine, folder: Path) -> State:
+    """The parameters of a checkpoint under their names in the engine's `draft`.
+
+    Raises:
+        UserError: if the checkpoint is of another speculator.
+    """
+    info = read_checkpoint_info(folder)
+    if differing := info.differences(engine.speculator.config, engine.speculator.logit_cap):
+        raise UserError(f"cannot resume from {folder}: {', '.join(differing)}")
+    return _add_prefix(read_weights(info), SPECULATOR_PREFIX)
+
+
+def _strip_prefix(state: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _add_prefix(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@dataclass
 class RunCheckpoints:
-    """Saves and resumes a run; the interface is that of verl's CheckpointHandler.
+    """Saves and resumes a run, with the interface of verl's CheckpointHandler.
 
     Args:
-        engine: initialised by the time anything is saved or loaded.
+        engine: initialised before anything is saved or loaded.
         directory: the run's folder.
         settings: verl's `trainer` settings: resume_mode, resume_from_path, max_ckpt_to_keep, default_hdfs_dir.
         save_state: whether to write what resuming needs.
-        provenance: gives what config.json records of a step.
+        provenance: from a step to what its config.json records.
     """
 
-    def __init__(
-        self,
-        engine: SpeculatorEngine,
-        directory: str,
-        settings: Any,
-        *,
-        save_state: bool,
-        provenance: Callable[[int], dict[str, Any]],
-    ) -> None:
-        self.engine = engine
-        self.directory = Path(directory)
-        self.settings = settings
-        self.save_state = save_state
-        self.provenance = provenance
-        self.rank = dist.get_rank()
+    engine: SpeculatorEngine
+    directory: Path
+    settings: Any
+    save_state: bool
+    provenance: Callable[[int], dict[str, Any]]
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
 
     # Saving
 
     def save_checkpoint(self, step: int) -> None:
-        """Write `global_step_<step>`, point the tracker to it, and remove what `max_ckpt_to_keep` no longer keeps."""
+        """Write `global_step_<step>`, update the tracker file, and remove checkpoints beyond `max_ckpt_to_keep`."""
         engine = self.engine
         with _on_device(engine):
             speculator, base = self._gather_weights()
@@ -100,24 +137,12 @@ class RunCheckpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_temporaries(self.directory)
             with atomic_directory(target) as folder:
-                config = engine.model_config.speculator_config
-                write_checkpoint(
-                    folder,
-                    config,
-                    speculator,
-                    hidden_size=engine.speculator.hidden_size,
-                    vocab_size=engine.speculator.vocab_size,
-                    logit_cap=engine.speculator.logit_cap,
-                    base_architectures=engine.model_config.architectures,
-                    provenance=self.provenance(step),
-                )
+                write_speculator(engine, folder, speculator, self.provenance(step))
                 if self.save_state:
-                    state = folder / STATE_DIRECTORY
-                    state.mkdir()
-                    for name, content in zip(
-                        STATE_FILES, (optimizer, engine.lr_scheduler.state_dict(), random_states), strict=True
-                    ):
-                        torch.save(content, state / name)
+                    (folder / STATE_DIRECTORY).mkdir()
+                    contents = (optimizer, engine.lr_scheduler.state_dict(), random_states)
+                    for name, content in zip(STATE_FILES, contents, strict=True):
+                        torch.save(content, folder / STATE_DIRECTORY / name)
                 if base:
                     self._save_base(folder / BASE_DIRECTORY, base)
             with atomic_file(self.directory / TRACKER_FILE) as path:
@@ -131,19 +156,15 @@ class RunCheckpoints:
                 hdfs_io.copy(src=str(target), dst=self.settings.default_hdfs_dir, dirs_exist_ok=True)
         dist.barrier()
 
-    def _gather_weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Whole weights of the speculator, and of the base if it is trained; filled on rank 0 only."""
-        engine = self.engine
-        if engine.model_config.freeze_base_model:  # never gather a base that does not change
-            draft, base = get_model_state_dict(engine.draft, options=GATHER), {}
-        else:
-            state = get_model_state_dict(engine.module, options=GATHER)
-            draft = {k.removeprefix(DRAFT_PREFIX): v for k, v in state.items() if k.startswith(DRAFT_PREFIX)}
-            base = {k.removeprefix(BASE_PREFIX): v for k, v in state.items() if k.startswith(BASE_PREFIX)}
-        return {k.removeprefix(SPECULATOR_PREFIX): v for k, v in draft.items()}, base
+    def _gather_weights(self) -> tuple[State, State]:
+        """Whole weights of the speculator, and of the base model if it is trained, on rank 0 only."""
+        if self.engine.model_config.freeze_base_model:  # a base model that does not change is never gathered
+            return gather_speculator(self.engine), {}
+        state = get_model_state_dict(self.engine.module, options=GATHER)
+        return _strip_prefix(state, DRAFT_PREFIX + SPECULATOR_PREFIX), _strip_prefix(state, BASE_PREFIX)
 
-    def _save_base(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        """The base as a Hugging Face folder, in the type it is trained in, with its tokenizer."""
+    def _save_base(self, folder: Path, state: State) -> None:
+        """The base model as a Hugging Face folder with its tokenizer, in the dtype in which it is trained."""
         from verl.utils.transformers_compat import drop_tied_target_keys
 
         base = self.engine.base
@@ -165,79 +186,71 @@ class RunCheckpoints:
     # Resuming
 
     def load_checkpoint(self) -> int:
-        """Continue where the settings say; the step reached so far, 0 for a fresh start."""
-        found = [find_resume_path(self.directory, self.settings) if self.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
+        """Load the checkpoint that the settings name; its step, or 0 for a fresh start."""
+        answer = [find_resume_path(self.directory, self.settings) if self.rank == 0 else None]
+        dist.broadcast_object_list(answer, src=0)
+        (folder,), engine = answer, self.engine
+        if folder is None:
             return 0
-        folder, engine = found[0], self.engine
         weights, optimizer, schedule, random_states = self._read(folder) if self.rank == 0 else ({}, {}, None, None)
         with _on_device(engine):
-            if engine.model_config.freeze_base_model:
-                set_model_state_dict(engine.draft, weights, options=SEND)
-            else:
-                set_model_state_dict(engine.module, weights, options=SEND)
+            module = engine.draft if engine.model_config.freeze_base_model else engine.module
+            set_model_state_dict(module, weights, options=SEND)
             _load_optimizer(engine, optimizer)
-        small = [schedule, random_states]
-        dist.broadcast_object_list(small, src=0)
-        # Where on the schedule the run is; the schedule's own peaks are this run's.
-        own = {name: engine.lr_scheduler.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
-        engine.lr_scheduler.load_state_dict(small[0] | own)
+        answer = [schedule, random_states]
+        dist.broadcast_object_list(answer, src=0)
+        schedule, random_states = answer
+        # The position on the schedule is the checkpoint's; the schedule itself is this run's.
+        current = {name: engine.lr_scheduler.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
+        engine.lr_scheduler.load_state_dict(schedule | current)
         _apply_schedule(engine.lr_scheduler)
-        if len(small[1]) == dist.get_world_size():
-            _set_random_state(small[1][self.rank])
+        if len(random_states) == dist.get_world_size():
+            _set_random_state(random_states[self.rank])
         logger.info("resumed from %s", folder)
         return int(STEP_DIRECTORY.match(folder.name)[1])
 
-    def _read(self, folder: Path) -> tuple[dict, dict, dict, list]:
-        info = read_checkpoint_info(folder)
-        speculator = self.engine.speculator
-        if differing := info.differences(speculator.config, speculator.logit_cap):
-            raise UserError(f"cannot resume from {folder}: {', '.join(differing)}")
-        weights = {SPECULATOR_PREFIX + name: tensor for name, tensor in read_weights(info).items()}
+    def _read(self, folder: Path) -> tuple[State, dict, dict, list]:
+        weights = read_speculator(self.engine, folder)
         if not self.engine.model_config.freeze_base_model:
-            weights = {DRAFT_PREFIX + name: tensor for name, tensor in weights.items()} | _read_base(folder)
-        state = [
-            torch.load(folder / STATE_DIRECTORY / name, map_location="cpu", weights_only=True) for name in STATE_FILES
-        ]
-        return weights, *state
+            weights = _add_prefix(weights, DRAFT_PREFIX) | _add_prefix(_read_base(folder), BASE_PREFIX)
+        state = folder / STATE_DIRECTORY
+        return weights, *(torch.load(state / name, map_location="cpu", weights_only=True) for name in STATE_FILES)
 
 
-def _read_base(folder: Path) -> dict[str, torch.Tensor]:
+def _read_base(folder: Path) -> State:
     from transformers import AutoModelForCausalLM
 
-    state = AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
-    return {BASE_PREFIX + name: tensor for name, tensor in state.items()}
+    return AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
 
 
 def _load_optimizer(engine: SpeculatorEngine, saved: dict[str, Any]) -> None:
-    """The moments of each parameter as they were saved; learning rates, weight decay, betas as this run sets them.
+    """Load the moments of each parameter. Learning rates, weight decay and betas stay those of this run.
 
     Args:
         engine: of this run.
-        saved: an optimizer's whole state dict on the first process, nothing on the others.
+        saved: the optimizer's whole state dict on rank 0, empty on the other ranks.
     """
     groups = engine.optimizer.param_groups
     options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if saved:
         saved = saved | {"param_groups": _regroup(saved["param_groups"], len(groups))}
     set_optimizer_state_dict(engine.module, engine.optimizer, saved, options=SEND)
-    for group, own in zip(engine.optimizer.param_groups, options, strict=True):
-        group.update(own)
+    for group, option in zip(engine.optimizer.param_groups, options, strict=True):
+        group.update(option)
 
 
 def _regroup(saved: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Saved groups in the number that this run has: one, or the base model's and the speculator's."""
+    """Saved groups in this run's number: one group, or the base model's and the speculator's."""
     if len(saved) == count:
         return saved
     names = [name for group in saved for name in group["params"]]
-    drafts = [name for name in names if name.startswith(DRAFT_PREFIX)]
-    parts = [names] if count == 1 else [[name for name in names if name not in set(drafts)], drafts]
-    return [saved[0] | {"params": part} for part in parts]
+    is_draft = [name.startswith(DRAFT_PREFIX) for name in names]
+    halves = [[name for name, draft in zip(names, is_draft, strict=True) if draft is part] for part in (False, True)]
+    return [saved[0] | {"params": params} for params in ([names] if count == 1 else halves)]
 
 
 def _apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Learning rates of the step reached, on the schedule as it is now: a run may have been given more steps."""
+    """Set the current step's learning rates by this run's schedule, which may have more steps than the saved one."""
     factors = [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
     rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -247,9 +260,9 @@ def _apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
 
 @contextmanager
 def _on_device(engine: SpeculatorEngine) -> Iterator[None]:
-    """With shards that verl offloads to the host on the device, as verl has them for its own checkpoints.
+    """Loads shards that verl offloads to the host onto the device, as verl does for its own checkpoints.
 
-    Under FSDP1 this is also where the whole model becomes the root of its units, before one of them is asked alone.
+    Under FSDP1 this also makes the whole model the root of its units, before the state of a single unit is read.
     """
     if not engine._uses_fsdp2_cpu_offload_policy:
         load_fsdp_model_to_gpu(engine.module)
@@ -262,7 +275,7 @@ def _on_device(engine: SpeculatorEngine) -> Iterator[None]:
 
 
 def _random_state() -> dict[str, Any]:
-    """The random states of this process, in types that a weights-only load accepts."""
+    """The random states of this process, in types that `torch.load(weights_only=True)` accepts."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),

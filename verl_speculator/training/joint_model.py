@@ -1,37 +1,96 @@
-"""Base and speculator side by side in one module, so that one sharding wrapper holds both."""
+"""Base model and speculator in one module, so that one sharding wrapper holds both."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import POST_NORM, PRE_NORM, BlockCall, HiddenStateHook, final_norm
 from verl_speculator.losses import DraftLoss
-from verl_speculator.training.quantized_base import keep_types
-from verl_speculator.training.teacher import BaseHead
+from verl_speculator.models.logits import logit_transform
+from verl_speculator.training.base_model import keep_types
+from verl_speculator.utils.errors import UserError
 
 BASE_PREFIX = "base."
 DRAFT_PREFIX = "draft."
+LOGIT_TOLERANCE = 1e-2
+
+
+class BaseHead:
+    """A base model's LM head with the soft cap or scale that the base model applies. Never carries a gradient.
+
+    Args:
+        base: a Hugging Face causal language model.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.transform = logit_transform(base.config)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[n, V] logits of the next token, from hidden states [n, D] after the final norm."""
+        head = self.base.get_output_embeddings()
+        weight = head.weight.detach()
+        products = F.linear(states.to(weight.dtype), weight, None if head.bias is None else head.bias.detach())
+        return self.transform(products)
+
+    @contextmanager
+    def gathered(self) -> Iterator[BaseHead]:
+        """Holds the whole weight if the head is a sharding unit of its own (verl makes one of an untied head).
+
+        Gathered once for all calls: the number of calls depends on a rank's number of rows, and a collective in each
+        call would deadlock.
+        """
+        head = self.base.get_output_embeddings()
+        if not isinstance(head, FSDPModule):
+            yield self
+            return
+        head.unshard()
+        try:
+            yield self
+        finally:
+            head.reshard()
+
+    @torch.no_grad()
+    def check(self, states: Tensor, logits: Tensor, expected: str = "model.speculator.loss=ce") -> None:
+        """Compare the head's logits with those of the base model.
+
+        Args:
+            states: [n, D]
+            logits: [n, V] that the base model computed from `states`.
+            expected: settings of a run that does not use the head.
+
+        Raises:
+            UserError: if they differ: the architecture changes its logits in a way that is not known here.
+        """
+        difference = (self(states).float() - logits.float()).abs().max() / logits.float().abs().max().clamp(min=1)
+        if difference > LOGIT_TOLERANCE:
+            raise UserError(
+                f"model.partial_pretrain: {type(self.base).__name__} does something to its logits that is not known "
+                f"here, so its distribution can be neither compared with nor copied; expected {expected} for this base"
+            )
 
 
 class ModelWithSpeculator(nn.Module):
-    """A Hugging Face causal language model and the speculator that drafts for it.
+    """A Hugging Face causal language model and its speculator.
 
-    Shapes: R rows to draft for, D base width, K depths.
+    Shapes: B rows of T tokens, R rows to draft for, S cached states, D base width, K depths.
 
     Args:
         base: the language model.
         draft: the speculator and its loss.
-        freeze_base: keep the base as it is: no graph, no gradient, always in eval mode, and its output head is never
-            multiplied with.
-        shard_base: let sharding wrappers see the base. False for one that stays whole on every process, and is on its
-            device already.
-        detach_hidden: if the base is trained, keep the speculator's gradient away from it.
-        copied_head: the speculator's head starts as the base's own, so what the base does to its logits has to be known
-            whatever the loss asks for.
+        freeze_base: keep the base model as it is: no graph, no gradients, always in eval mode, no LM head product.
+        shard_base: whether sharding wrappers see the base model. False for one that is whole, and on its device, in
+            every process.
+        detach_hidden: if the base model is trained, keep the speculator's gradient away from it.
+        copied_head: whether the speculator's head starts as a copy of the base model's. What the base model does to its
+            logits must then be known, whatever the loss.
     """
 
     def __init__(
@@ -47,18 +106,18 @@ class ModelWithSpeculator(nn.Module):
         super().__init__()
         if shard_base:
             self.base = base
-        else:  # an attribute, but no submodule: wrappers, casts and state dicts go by submodules
+        else:  # an attribute but no submodule: wrappers, casts and state dicts visit submodules
             object.__setattr__(self, "base", base.eval())
         self.draft = draft
         self.head = BaseHead(base) if draft.objective.needs_teacher else None
-        # Settings that do without each use of the base's logits, until the check of what is known of them.
-        without = {"model.speculator.loss=ce": self.head is not None, "model.speculator.init=random": copied_head}
-        self._unchecked = [setting for setting, used in without.items() if used]
+        # For each use of the base model's logits the setting that avoids it; emptied by `_check_head`.
+        uses = {"model.speculator.loss=ce": self.head is not None, "model.speculator.init=random": copied_head}
+        self._unchecked = [setting for setting, used in uses.items() if used]
         self.freeze_base = freeze_base
         self.detach_hidden = detach_hidden
         self.hidden_state_source = draft.speculator.hidden_state_source
         draft.speculator.attach(base)
-        # What sharding wrappers and verl ask of a model: its configuration, and the classes of its sharding units.
+        # Read by sharding wrappers and verl: the configuration, and the classes of the sharding units.
         self.config = base.config
         self._no_split_modules = [*(base._no_split_modules or [] if shard_base else []), DraftLoss.__name__]
         if freeze_base:
@@ -74,84 +133,87 @@ class ModelWithSpeculator(nn.Module):
         return self
 
     def can_generate(self) -> bool:
-        """As the base says."""
         return self.base.can_generate()
 
     def forward(self, *, draft: dict[str, Tensor] | None = None, **base_inputs: Any) -> Any:
         """
         Args:
-            draft: `rows` [R] and `teacher_rows` [K, R], indices into the flattened batch of `base_inputs`, and the
-                `tokens`, `targets`, `valid` and `counts` of `DraftLoss`. None runs the base alone. With a cache of
-                states the indices are into its states instead: either `states` [S, D] themselves, and the base rests,
-                or `kept` [S], where in the flattened batch they are.
-            base_inputs: of the base's own forward.
+            draft: the arguments `tokens`, `targets`, `valid` and `counts` of `DraftLoss`, with `rows` [R] and
+                `teacher_rows` [K, R], indices into the flattened batch. With a cache of hidden states they are indices
+                into its S states: either `cached_states` [S, D], which replace the base model's forward pass, or
+                `cache_positions` [S], the indices of the states to cache in the flattened batch. None runs the base
+                model alone.
+            base_inputs: of the base model's forward.
 
         Returns:
-            The base's output without `draft`. With it `(found, base_output)`: what `DraftLoss` gives, with `states`
-            [S, D] in bf16 if they are to be kept, and the base's output if it is trained (None if it is frozen: its
-            logits are never computed).
+            Without `draft` the base model's output. With it the output of `DraftLoss`, with `states_to_cache` [S, D] in
+            bf16 if there are `cache_positions`, and the base model's output (None if it is frozen: its logits are not
+            computed).
         """
         if draft is None:
-            with self._types_of_base(base_inputs):
+            with self._base_autocast(base_inputs):
                 return self.base(**base_inputs)
-        taken, taught, output = draft.get("states"), None, None
-        if taken is None:
-            taken, taught, output = self._run_base(base_inputs)
-        kept = {}
-        if "kept" in draft:  # rounded as they are kept, so that every epoch trains on the same
-            taken, taught = taken.flatten(0, 1)[draft["kept"]].to(torch.bfloat16), None
-            kept["states"] = taken
-        rows = {name: draft[name] for name in ("tokens", "targets", "valid", "rows", "counts")}
+        if "cached_states" in draft:
+            hidden, teacher_hidden, base_output = draft["cached_states"], None, None
+        else:
+            hidden, teacher_hidden, base_output = self._run_base(base_inputs)
+        to_cache = {}
+        if "cache_positions" in draft:  # rounded as in the cache, so that every epoch trains on the same states
+            hidden, teacher_hidden = hidden.flatten(0, 1)[draft["cache_positions"]].to(torch.bfloat16), None
+            to_cache["states_to_cache"] = hidden
+        inputs = {name: draft[name] for name in ("tokens", "targets", "valid", "rows", "counts")}
         self._check_head(base_inputs)
         if self.head is None:
-            return self.draft(taken, **rows) | kept, output
-        if taught is None:
-            taught = self._after_norm(taken.detach())
-        teacher = {"teacher_hidden": taught.reshape(-1, taught.shape[-1]), "teacher_rows": draft["teacher_rows"]}
+            return self.draft(hidden, **inputs) | to_cache, base_output
+        if teacher_hidden is None:
+            teacher_hidden = self._after_norm(hidden.detach())
+        inputs["teacher_hidden"] = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
         with self.head.gathered() as head:
-            return self.draft(taken, **rows, **teacher, base_head=head) | kept, output
+            output = self.draft(hidden, **inputs, teacher_rows=draft["teacher_rows"], base_head=head)
+        return output | to_cache, base_output
 
-    def _types_of_base(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
-        """A frozen base computes each product in the type that its own code asks for, fp32 for some: no autocast."""
+    def _base_autocast(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
+        """No autocast for a frozen base model: its own code chooses the dtype of each product, fp32 for some."""
         if not self.freeze_base:
             return nullcontext()
         return torch.autocast(base_inputs["input_ids"].device.type, enabled=False)
 
     def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
-        """What the speculator reads, the states [B, T, D] that the base's head reads if a teacher is asked for and they
-        are others, and the base's output if it is trained."""
-        other = self.head is not None and self.hidden_state_source not in (POST_NORM, PRE_NORM)
+        """What the speculator reads; the states [B, T, D] that the LM head reads, if a teacher needs them and
+        `_after_norm` cannot compute them; and the base model's output if it is trained."""
+        needs_head_states = self.head is not None and self.hidden_state_source not in (POST_NORM, PRE_NORM)
         with (
-            HiddenStateHook(self.base, self.hidden_state_source) as tap,
-            HiddenStateHook(self.base, POST_NORM) as final,
+            HiddenStateHook(self.base, self.hidden_state_source) as draft_hook,
+            HiddenStateHook(self.base, POST_NORM) as head_hook,
         ):
             if self.freeze_base:
-                with torch.no_grad(), self._types_of_base(base_inputs):
+                with torch.no_grad(), self._base_autocast(base_inputs):
                     self.base.base_model(**base_inputs)
                 output = None
             else:
                 output = self.base(**base_inputs)
-            taken, taught = tap.take(), final.take()
+            hidden, head_states = draft_hook.take(), head_hook.take()
         if output is not None and self.detach_hidden:
-            taken = BlockCall(taken.state.detach(), taken.arguments) if isinstance(taken, BlockCall) else taken.detach()
-        return taken, taught.detach() if other else None, output
+            is_call = isinstance(hidden, BlockCall)
+            hidden = BlockCall(hidden.state.detach(), hidden.arguments) if is_call else hidden.detach()
+        return hidden, head_states.detach() if needs_head_states else None, output
 
     @torch.no_grad()
     def _after_norm(self, states: Tensor) -> Tensor:
-        """The states that the base's head reads, from those that the speculator does."""
+        """The states that the LM head reads, from those that the speculator reads."""
         return final_norm(self.base)(states) if self.hidden_state_source == PRE_NORM else states
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
-        """Once, on a few tokens: whether the head gives what the base itself gives. Here its weights are whole."""
+        """Once, on 8 tokens of the first batch: `BaseHead.check`. The base model's weights are whole here."""
         if not self._unchecked:
             return
         expected, self._unchecked = " and ".join(self._unchecked), []
-        few = {name: base_inputs[name][..., :8] for name in ("input_ids", "position_ids") if name in base_inputs}
+        inputs = {name: base_inputs[name][..., :8] for name in ("input_ids", "position_ids") if name in base_inputs}
         training = self.base.training
-        self.base.eval()  # two passes are compared, and dropout makes each another one
-        with torch.no_grad(), self._types_of_base(few):
-            hidden = self.base.base_model(**few, use_cache=False).last_hidden_state
-            logits = self.base(**few, use_cache=False).logits
+        self.base.eval()  # dropout would make the two passes differ
+        with torch.no_grad(), self._base_autocast(inputs):
+            hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state
+            logits = self.base(**inputs, use_cache=False).logits
             with (self.head or BaseHead(self.base)).gathered() as head:
                 head.check(hidden.flatten(0, 1), logits.flatten(0, 1), expected)
         self.base.train(training)

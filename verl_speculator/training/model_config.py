@@ -1,4 +1,4 @@
-"""verl's HFModelConfig with a speculator beside the base."""
+"""verl's HFModelConfig with a speculator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 from verl.workers.config import HFModelConfig
 
@@ -22,23 +22,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SpeculatorModelConfig(HFModelConfig):
-    """The base as verl describes it, and the speculator that goes with it.
+    """The base model as verl describes it, and its speculator.
 
     Attributes:
         partial_pretrain: another name for `path`.
-        speculator: the `model.speculator.*` keys. With `path`, what they leave out of the shape is the checkpoint's.
+        speculator: the `model.speculator.*` keys. With `path`, missing keys of the shape come from the checkpoint.
         speculator_loss_coeff: weight of the speculator's loss.
-        freeze_base_model: whether the base keeps its weights.
-        quantization: None, or `bnb4`: the base in 4 bits.
-        gguf_file: None, or the file inside `path` that the base is read from.
-        form: what the last two say, checked.
-        use_remove_padding: whether rows are packed without padding. `auto`: unless the base does not keep packed
-            documents apart. It becomes a bool here.
-        packing_required: whether such a base is refused, packing having been asked for by name. verl's own settings of
-            a policy say true without anybody asking.
-        speculator_config: what `speculator` says, validated: the shape.
-        speculator_training: what `speculator` says, validated: how to train it.
-        end_token_ids: tokens that end an assistant's turn. The trainer empties it for plain text.
+        freeze_base_model: whether the base model keeps its weights.
+        quantization: None, or `bnb4` for a base model in 4 bits.
+        gguf_file: None, or the file inside `path` that the base model is read from.
+        form: `quantization` and `gguf_file`, validated.
+        use_remove_padding: whether rows are packed without padding; `auto` unless the base model does not keep packed
+            documents apart. A bool after construction.
+        packing_required: whether such a base model is refused, because the user set `use_remove_padding=true`.
+        speculator_config: the shape that `speculator` describes, validated.
+        speculator_training: how `speculator` says it is trained, validated.
+        end_token_ids: tokens that end an assistant's turn. The trainer sets it to () for plain text.
     """
 
     _mutable_fields = HFModelConfig._mutable_fields | {
@@ -49,8 +48,6 @@ class SpeculatorModelConfig(HFModelConfig):
         "speculator_training",
         "end_token_ids",
     }
-    # Whether the base is a policy: trained by reinforcement, with the speculator apart from it.
-    is_policy: ClassVar[bool] = False
 
     partial_pretrain: str | None = None
     speculator: Any = field(default_factory=dict)
@@ -68,11 +65,11 @@ class SpeculatorModelConfig(HFModelConfig):
     def __post_init__(self) -> None:
         self.form = BaseModelFormat(self.quantization, self.gguf_file)
         self.form.check("model.", frozen=self.freeze_base_model)
-        self.packing_required = self.use_remove_padding is True and not self.is_policy
+        self.packing_required = self.use_remove_padding is True
         self.use_remove_padding = self.use_remove_padding in (True, "auto")
-        self._describe_base()
+        self._read_base_config()
         check_language_model(f"model.path={self.path}", self.hf_config)
-        self._fit_description()
+        self._adapt_base_config()
         settings: Mapping[str, Any] = dict(self.speculator)
         if settings.get("path"):
             settings = read_checkpoint_info(settings["path"]).config.to_dict() | settings
@@ -82,46 +79,41 @@ class SpeculatorModelConfig(HFModelConfig):
             logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
         self.end_token_ids = end_token_ids(self.tokenizer, self.generation_config)
 
-    def _describe_base(self) -> None:
-        """verl's own reading of configuration and tokenizer, which knows folders only."""
+    def _read_base_config(self) -> None:
+        """verl's own reading of configuration and tokenizer, which accepts only directories."""
         if self.gguf_file is None:
             super().__post_init__()
             return
-        named = self.hf_config_path, self.tokenizer_path
+        paths = self.hf_config_path, self.tokenizer_path
         with TemporaryDirectory() as folder:
             self.form.write_description(self.path, Path(folder))
-            self.hf_config_path, self.tokenizer_path = (path or folder for path in named)
+            self.hf_config_path, self.tokenizer_path = (path or folder for path in paths)
             super().__post_init__()
-        self.hf_config_path, self.tokenizer_path = (path or self.path for path in named)
+        self.hf_config_path, self.tokenizer_path = (path or self.path for path in paths)
         self.local_hf_config_path = self.local_tokenizer_path = self.local_path
 
-    def _fit_description(self) -> None:
-        """What the configuration needs for architectures that verl does not have in mind."""
-        wanted = self.hf_config._attn_implementation
-        attention = supported_attention(self.hf_config, wanted)
-        if attention != wanted:
-            logger.info("base %s has no attention by %s: using %s", self.path, wanted, attention)
+    def _adapt_base_config(self) -> None:
+        """Changes for architectures that verl does not expect."""
+        requested = self.hf_config._attn_implementation
+        attention = supported_attention(self.hf_config, requested)
+        if attention != requested:
+            logger.info("base %s has no attention by %s: using %s", self.path, requested, attention)
             self.hf_config._attn_implementation = attention
         text = self.hf_config.get_text_config()
-        # verl reads it of every base, for sequence parallelism alone, and older architectures have none.
+        # verl reads it of every base model, for sequence parallelism only, and older architectures do not have it.
         if not hasattr(text, "num_key_value_heads") and hasattr(text, "num_attention_heads"):
             text.num_key_value_heads = text.num_attention_heads
 
 
 @dataclass
 class SpeculatorPolicyConfig(SpeculatorModelConfig):
-    """The policy of PPO or GRPO, and the speculator that its rollouts are drafted with.
-
-    The policy learns as if there were no speculator. With `speculator.train` the speculator learns from the states that
-    the policy's update makes, and never moves the policy.
-    """
-
-    is_policy: ClassVar[bool] = True
+    """The policy of PPO or GRPO, and the speculator that drafts its rollouts (`policy.PolicyEngine`)."""
 
     freeze_base_model: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.packing_required = False  # verl's own default for a policy is true
         training = self.speculator_training
         if self.freeze_base_model:
             raise UserError("model.freeze_base_model=true: a policy is trained; expected false")

@@ -1,14 +1,13 @@
 """A CPU platform for verl, with gloo, so that the same trainer runs on a laptop, in CI and in the demo.
 
-It is chosen by name (`VERL_PLATFORM=cpu`) and never detected: a driver node without an accelerator may well command
-workers that have one.
+It is chosen by name (`VERL_PLATFORM=cpu`) and never detected: a driver node without an accelerator may command workers
+that have one.
 """
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -19,10 +18,22 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 
-class CpuDeviceModule(ModuleType):
-    """`torch.cpu`, and the part of `torch.cuda` that verl asks of every device module.
+def start_process_group() -> None:
+    """Start the process group on a CPU, where verl would ask for "cpu:gloo,cpu:gloo"; elsewhere verl starts it."""
+    from verl.utils.device import get_device_name
 
-    Memory is the process's: resident now for "allocated" and "reserved", the peak of its life for their maxima.
+    if get_device_name() == "cpu" and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def _do_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    """There is one device, no cache and no profiler, and operations are synchronous."""
+
+
+class CpuDeviceModule(ModuleType):
+    """`torch.cpu`, with the part of `torch.cuda` that verl uses of every device module.
+
+    Memory is the process's: resident now for "allocated" and "reserved", its peak since the start for their maxima.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -36,16 +47,11 @@ class CpuDeviceModule(ModuleType):
 
     memory_reserved = memory_allocated
     max_memory_reserved = max_memory_allocated
+    empty_cache = reset_peak_memory_stats = _do_nothing
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         memory = psutil.virtual_memory()
         return memory.available, memory.total
-
-    def empty_cache(self) -> None:
-        """There is no cache."""
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """The kernel keeps the peak."""
 
     def get_device_name(self, device: Any = None) -> str:
         return "CPU"
@@ -62,26 +68,15 @@ class CpuDeviceModule(ModuleType):
     manual_seed_all = manual_seed
 
 
-def start_process_group() -> None:
-    """On the CPU start the process group, which verl would want to be "cpu:gloo,cpu:gloo"; elsewhere leave it to it."""
-    from verl.utils.device import get_device_name
-
-    if get_device_name() == "cpu" and not dist.is_initialized():
-        dist.init_process_group("gloo")
-
-
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """The host's processors."""
+    """The host's processors; `set_allocator_settings` is left to the launcher."""
 
-    _module = CpuDeviceModule("verl_speculator.cpu_device")
-
-    device_name = "cpu"
-    vendor_name = "cpu"
-
-    @property
-    def device_module(self) -> ModuleType:
-        return self._module
+    device_module = CpuDeviceModule("verl_speculator.cpu_device")
+    device_name = vendor_name = "cpu"
+    set_device = synchronize = empty_cache = set_allocator_settings = _do_nothing
+    profiler_start = profiler_stop = cudart = _do_nothing
+    manual_seed = manual_seed_all = CpuDeviceModule.manual_seed
 
     def is_available(self) -> bool:
         return True
@@ -95,24 +90,6 @@ class PlatformCPU(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        """There is one."""
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        """Nothing runs behind Python's back."""
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def set_allocator_settings(self, settings: str) -> None:
-        """The allocator is the C library's, set up by the launcher."""
-
-    def empty_cache(self) -> None:
-        """There is no cache."""
-
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
 
@@ -122,16 +99,8 @@ class PlatformCPU(PlatformBase):
     def visible_devices_envvar(self) -> str:
         return "CPU_VISIBLE_DEVICES"
 
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        with torch.profiler.record_function(msg):
-            yield
-
-    def profiler_start(self) -> None:
-        """No device profiler."""
-
-    def profiler_stop(self) -> None:
-        """No device profiler."""
+    def nvtx_range(self, msg: str) -> AbstractContextManager:
+        return torch.profiler.record_function(msg)
 
     def ray_resource_name(self) -> str:
         return "CPU"
@@ -144,6 +113,3 @@ class PlatformCPU(PlatformBase):
 
     def is_ipc_supported(self) -> bool:
         return False
-
-    def cudart(self) -> None:
-        return None

@@ -1,4 +1,4 @@
-"""One process of a training run on Ray, and all of them as the trainer sees them."""
+"""SFT on a Ray cluster: the worker process, and the workers as the trainer calls them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from verl_speculator.training.trainer import SpeculatorTrainer
 
 
 class SpeculatorWorker(TrainingWorker):
-    """verl's training worker, which also keeps a run's checkpoints and cached states."""
+    """verl's training worker with the checkpoints and cached hidden states of a run."""
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
         start_process_group()
@@ -32,32 +32,32 @@ class SpeculatorWorker(TrainingWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def open_run(self, directory: str, settings: Any, save_state: bool, state_cache: str | None) -> int:
-        """Take up the run in a directory; the step reached, as `RunCheckpoints.load_checkpoint`."""
+        """Start or resume the run of a directory; its step, as `RunCheckpoints.load_checkpoint`."""
         if state_cache is not None:
             self.engine.state_cache = StateCache(Path(state_cache))
-        self._recorded: dict[str, Any] = {}
+        self._provenance: dict[str, Any] = {}
         self.checkpoints = RunCheckpoints(
-            self.engine, directory, settings, save_state=save_state, provenance=lambda step: self._recorded
+            self.engine, Path(directory), settings, save_state=save_state, provenance=lambda step: self._provenance
         )
         return self.checkpoints.load_checkpoint()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_run(self, step: int, provenance: dict[str, Any]) -> None:
-        """Write a step, with what its config.json records."""
-        self._recorded = provenance
+        """Write a checkpoint."""
+        self._provenance = provenance
         self.checkpoints.save_checkpoint(step)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return self.engine.optimizer.param_groups[0]["lr"]
 
 
 @dataclass
 class RayWorkers:
-    """All workers, under the names by which the trainer calls a training client and an engine of its own process.
+    """All workers, with the interface of the training client and the engine that a trainer has in its own process.
 
-    The trainer is the only rank it knows of: it hands over global batches, and verl cuts them.
+    The trainer is a single rank: it passes on global batches, and verl cuts them.
 
     Args:
         config: of each worker.
@@ -75,7 +75,7 @@ class RayWorkers:
     state_cache: StateCache | None = None
 
     def reset(self) -> None:
-        """Start the workers and build their engines; the number of steps must be known by now."""
+        """Start the workers and build their engines, whose configuration has the number of steps by now."""
         self.group = RayWorkerGroup(
             resource_pool=RayResourcePool(process_on_nodes=[self.processes_per_node] * self.nodes),
             ray_cls_with_init=RayClassWithInitArgs(ray.remote(SpeculatorWorker), config=self.config),
@@ -85,11 +85,9 @@ class RayWorkers:
         self.group.reset()
 
     def train_batch(self, data: TensorDict) -> TensorDict:
-        """One step on a global batch."""
         return self.group.train_batch(data).get()
 
     def infer_batch(self, data: TensorDict) -> TensorDict:
-        """The metrics of a global batch."""
         return self.group.infer_batch(data).get()
 
     def start_profile(self) -> None:
@@ -99,11 +97,11 @@ class RayWorkers:
         self.group.stop_profile()
 
     def step_profile(self) -> None:
-        """The workers' profilers count for themselves."""
+        """Nothing: the workers count their own steps."""
 
     @property
     def optimizer(self) -> SimpleNamespace:
-        """What of an optimizer the trainer looks at."""
+        """The part of an optimizer that the trainer reads."""
         return SimpleNamespace(param_groups=[{"lr": self.group.learning_rate()[0]}])
 
     def get_data_parallel_size(self) -> int:
@@ -118,27 +116,24 @@ class RayWorkers:
 
 @dataclass
 class RayCheckpoints:
-    """`RunCheckpoints` in the workers, called from the trainer."""
+    """`RunCheckpoints` of the workers, called from the trainer."""
 
-    trainer: Any
+    trainer: RaySpeculatorTrainer
 
     def load_checkpoint(self) -> int:
-        """The step reached."""
-        config, workers = self.trainer.config, self.trainer.engine
+        config, group = self.trainer.config, self.trainer.engine.group
         save_state = "optimizer" in config.checkpoint.save_contents
-        cache = config.data.cache_hidden_states
-        settings = config.trainer
-        return workers.group.open_run(settings.default_local_dir, settings, save_state, cache)[0]
+        directory, cache = config.trainer.default_local_dir, config.data.cache_hidden_states
+        return group.open_run(directory, config.trainer, save_state, cache)[0]
 
     def save_checkpoint(self, step: int) -> None:
-        """Write a step."""
         self.trainer.engine.group.save_run(step, self.trainer._provenance(step))
 
 
 class RaySpeculatorTrainer(SpeculatorTrainer):
-    """Trains as `SpeculatorTrainer` does, on the workers of a Ray cluster; runs in a process group of its own, alone.
+    """`SpeculatorTrainer` on the workers of a Ray cluster. It runs in a process group of one process.
 
-    A step's global batch has the rows that it has under torchrun: both follow one permutation.
+    The global batch of a step has the same rows as under torchrun: both follow one permutation.
     """
 
     @property

@@ -1,6 +1,6 @@
-"""torchrun, except that a user's error which a worker finds ends as it does everywhere: one line, exit code 2.
+"""torchrun, except that a user's error in a worker ends in one line and exit code 2, as it does everywhere else.
 
-torchrun itself turns every exit code into 1 and prints a traceback of its own below the worker's line.
+torchrun itself turns every exit code into 1 and prints a traceback below the worker's line.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    """torchrun's own arguments, from the command line."""
-    # Says a second time, in torch's words, what the worker or the report of ChildFailedError says.
+    """Run torchrun with its own arguments from the command line."""
+    # This logger repeats what the worker or the report of ChildFailedError says.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.main()

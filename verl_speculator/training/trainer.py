@@ -1,4 +1,4 @@
-"""verl's SFT trainer with a speculator: its own loop, because validation, metrics and resuming differ."""
+"""verl's SFT trainer with a speculator. The loop is our own, because validation, metrics and resuming differ."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from verl_speculator.data.dataset import (
 from verl_speculator.data.hidden_state_cache import SETTING, StateCache, check_directory, identify_states, say_size
 from verl_speculator.data.run_record import RECORD, record_settings
 from verl_speculator.losses import DraftSums
+from verl_speculator.training import MODEL_TYPE
 from verl_speculator.training.checkpointing import RunCheckpoints
-from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS, MODEL_TYPE
+from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
 from verl_speculator.utils.atomic_io import check_metrics_file
 from verl_speculator.utils.errors import UserError
 
@@ -53,7 +54,7 @@ class SpeculatorTrainer(SFTTrainer):
 
     @property
     def processes(self) -> int:
-        """All processes that train."""
+        """Number of processes that train."""
         return dist.get_world_size()
 
     # Building
@@ -64,12 +65,12 @@ class SpeculatorTrainer(SFTTrainer):
 
     @property
     def _logger_names(self) -> list[str]:
-        given = self.config.trainer.logger
-        return [given] if isinstance(given, str) else list(given)
+        names = self.config.trainer.logger
+        return [names] if isinstance(names, str) else list(names)
 
     def _start_tracking(self) -> Tracking:
-        """The loggers, before anything heavy loads: a service may still refuse what looked well on this machine. verl's
-        file logger empties its file, so that it is only asked about here, and `_open_metrics_file` starts it."""
+        """The loggers, before anything heavy loads: a service may still reject settings that passed the local checks.
+        verl's file logger truncates its file, so it is only checked here and started by `_open_metrics_file`."""
         settings = self.config.trainer
         names = self._logger_names
         if FILE in names:
@@ -85,7 +86,7 @@ class SpeculatorTrainer(SFTTrainer):
             raise UserError(f"trainer.logger={settings.logger}: {' '.join(str(error).split())[:200]}") from error
 
     def _open_metrics_file(self) -> None:
-        """Start verl's file logger, if it is asked for, once nothing stands between the run and its first step."""
+        """Start verl's file logger, if it is requested, right before the first step."""
         settings = self.config.trainer
         if self.tracking is not None and FILE in self._logger_names:
             self.tracking.logger[FILE] = FileLogger(settings.project_name, settings.experiment_name)
@@ -95,7 +96,7 @@ class SpeculatorTrainer(SFTTrainer):
         build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
         self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
         self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
-        # Of the data as they are read here, not as they may lie there by the first checkpoint; only rank 0 writes it.
+        # Taken now, since the files may have changed by the first checkpoint. Only rank 0 writes it.
         is_writer = dist.get_rank() == 0
         self._record = record_settings(self.config, model.speculator_training, model.tokenizer) if is_writer else {}
         if is_text(data.train_files, data):
@@ -106,7 +107,7 @@ class SpeculatorTrainer(SFTTrainer):
             self.train_dataset = NumberedDataset(self.train_dataset)
 
     def _open_state_cache(self) -> StateCache:
-        """The cache that the run names, made by the first process if there is none."""
+        """The cache that the settings name; rank 0 creates it if it does not exist."""
         data, model = self.config.data, self.model_config
         directory = Path(data.cache_hidden_states)
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -116,8 +117,8 @@ class SpeculatorTrainer(SFTTrainer):
             exists = [check_directory(directory, identity)]
         dist.broadcast_object_list(exists, src=0)
         if not exists[0]:
-            mine = range(rank, len(self.train_dataset), ranks)
-            counts = count_states(self.train_dataset, mine, data.num_workers, show=rank == 0)
+            rank_rows = range(rank, len(self.train_dataset), ranks)
+            counts = count_states(self.train_dataset, rank_rows, data.num_workers, show=rank == 0)
             parts = [None] * ranks
             dist.all_gather_object(parts, counts)
             if rank == 0:
@@ -131,11 +132,11 @@ class SpeculatorTrainer(SFTTrainer):
         if not directory.is_dir():
             raise UserError(f"{SETTING}={directory}: expected a directory that all machines share")
         cache = StateCache(directory)
-        logger.info("%s: states of %d of %d rows are there", directory, cache.written, cache.rows)
+        logger.info("%s: states of %d of %d rows are cached", directory, cache.written, cache.rows)
         return cache
 
     def _worker_config(self) -> Any:
-        """What a worker of verl's is made from, in this process or another."""
+        """The configuration of verl's worker, in this process or another."""
         from verl.workers.engine_workers import TrainingWorkerConfig
 
         return TrainingWorkerConfig(
@@ -172,14 +173,14 @@ class SpeculatorTrainer(SFTTrainer):
         self.train_dataloader = load(self.train_dataset, sampler=self.train_sampler, drop_last=True)
         self.val_dataloader = None
         if self.val_dataset is not None:
-            # Every rank needs as many whole micro-batches as the others; what fills them up counts for nothing.
+            # Every rank needs the same number of whole micro-batches; the rows that fill them up have no target.
             padded = PaddedDataset(self.val_dataset, self.processes * data.micro_batch_size_per_gpu)
             self.val_dataloader = load(padded, sampler=DistributedSampler(padded, shuffle=False, **place))
 
     def _build_ckpt_handler(self) -> None:
         self.ckpt_handler = RunCheckpoints(
             self.engine,
-            self.config.trainer.default_local_dir,
+            Path(self.config.trainer.default_local_dir),
             self.config.trainer,
             save_state="optimizer" in self.config.checkpoint.save_contents,
             provenance=self._provenance,
@@ -199,7 +200,7 @@ class SpeculatorTrainer(SFTTrainer):
                 "quantization": model.quantization,
                 "gguf_file": model.gguf_file,
                 "trained_jointly": trained,
-                # A jointly trained base is no longer the one that the fingerprint was taken of.
+                # The fingerprint is not that of a jointly trained base model.
                 "weights_fingerprint": None if trained else self._fingerprint,
             },
             "data": {
@@ -230,7 +231,7 @@ class SpeculatorTrainer(SFTTrainer):
     # Metrics
 
     def _metrics(self, sums: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
-        """Scalars from the sums of a batch, or of many."""
+        """Scalars from the sums of one or several batches."""
         values = DraftSums.unstack(sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
         loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
         if BASE_SUMS in sums:
@@ -241,7 +242,7 @@ class SpeculatorTrainer(SFTTrainer):
 
     @staticmethod
     def _sums(output: TensorDict) -> dict[str, torch.Tensor]:
-        """The sums of a batch; verl collects one copy per rank, and all are alike."""
+        """The sums of a batch. verl collects one copy per rank, and all are equal."""
         metrics = tu.get(output, "metrics")
         return {
             name: torch.tensor(metrics[name][0], dtype=torch.float64)
@@ -266,7 +267,7 @@ class SpeculatorTrainer(SFTTrainer):
         }
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One optimizer step on a rank's share of a global batch; the metrics of the whole batch."""
+        """One optimizer step on this rank's rows of a global batch; the metrics of the global batch."""
         start = time.perf_counter()
         data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
         seqlens = self._get_batch_seqlens(data=data)
@@ -275,17 +276,17 @@ class SpeculatorTrainer(SFTTrainer):
         output = self.training_client.train_batch(data=data)
         self.training_client.step_profile()
         metrics = self._metrics(self._sums(output), "train")
-        told = tu.get(output, "metrics")
+        engine_metrics = tu.get(output, "metrics")
         return metrics | {
-            "train/grad_norm": told["grad_norm"],
+            "train/grad_norm": engine_metrics["grad_norm"],
             "train/lr": lr,
             "train/global_tokens": sum(seqlens),
             "perf/tokens_per_second": sum(seqlens) / (time.perf_counter() - start),
-            "perf/max_memory_allocated_gb": told["perf/max_memory_allocated_gb"],
+            "perf/max_memory_allocated_gb": engine_metrics["perf/max_memory_allocated_gb"],
         }
 
     def validate(self) -> dict[str, float]:
-        """Metrics over every row of the validation files, each counted once."""
+        """Metrics over the validation files, every row counted once."""
         total: dict[str, torch.Tensor] = {}
         for batch in self.val_dataloader:
             data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
@@ -294,7 +295,7 @@ class SpeculatorTrainer(SFTTrainer):
         return self._metrics(total, "val")
 
     def fit(self) -> None:
-        """Train from the step resumed from to the last; save and validate on the way and at the end."""
+        """Train from the resumed step to the last one, with the checkpoints and validations that are due."""
         step, last = self.resume_global_step, self.total_training_steps
         if step >= last:
             logger.info("nothing to train: step %d of %d is reached", step, last)
@@ -320,7 +321,7 @@ class SpeculatorTrainer(SFTTrainer):
                 metrics = self.train_step(batch)
                 if step == self.end_profile_step:
                     self.training_client.stop_profile()
-                if _is_due(step, last, self.save_freq):  # first: a validation that fails costs no training
+                if _is_due(step, last, self.save_freq):  # before a validation, whose failure then costs no training
                     aggressive_empty_cache(force_sync=True)
                     self.ckpt_handler.save_checkpoint(step=step)
                 if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
@@ -338,5 +339,5 @@ class SpeculatorTrainer(SFTTrainer):
 
 
 def _is_due(step: int, last: int, frequency: int | None) -> bool:
-    """Whether something that happens every `frequency` steps, and at the last one, happens now."""
+    """Whether it is the last step or a multiple of `frequency`."""
     return step == last or bool(frequency and frequency > 0 and step % frequency == 0)

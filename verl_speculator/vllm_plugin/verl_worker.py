@@ -1,4 +1,4 @@
-"""verl's vLLM worker that can also take over a newer speculator. Imports verl and vLLM: for vLLM's workers alone."""
+"""verl's vLLM worker with the weight update of a served speculator. Imports verl and vLLM: for vLLM's workers only."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from collections.abc import Mapping, Sequence
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from verl_speculator.vllm_plugin.proposer import StreamedUpdate
-from verl_speculator.vllm_plugin.worker import SpeculatorWorkerExtension
+from verl_speculator.vllm_plugin.worker import SpeculatorWorkerExtension, StreamedUpdate
 
 
 class VerlSpeculatorWorkerExtension(SpeculatorWorkerExtension, vLLMColocateWorkerExtension):
-    """Both extensions: vLLM mixes in one class, and verl's brings the synchronisation of the base's weights."""
+    """Both extensions, since vLLM mixes in one class: verl's updates the weights of the target model."""
 
     def update_speculator_from_ipc(
         self, shapes: Mapping[str, Sequence[int]], version: int | None = None, use_shm: bool = False
     ) -> int | None:
-        """Draft with what the trainer's process of the same rank sends (`push.sync_speculator`) from the next step on.
+        """Draft with what the trainer's process of the same rank sends (`rl.trainer.sync_speculator`).
 
-        Each tensor is copied from the bucket that it arrives in: no second speculator lies on the device.
+        Each tensor is copied from the bucket in which it arrives, so the device never holds a second speculator.
 
         Args:
-            shapes: of every parameter that is sent, under the module's names.
-            version: the trainer's step; None leaves the version as it is.
+            shapes: of every parameter that is sent, by the module's names.
+            version: the trainer's step; None keeps the version.
             use_shm: whether the buckets are in shared memory.
 
         Returns:
             The version; None in a worker that does not draft.
 
         Raises:
-            UserError: for another speculator's; the one that is served stays as it is.
+            UserError: for another speculator's parameters; the served one is unchanged.
         """
         proposer = self._speculator_proposer()
         update = StreamedUpdate(None if proposer is None else proposer.speculator, shapes)
@@ -40,5 +39,5 @@ class VerlSpeculatorWorkerExtension(SpeculatorWorkerExtension, vLLMColocateWorke
         if proposer is None:
             return None
         if version is not None:
-            proposer.account.version = version
-        return proposer.account.version
+            proposer.stats.version = version
+        return proposer.stats.version

@@ -14,8 +14,8 @@ from helpers.engine_harness import build_engine, gradients, whole
 from helpers.ppo_rollouts import CLIP, build_actor, make_rollouts, ppo_config
 from verl_speculator import build_speculator, load_speculator, save_speculator
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.training.policy import response_mask
-from verl_speculator.training.rollout_config import served_model_config, without_speculator
+from verl_speculator.training.plugin import rollout_model_config, without_speculator
+from verl_speculator.training.policy import PolicyEngine, response_mask
 from verl_speculator.utils.errors import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
@@ -70,7 +70,7 @@ def test_log_probs_and_entropy_are_those_of_verls_engine_to_the_bit(bases, train
             assert torch.equal(found[field].values(), expected[field].values())
 
 
-def compare_updates(stock, ours, vocab_size, steps=2):
+def assert_same_updates(stock, ours, vocab_size, steps=2):
     """The same rollouts to both; at each update gradients, clipped, and weights of the policy are compared."""
     found, clipped = [], []
     for step in range(steps):
@@ -122,7 +122,7 @@ def test_a_learning_speculator_does_not_move_the_policy_by_a_bit(bases, vocab_si
     stock = build_actor(ppo_config(bases[name]))
     ours = build_actor(ppo_config(bases[name], train="true", **speculator))
     before = {n: whole(p).detach().clone() for n, p in ours.engine.draft.named_parameters()}
-    found = compare_updates(stock, ours, vocab_size)
+    found = assert_same_updates(stock, ours, vocab_size)
     after = {n: whole(p).detach() for n, p in ours.engine.draft.named_parameters()}
     resting = {f"speculator.{n}" for n in ours.engine.speculator.frozen()}
     assert any(not torch.equal(before[n], after[n]) for n in before)
@@ -137,7 +137,7 @@ def test_without_training_the_speculator_is_carried_along(base, trained, vocab_s
     stock, ours = build_actor(ppo_config(base)), build_actor(ppo_config(base, path=trained))
     calls = []
     ours.engine.draft.register_forward_pre_hook(lambda *_: calls.append(1))
-    (metrics, *_) = compare_updates(stock, ours, vocab_size)
+    (metrics, *_) = assert_same_updates(stock, ours, vocab_size)
     assert not calls
     assert not any("speculator" in name for name in metrics)
     mine = load_speculator(trained)
@@ -179,7 +179,7 @@ def test_a_broken_draft_does_not_stop_the_policy(base, vocab_size):
     stock, ours = build_actor(ppo_config(base)), build_actor(ppo_config(base, broken, **LEARNING))
     head = ours.engine.speculator.heads[0].weight
     before = whole(head).detach().clone()
-    compare_updates(stock, ours, vocab_size, steps=1)
+    assert_same_updates(stock, ours, vocab_size, steps=1)
     assert torch.equal(whole(head), before)
 
 
@@ -230,14 +230,14 @@ def test_verls_ppo_configuration_with_our_keys(base, trained):
     # verl's rollout servers, by their own call
     with pytest.raises(Exception, match="speculator"):
         omega_conf_to_dataclass(config.actor_rollout_ref.model, dataclass_type=HFModelConfig)
-    served = served_model_config(config.actor_rollout_ref.model)
+    served = rollout_model_config(config.actor_rollout_ref.model)
     converted = omega_conf_to_dataclass(served, dataclass_type=HFModelConfig)
     assert type(converted) is HFModelConfig
     plain = omega_conf_to_dataclass(ppo_config(base).actor_rollout_ref.model, dataclass_type=HFModelConfig)
     assert (converted.path, converted.model_type) == (plain.path, "language_model")
     assert "speculator" in config.actor_rollout_ref.model, "the workers' own configuration must stay"
     stock = ppo_config(base).actor_rollout_ref.model
-    assert served_model_config(stock) is stock
+    assert rollout_model_config(stock) is stock
 
 
 def test_verls_registry_makes_replicas_that_know_the_base_alone(base, trained):
@@ -254,7 +254,7 @@ def test_verls_registry_makes_replicas_that_know_the_base_alone(base, trained):
     assert isinstance(replica, Replica)
     assert "speculator" not in replica.model_config
     for name in ("vllm", "sglang", "trtllm"):
-        assert RolloutReplicaRegistry._registry[name].__module__ == "verl_speculator.training.rollout_config"
+        assert RolloutReplicaRegistry._registry[name].__module__ == "verl_speculator.training.plugin"
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_half_precision_policy(base, vocab_size):
     key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
     stock = build_actor(ppo_config(base, f"{key}=bf16"))
     ours = build_actor(ppo_config(base, f"{key}=bf16", **LEARNING))
-    compare_updates(stock, ours, vocab_size, steps=1)
+    assert_same_updates(stock, ours, vocab_size, steps=1)
     with pytest.raises(UserError, match=r"fp16: model.speculator.train=true needs a type without loss scaling"):
         build_actor(ppo_config(base, f"{key}=fp16", **LEARNING))
 
@@ -303,18 +303,15 @@ def test_optimizer_step_updates_every_parameter_once():
     """Also what lies in the root's flat parameter under FSDP1, which belongs to neither policy nor speculator."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    from verl_speculator.training.engine import SpeculatorEngine
-
     def shard(module):
         return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
 
     model = torch.nn.Module()
     model.base = torch.nn.ModuleDict({"layer": shard(torch.nn.Linear(3, 3)), "norm": torch.nn.LayerNorm(3)})
     model.draft = shard(torch.nn.Linear(3, 3))
-    engine = object.__new__(SpeculatorEngine)
-    engine.module, engine.scaler, engine.draft_is_frozen = shard(model), None, False
+    engine = object.__new__(PolicyEngine)
+    engine.module, engine.scaler, engine.trains_draft = shard(model), None, True
     engine._qat_enabled = False
-    engine.model_config = SimpleNamespace(is_policy=True)
     engine.engine_config = SimpleNamespace(forward_only=False)
     engine.optimizer_config = SimpleNamespace(clip_grad=1.0)
     parameters = list(engine.module.parameters())

@@ -16,8 +16,7 @@ from helpers.training_runs import environment
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.config.hydra import compose_ppo
-from verl_speculator.rl.preflight import check_following
-from verl_speculator.rl.rollout_args import SPECULATION, rollout_arguments
+from verl_speculator.rl.rollout_args import SPECULATION, check_ppo, rollout_arguments
 from verl_speculator.utils.errors import UserError
 
 PROPOSER_PATH = "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.verl_speculator.path"
@@ -42,7 +41,7 @@ def printed(checkpoint, base):
 
 def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
     config = compose_ppo(printed)
-    check_following(config)
+    check_ppo(config)
     model = OmegaConf.to_container(config.actor_rollout_ref.model)
     assert model["speculator"] == {"path": str(checkpoint), "train": True}
     assert model["_target_"] == "verl_speculator.training.model_config.SpeculatorPolicyConfig"
@@ -73,7 +72,7 @@ def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
 )
 def test_settings_under_which_nothing_would_follow(printed, override, words):
     with pytest.raises(UserError) as error:
-        check_following(compose_ppo([*printed, override]))
+        check_ppo(compose_ppo([*printed, override]))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -104,9 +103,9 @@ def test_another_base_than_the_speculators(printed, checkpoint, bases, tmp_path)
     path = save_speculator(other, tmp_path / "other")
     own = [f"actor_rollout_ref.model.speculator.path={path}", f"{PROPOSER_PATH}={path}"]
     with pytest.raises(UserError, match="trained for a base of width"):
-        check_following(compose_ppo([*printed, *own]))
+        check_ppo(compose_ppo([*printed, *own]))
     with pytest.raises(UserError, match="the rollout begins with another"):
-        check_following(compose_ppo([*printed, own[0]]))
+        check_ppo(compose_ppo([*printed, own[0]]))
 
 
 @pytest.mark.parametrize(("engine", "purpose"), [("arctic", "ppo"), ("vllm", "generation")])
@@ -292,7 +291,7 @@ def test_validation_rounds_are_not_a_steps(name, monkeypatch):
         return {"val-core/reward": 1.0}
 
     monkeypatch.setattr(PPOTrainer, "_validate", validate)
-    trainer = object.__new__(get_trainer_cls(ppo.SYNC_REQUIREMENTS.format(name)))
+    trainer = object.__new__(get_trainer_cls(ppo.TRAINER_NAME.format(name)))
     trainer.global_steps, trainer.actor_rollout_wg, trainer._pending_sync_metrics = 8, WorkerGroup(), {}
     trainer.actor_rollout_wg.draft(7, accepted=10)  # rollouts that had begun before the validation
     metrics = trainer._validate()

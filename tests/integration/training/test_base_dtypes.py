@@ -17,7 +17,7 @@ import torch
 from helpers.engine_harness import build_engine, make_batch, run_batch, whole
 from helpers.tiny_models import GGUF_FILE
 from verl_speculator.base_model.hidden_states import POST_NORM, HiddenStateHook
-from verl_speculator.training.quantized_base import leave_inputs_and_buffers
+from verl_speculator.training.base_model import leave_inputs_and_buffers
 from verl_speculator.utils.errors import UserError
 
 LENGTH = 1000

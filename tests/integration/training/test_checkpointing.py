@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def checkpoints(engine, folder, *, save_state=True, **more):
     from verl_speculator.training.checkpointing import RunCheckpoints
 
     return RunCheckpoints(
-        engine, str(folder), settings(**more), save_state=save_state, provenance=lambda step: {"step": step}
+        engine, Path(folder), settings(**more), save_state=save_state, provenance=lambda step: {"step": step}
     )
 
 

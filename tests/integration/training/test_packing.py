@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 from helpers.engine_harness import build_engine, make_batch, run_batch
 from helpers.tiny_models import make_tokenizer, make_vision_base
 from helpers.training_runs import overrides, read_log, script
-from verl_speculator.training.packing import LENGTH, TOLERANCE, packing_error, probe_documents
+from verl_speculator.training.base_model import FIRST_LENGTH, PACKING_TOLERANCE, packing_error, probe_documents
 from verl_speculator.utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,9 +111,9 @@ def test_borders_of_attention_chunks_are_seen(chunk):
     model = llama4(chunk)
     run = partial(states_of, model)
     documents = probe_documents(make_tokenizer(), model.config)
-    assert packing_error(run, documents) > TOLERANCE
-    if chunk > 2 * LENGTH:  # without a border inside there is nothing to see
-        assert packing_error(run, [document[:LENGTH] for document in documents]) < TOLERANCE
+    assert packing_error(run, documents) > PACKING_TOLERANCE
+    if chunk > 2 * FIRST_LENGTH:  # without a border inside there is nothing to see
+        assert packing_error(run, [document[:FIRST_LENGTH] for document in documents]) < PACKING_TOLERANCE
 
 
 @pytest.mark.parametrize("block", [4, 8, 16, 32])
@@ -121,7 +121,7 @@ def test_borders_of_blocks_that_no_configuration_names_are_seen(block):
     """An architecture may count blocks from the row's start and have another word for their length, or none."""
     model = llama4(block)
     documents = probe_documents(make_tokenizer(), Qwen2Config())
-    assert packing_error(partial(states_of, model), documents) > TOLERANCE
+    assert packing_error(partial(states_of, model), documents) > PACKING_TOLERANCE
 
 
 def test_two_ranks_cache_and_validate_padded_rows_of_a_base_that_cannot_pack(other_bases, chat, tmp_path):

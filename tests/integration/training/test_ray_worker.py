@@ -36,7 +36,7 @@ def settings(base, chat):
     return overrides(base, chat, data__val_files=chat, data__val_max_samples=7, **steps)
 
 
-def check_losses(found, expected):
+def assert_losses(found, expected):
     """The same numbers at every step of `found`."""
     for step, metrics in found.items():
         assert metrics.keys() == expected[step].keys()
@@ -67,7 +67,7 @@ def test_losses_and_checkpoints_are_torchruns(runs, base):
     """Two workers; validated on 7 rows, no multiple of anything."""
     (torchrun, expected), (ray, found) = runs["torchrun"], runs["ray"]
     assert sorted(found) == sorted(expected) == [1, 2, 3]
-    check_losses(found, expected)
+    assert_losses(found, expected)
     for step in (2, 3):
         mine, theirs = (run / f"global_step_{step}" for run in (ray, torchrun))
         names = {"config.json", "pytorch_model.bin", "training_state"}
@@ -87,5 +87,5 @@ def test_each_resumes_what_the_other_began(runs, settings, tmp_path):
         (begun / "latest_checkpointed_iteration.txt").write_text("2")
         resumed = train_on_ray(begun, settings, workers=1) if name == "torchrun" else train(1, begun, settings)
         assert sorted(resumed) == [3]
-        check_losses(resumed, expected)
+        assert_losses(resumed, expected)
         assert (begun / "global_step_3" / "pytorch_model.bin").is_file()

@@ -169,7 +169,7 @@ def gradients(speculator, loss, hidden):
     return {name: p.grad for name, p in speculator.named_parameters()} | {"hidden": hidden.grad}
 
 
-def compare(config, batch, objective, *, logit_cap=None, **options):
+def assert_same_as_plain_loop(config, batch, objective, *, logit_cap=None, **options):
     shape = {"hidden_size": D, "vocab_size": V, "logit_cap": logit_cap}
     speculator = build_speculator(config, **shape, seed=0, dtype=torch.float64)
     batch.hidden.requires_grad_()
@@ -188,7 +188,7 @@ def compare(config, batch, objective, *, logit_cap=None, **options):
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_chunks_give_the_plain_loss_and_every_gradient(objective, chunk_rows):
     config = SpeculatorConfig(method="sum_lstm", n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
-    compare(config, Batch(), objective, chunk_rows=chunk_rows)
+    assert_same_as_plain_loop(config, Batch(), objective, chunk_rows=chunk_rows)
 
 
 UNROLLED = {name: config for name, config in configurations().items() if config.trainable == "head"}
@@ -196,8 +196,8 @@ UNROLLED = {name: config for name, config in configurations().items() if config.
 
 @pytest.mark.parametrize("config", UNROLLED.values(), ids=UNROLLED.keys())
 def test_every_family(config):
-    compare(config, Batch(depths=config.depths), OBJECTIVES["mix"], chunk_rows=4)
-    compare(config, Batch(depths=config.depths), OBJECTIVES["ce"])
+    assert_same_as_plain_loop(config, Batch(depths=config.depths), OBJECTIVES["mix"], chunk_rows=4)
+    assert_same_as_plain_loop(config, Batch(depths=config.depths), OBJECTIVES["ce"])
 
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -242,7 +242,7 @@ def test_every_family_under_fsdp1(config, compiled, gloo):
 )
 def test_soft_capped_logits_give_the_plain_loss_and_every_gradient(config, objective):
     batch = Batch(depths=config.depths)
-    compare(config, batch, OBJECTIVES[objective], logit_cap=1.5, chunk_rows=4)
+    assert_same_as_plain_loop(config, batch, OBJECTIVES[objective], logit_cap=1.5, chunk_rows=4)
     rows, teacher = batch.arguments()
     shape = {"hidden_size": D, "vocab_size": V, "seed": 0, "dtype": torch.float64}
     losses = [
@@ -256,8 +256,8 @@ def test_weighing_by_reach_keeps_the_sums_of_the_plain_loss():
     """What is reported per depth is the mean loss; what is minimised is weighted."""
     config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
     batch = Batch()
-    plain_sums = compare(config, batch, Objective.parse("kl"), chunk_rows=4)
-    sums = compare(config, batch, OBJECTIVES["kl_by_reach"], chunk_rows=4)
+    plain_sums = assert_same_as_plain_loop(config, batch, Objective.parse("kl"), chunk_rows=4)
+    sums = assert_same_as_plain_loop(config, batch, OBJECTIVES["kl_by_reach"], chunk_rows=4)
     torch.testing.assert_close(sums["loss"], plain_sums["loss"], rtol=0, atol=1e-12)
     torch.testing.assert_close(plain_sums["weighted"], plain_sums["loss"], rtol=0, atol=0)
     assert sums["weighted"][0] == sums["loss"][0] and (sums["weighted"][1:] < 0.9 * sums["loss"][1:]).all()
@@ -266,14 +266,14 @@ def test_weighing_by_reach_keeps_the_sums_of_the_plain_loss():
 def test_depth_weights_and_counts_of_a_larger_batch():
     config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
     objective = Objective.parse({"ce": 1, "kl": 2}, depth_weights=[1.0, 0.5, 0.0])
-    compare(config, Batch(), objective, chunk_rows=5, counts=torch.tensor([100, 70, 9]))
+    assert_same_as_plain_loop(config, Batch(), objective, chunk_rows=5, counts=torch.tensor([100, 70, 9]))
 
 
 def test_a_depth_without_a_valid_row_and_no_row_at_all():
     config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
     batch = Batch()
     batch.valid[:, 1:] = False
-    compare(config, batch, OBJECTIVES["mix"], chunk_rows=2)
+    assert_same_as_plain_loop(config, batch, OBJECTIVES["mix"], chunk_rows=2)
     batch.valid[:] = False
     speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
     rows, teacher = batch.arguments()
@@ -443,10 +443,10 @@ def test_fake_tensors():
 def test_compiled_gives_the_same_for_any_number_of_rows(method):
     """One graph each for unroll and loss, where torch.compile would make one for each number of rows by default."""
     config = SpeculatorConfig(method=method, n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
-    compare(config, Batch(rows=15), OBJECTIVES["mix"], compiled=True)
+    assert_same_as_plain_loop(config, Batch(rows=15), OBJECTIVES["mix"], compiled=True)
     graphs = counters["stats"]["unique_graphs"]
     for rows, chunk_rows in ((25, 100), (40, 14), (14, 100)):
-        compare(config, Batch(rows=rows), OBJECTIVES["mix"], compiled=True, chunk_rows=chunk_rows)
+        assert_same_as_plain_loop(config, Batch(rows=rows), OBJECTIVES["mix"], compiled=True, chunk_rows=chunk_rows)
     assert graphs and counters["stats"]["unique_graphs"] == graphs
 
 

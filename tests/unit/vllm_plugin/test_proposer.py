@@ -15,9 +15,8 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.decoding.drafters import SpeculatorDrafter
 from verl_speculator.utils.errors import UserError
-from verl_speculator.vllm_plugin.acceptance_stats import rollout_metrics
 from verl_speculator.vllm_plugin.compat import ProposerSettings, check_signature, check_version
-from verl_speculator.vllm_plugin.proposer import draft_batch, greedy_drafts, newest_rows
+from verl_speculator.vllm_plugin.proposer import draft_batch, greedy_drafts, newest_rows, rollout_metrics
 
 PROMPTS = [[5, 9, 23, 4, 77, 31, 8], [100, 3, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70]]
 FAMILIES = {
@@ -115,7 +114,7 @@ def test_a_served_batch_drafts_what_our_decoder_drafts(trained, model, texts, fa
             hidden, token = states_of(model, before[:-1])[-1:], torch.tensor(before[-1:])
             assert found == propose(hidden, token, None, speculator.n_predict).tokens.tolist()
     assert kinds >= {0, 1, 2}
-    account = runner.drafter.account.take()
+    account = runner.drafter.stats.take()
     accepted = [n for request in requests for n in request.accepted]
     assert (account["rounds"], account["accepted"]) == (len(accepted), sum(accepted))
     assert account["drafted"] == speculator.n_predict * len(accepted) and 0 < sum(accepted) < account["drafted"]

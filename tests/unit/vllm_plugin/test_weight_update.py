@@ -18,9 +18,8 @@ from helpers.vllm_runner import Request, engine_config, install
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.rl.trainer import collect_accounts, sync_speculator, whole_tensors
 from verl_speculator.utils.errors import UserError
-from verl_speculator.vllm_plugin.acceptance_stats import AcceptanceStats, rollout_metrics
-from verl_speculator.vllm_plugin.proposer import StreamedUpdate, greedy_drafts
-from verl_speculator.vllm_plugin.worker import SpeculatorWorkerExtension
+from verl_speculator.vllm_plugin.proposer import AcceptanceStats, greedy_drafts, rollout_metrics
+from verl_speculator.vllm_plugin.worker import SpeculatorWorkerExtension, StreamedUpdate
 
 
 def make(model, folder, seed, **settings):
@@ -216,7 +215,7 @@ def test_push_of_another_speculator_leaves_the_served_one_as_it_is(synced):
         with pytest.raises(UserError, match=words):
             asyncio.run(sync_speculator(rollout, other, version=40))
     assert all(torch.equal(p, before[name]) for name, p in drafter.speculator.named_parameters())
-    assert drafter.account.version == 0
+    assert drafter.stats.version == 0
 
 
 @pytest.mark.filterwarnings("ignore")
