@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from verl_speculator.base_model.loading import BaseModelFormat
-from verl_speculator.checkpoint.provenance import weights_fingerprint
+from verl_speculator.checkpoint.provenance import file_digest, weights_fingerprint
 from verl_speculator.utils.atomic_io import atomic_directory, check_writable
 from verl_speculator.utils.errors import UserError
 
@@ -74,12 +74,6 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
         "data": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT},
         "the code of data.custom_cls": file_digest(Path(custom)) if custom else None,
     }
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

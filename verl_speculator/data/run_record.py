@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.base_model.loading import BaseModelFormat
-from verl_speculator.checkpoint.provenance import data_fingerprint
+from verl_speculator.checkpoint.provenance import data_fingerprint, file_digest
 from verl_speculator.config.schema import PREFIX, SpeculatorTraining, split_settings
-from verl_speculator.data.hidden_state_cache import IRRELEVANT, file_digest, tokenizer_digest
+from verl_speculator.data.hidden_state_cache import IRRELEVANT, tokenizer_digest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

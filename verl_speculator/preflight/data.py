@@ -10,12 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_texts
+from verl_speculator.data.conversations import check_messages, check_text, open_parquet, read_parquet
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.preflight.base_model import Base
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import spread
-
-ROWS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,11 @@ class Rows:
 
     def read(self, *others: str) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
         """Rows as dictionaries with `column` and those of `others` that exist: (file, index of the first, rows)."""
-        import pyarrow.parquet as pq
-
         left = self.count
         for file in self.files:
-            parquet, first = pq.ParquetFile(file), 0
-            columns = [name for name in (self.column, *others) if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=columns):
-                rows = batch.to_pylist()[:left]
+            first = 0
+            for batch in read_parquet(file, (self.column, *others), file):
+                rows = batch[:left]
                 if not rows:
                     return
                 yield file, first, rows
@@ -51,25 +47,14 @@ class Rows:
 
 
 def _rows(config: DictConfig, key: str, max_samples: int) -> Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     data, files = config.data, list(OmegaConf.select(config, key))
     if not files:
         raise UserError(f"{key} is not set: expected one parquet file or a list of them")
     count, texts = 0, set()
     for file in files:
-        path = Path(file)
-        if not path.exists():
-            raise UserError(f"{key}={file}: no such file")
-        try:
-            parquet = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{key}={file}: not a parquet file ({str(error).splitlines()[0]})") from None
-        if parquet.metadata.num_rows == 0:
-            raise UserError(f"{key}={file}: holds no rows")
-        count += parquet.metadata.num_rows
-        names = parquet.schema_arrow.names
+        with open_parquet(file, f"{key}={file}") as parquet:
+            count += parquet.metadata.num_rows
+            names = parquet.schema_arrow.names
         if data.messages_key not in names and data.text_key not in names:
             raise UserError(
                 f"{key}={file}: no column {data.messages_key!r} (conversations) and none {data.text_key!r} (plain "
@@ -105,7 +90,11 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
     must_fit = data.truncation == "error"
     for file, first, batch in rows.read(data.tools_key, data.enable_thinking_key):
         for i, row in enumerate(batch, first):
-            _check_row(row[rows.column], rows, f"{key}: {file}, row {i}")
+            where = f"{key}: {file}, row {i}: {rows.column}"
+            if rows.text:
+                check_text(row[rows.column], where, empty=True)
+            else:
+                check_messages(row[rows.column], where)
         if must_fit:
             texts = [
                 row[rows.column] if rows.text else _render(config, base.tokenizer, row, f"{key}: {file}, row {i}")
@@ -125,15 +114,6 @@ def check_rows(config: DictConfig, base: Base, rows: Rows, key: str) -> None:
             f"{key}: no row has anything to draft: expected assistant messages of more than one token within "
             f"data.max_length={data.max_length}"
         )
-
-
-def _check_row(value: Any, rows: Rows, where: str) -> None:
-    if rows.text and not isinstance(value, str):
-        raise UserError(f"{where}: {rows.column} is {value!r}, expected a text")
-    if not rows.text and (
-        not isinstance(value, list) or not value or not all(isinstance(m, dict) and m.get("role") for m in value)
-    ):
-        raise UserError(f"{where}: {rows.column} is no list of messages with a role and a content")
 
 
 def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], where: str, **options: Any) -> str:
