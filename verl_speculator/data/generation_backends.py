@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """What was generated for one prompt.
-
-    Attributes:
-        index: of the prompt.
-        tokens: without the end token.
-        finished: whether an end token came.
-    """
+    """The tokens generated for a prompt, without the end token; `finished` if there was an end token."""
 
     index: int
     tokens: list[int]
@@ -29,20 +23,16 @@ class Answer(NamedTuple):
 
 
 class Backend(Protocol):
-    """One way to generate for many prompts.
-
-    Attributes:
-        limit: positions of the base model, None if it names none.
-    """
+    """One way to generate for many prompts. `limit` is the number of positions, None if the base model names none."""
 
     limit: int | None
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
-        """Answers of at most `max_new_tokens` tokens, or up to the last position, in any order.
+        """Answers of at most `max_new_tokens` tokens, in any order. What is drawn follows from the arguments alone.
 
         Args:
-            prompts: token ids, each shorter than `limit`.
-            seeds: one for each prompt; what is drawn follows from the arguments alone.
+            prompts: token ids, each shorter than `limit`; answers end with the last position.
+            seeds: one for each prompt.
         """
         ...
 
@@ -59,17 +49,7 @@ def cut_at_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> tuple[list[i
 
 
 class HuggingFaceBackend:
-    """`base.generate` over batches padded on the left.
-
-    Args:
-        settings: of the command.
-        device, dtype: as they were chosen.
-        end_tokens: tokens that end an answer; none if it is empty.
-        pad_token: fills a batch up; None for any.
-
-    Raises:
-        UserError: if the base model cannot be loaded.
-    """
+    """`generate` of transformers over batches padded on the left. An answer ends at any of `end_tokens`."""
 
     def __init__(
         self,
@@ -90,8 +70,8 @@ class HuggingFaceBackend:
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """`Backend.generate`"""
         max_tokens = [_max_tokens(self.limit, prompt, self.settings.max_new_tokens) for prompt in prompts]
-        # The longest first: where memory runs out, it does so at once. All rows of a batch may have the same number of
-        # new tokens, since none may go past the last position; only prompts near it have fewer than `max_new_tokens`.
+        # The longest first: if memory runs out, it does so at once. A batch has one limit of new tokens, since no row
+        # may pass the last position; it is less than `max_new_tokens` only for prompts near that position.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for size, group in itertools.groupby(order, key=max_tokens.__getitem__):
             members = list(group)
@@ -125,11 +105,7 @@ class HuggingFaceBackend:
 
 
 class VllmBackend:
-    """vLLM, which batches by itself. Arguments as those of `HuggingFaceBackend`.
-
-    Raises:
-        UserError: if vLLM cannot load the base model.
-    """
+    """vLLM, which batches by itself."""
 
     def __init__(self, settings: RegenerateSettings, dtype: torch.dtype, end_tokens: Sequence[int]) -> None:
         from vllm import LLM

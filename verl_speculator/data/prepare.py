@@ -49,20 +49,7 @@ GROUP_ROWS, GROUP_CHARS = 1000, 1 << 24
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What is read, kept and held out.
-
-    Attributes:
-        inputs: files and hub names.
-        format: of FORMATS, for all inputs.
-        text_column: of plain text; None for `text` where no conversation is found.
-        val_share: share of the kept rows that is held out, rounded, at least one row; None for the default.
-        val_rows: number of held-out rows instead.
-        seed: which rows are held out.
-        max_rows: kept rows after which reading stops.
-        min_turns: answers that a conversation must have.
-        max_chars: characters that a row may have.
-        dedup: of equal rows the first is kept.
-    """
+    """The options of `verl-speculator prepare`, which its `--help` explains."""
 
     inputs: tuple[str, ...]
     out: Path
@@ -125,12 +112,9 @@ class PrepareSettings:
 
 @dataclass
 class RowCounts:
-    """What became of the rows of an input; a tree of messages is one row.
+    """Rows that are kept, rows that are dropped by reason, and turns cut from rows that are kept.
 
-    Attributes:
-        kept: rows that are written.
-        dropped: rows that are not, by reason.
-        changed: what was left out of rows that are kept, counted in turns.
+    A tree of messages is one row.
     """
 
     kept: int = 0
@@ -156,8 +140,7 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
     Which rows are held out is known when all are read, so they go to a temporary file first. In memory stays what
     de-duplication and the split need, some 150 bytes a row.
 
-    Returns:
-        The contents of prepare.json.
+    Returns the contents of prepare.json.
 
     Raises:
         UserError: if an input cannot be read, no row is left, or the results cannot be written.

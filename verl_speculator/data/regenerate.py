@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,19 +156,19 @@ def regenerate(settings: RegenerateSettings) -> AnswerCounts:
     resume = log.load(run.identity(), overwrite=settings.overwrite)
     with progress_bar() as progress:
         checking = progress.add_task("checking rows", total=len(rows))
-        num_answers = []
-        for shard in shards:
-            num_answers.append(sum(run.check(conversation, resume) for conversation in file.conversations(shard)))
-            progress.advance(checking, len(shard))
-        done = len(log.shards)
-        if done < len(shards):
+        num_answers = dict.fromkeys(rows, 0)
+        for conversation in chain.from_iterable(map(file.conversations, shards)):
+            if not resume and not conversation.uses_tools:  # the rows of a run that is resumed have been checked
+                run.prompt_ids(conversation, conversation.unanswered[-1])
+            num_answers[conversation.row] = len(conversation.unanswered)
+            progress.advance(checking)
+        if missing := shards[len(log.shards) :]:
             backend = run.load_backend()
             # Anew: a base model from the hub has a fingerprint only once it is downloaded.
             log.begin(run.identity())
-            task = progress.add_task(
-                f"{settings.data.name} (answers)", total=sum(num_answers), completed=sum(num_answers[:done])
-            )
-            for shard in shards[done:]:
+            total, left = sum(num_answers.values()), sum(num_answers[row] for shard in missing for row in shard)
+            task = progress.add_task(f"{settings.data.name} (answers)", total=total, completed=total - left)
+            for shard in missing:
                 log.append(run.answer(list(file.conversations(shard)), backend, partial(progress.advance, task)))
     counts = AnswerCounts.of([record for shard in log.shards for record in shard])
     if not counts.written:
@@ -231,15 +232,6 @@ class _Run:
         except UserError as error:
             raise UserError(f"data={self.settings.data}, row {conversation.row}: {error}") from None
 
-    def check(self, conversation: Conversation, resume: bool) -> int:
-        """The number of answers to be given, once the chat template accepts the conversation.
-
-        The rows of a run that is resumed have been checked.
-        """
-        if not resume and not conversation.uses_tools:
-            self.prompt_ids(conversation, conversation.unanswered[-1])
-        return len(conversation.unanswered)
-
     def answer(
         self, conversations: list[Conversation], backend: Backend, advance: Callable[[int], None]
     ) -> list[Record]:
@@ -256,10 +248,11 @@ class _Run:
         while pending:
             prompts: list[tuple[Conversation, list[int]]] = []
             for conversation in pending:
-                ids = [] if conversation.uses_tools else self.prompt_ids(conversation, conversation.unanswered[0])
                 if conversation.uses_tools:
                     drop(conversation, TOOLS)
-                elif backend.limit is not None and len(ids) >= backend.limit:
+                    continue
+                ids = self.prompt_ids(conversation, conversation.unanswered[0])
+                if backend.limit is not None and len(ids) >= backend.limit:
                     drop(conversation, TOO_LONG)
                 else:
                     prompts.append((conversation, ids))
@@ -389,6 +382,7 @@ class AnswerLog:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Write the log with the shards that were loaded, without the torn line of a killed run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in (identity, *self.shards)))
 

@@ -97,7 +97,7 @@ def test_every_answer_is_the_one_given_alone(ending, name, chat, tokenizer, tmp_
 
 
 def test_unfinished_answers_are_kept_on_request(small, chat, tokenizer, tmp_path):
-    account = regenerate(asked(small, chat, tmp_path / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
+    account = regenerate(asked(small, chat, tmp_path / "new" / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
     assert 0 < account.written < 12 and account.unfinished == 0
     kept = regenerate(asked(small, chat, tmp_path / "all.parquet", num_rows=12, max_new_tokens=2, keep_unfinished=True))
     assert kept.written == 12 and kept.unfinished > 0 and not kept.dropped
