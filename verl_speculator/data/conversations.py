@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from verl_speculator.data.formats import TEXT, Message, Row, documents
 from verl_speculator.utils.errors import UserError, nearest
@@ -126,34 +126,28 @@ def _parquet_errors(setting: str) -> Iterator[None]:
         raise UserError(f"{setting}: truncated, or not a parquet file ({reason[:200]})") from None
 
 
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
+def _read_lines(path: Path) -> Iterator[str]:
     try:
         # Some exports begin with a byte order mark; "utf-8-sig" reads files with and without it.
         with (gzip.open if path.suffix == GZIP else open)(path, "rt", encoding="utf-8-sig") as file:
-            yield file
+            yield from file
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from None
 
 
-def _read_lines(path: Path) -> Iterator[str]:
-    with _open_text(path) as file:
-        yield from file
-
-
 def _read_json(path: Path) -> Iterator[Row]:
     """Rows of JSON lines, or of one array, which is read whole."""
-    with _open_text(path) as file:
-        is_array = None
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if is_array is None and (is_array := line.lstrip().startswith("[")):
-                rows = _parse_json(line + file.read(), str(path), "an array of objects")
-                yield from (_check_object(row, f"{path}, item {i}") for i, row in enumerate(rows))
-                return
-            where = f"{path}, line {number}"
-            yield _check_object(_parse_json(line, where, "one object a line, or one array"), where)
+    lines = _read_lines(path)
+    is_array = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if is_array is None and (is_array := line.lstrip().startswith("[")):
+            rows = _parse_json("".join([line, *lines]), str(path), "an array of objects")
+            yield from (_check_object(row, f"{path}, item {i}") for i, row in enumerate(rows))
+            return
+        where = f"{path}, line {number}"
+        yield _check_object(_parse_json(line, where, "one object a line, or one array"), where)
 
 
 def _parse_json(text: str, where: str, expected: str) -> Any:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, compress, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from verl_speculator.data.conversations import TEXT_SUFFIXES, find_suffix, open_rows
 from verl_speculator.data.formats import (
@@ -87,7 +87,7 @@ class PrepareSettings:
         return DEFAULT_VAL_SHARE if self.val_share is None else self.val_share
 
     @property
-    def column(self) -> str:
+    def text_key(self) -> str:
         """The column of plain text."""
         return self.text_column or TEXT
 
@@ -163,7 +163,8 @@ def _prepare(settings: PrepareSettings, suffixes: list[str]) -> dict[str, Any]:
     _remove_leftovers(settings.out)
     spool = settings.out / f"{TEMPORARY}{os.getpid()}.{SPOOL}"
     try:
-        with DedupWriter(spool, settings) as writer:
+        with spool.open("w", encoding="utf-8") as file:
+            writer = DedupWriter(file, settings)
             results = [_read(name, suffix, writer) for name, suffix in zip(settings.inputs, suffixes, strict=True)]
         total = sum((counts for _, counts in results), RowCounts())
         if not total.kept:
@@ -177,6 +178,7 @@ def _prepare(settings: PrepareSettings, suffixes: list[str]) -> dict[str, Any]:
         spool.unlink(missing_ok=True)
 
 
+@dataclass
 class DedupWriter:
     """Writes rows that are kept to a file of JSON lines, and drops duplicates.
 
@@ -185,18 +187,11 @@ class DedupWriter:
         groups: of each row a number that it shares with the rows that open alike.
     """
 
-    def __init__(self, path: Path, settings: PrepareSettings) -> None:
-        self.settings = settings
-        self.column: str | None = None
-        self.groups = array("Q")
-        self._hashes: set[bytes] = set()
-        self._file = path.open("w", encoding="utf-8")
-
-    def __enter__(self) -> DedupWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    file: TextIO
+    settings: PrepareSettings
+    column: str | None = None
+    groups: array[int] = field(default_factory=lambda: array("Q"))
+    hashes: set[bytes] = field(default_factory=set)
 
     @property
     def is_full(self) -> bool:
@@ -224,12 +219,12 @@ class DedupWriter:
             opening = next(message["content"] for message in content if message["role"] == "user")
         if self.settings.dedup:
             identity = _hash(parts)
-            if identity in self._hashes:
+            if identity in self.hashes:
                 raise Dropped("duplicate")
-            self._hashes.add(identity)
+            self.hashes.add(identity)
         # The hash is seeded: the order of these numbers decides which groups are held out.
         self.groups.append(int.from_bytes(_hash([opening.casefold()], size=8, seed=self.settings.seed)))
-        self._file.write(json.dumps(content) + "\n")
+        self.file.write(json.dumps(content) + "\n")
 
 
 def _hash(parts: Iterable[str], *, size: int = 16, seed: int = 0) -> bytes:
@@ -247,13 +242,13 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
     from tqdm import tqdm
 
     is_text = suffix in TEXT_SUFFIXES
-    names, rows = open_rows(name, columns_read(settings.column), suffix)
+    names, rows = open_rows(name, columns_read(settings.text_key), suffix)
     head = list(islice(rows, ROWS_EXAMINED))
     if not head:
         raise UserError(f"{name}: holds no rows")
     format_name = TEXT if is_text and TEXT in settings.formats else _recognise(name, settings, names, head)
     writer.set_column(TEXT if format_name == TEXT else MESSAGES, name)
-    column = TEXT if is_text else settings.column
+    column = TEXT if is_text else settings.text_key
     rows = chain(head, rows)
     if format_name == "oasst" and any(map(is_tree_message, head)):
         rows = gather_trees(rows)
@@ -276,10 +271,10 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
 def _recognise(name: str, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
     """The format of an input: that of its first row that is in one."""
     for row in head:
-        if format_name := recognise(row, settings.formats, settings.column):
+        if format_name := recognise(row, settings.formats, settings.text_key):
             return format_name
     has = ", ".join(names or dict.fromkeys(column for row in head for column in row)) or "no column"
-    needs = [settings.column if each == TEXT else CONVERSATION_FORMATS[each].needs for each in settings.formats]
+    needs = [settings.text_key if each == TEXT else CONVERSATION_FORMATS[each].needs for each in settings.formats]
     raise UserError(f"{name}: format={settings.format}: its rows hold {has}; expected {'; or '.join(needs)}")
 
 
