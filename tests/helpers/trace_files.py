@@ -42,10 +42,9 @@ def files_called(function, *arguments) -> list[str]:
 
 def one_step(folder: Path) -> list[str]:
     """The launcher's checks, then what one worker does: build, one step, one checkpoint."""
+    import verl_speculator.preflight.launch as launch
     from helpers.tiny_models import make_base, make_chat_rows, make_tokenizer, write_parquet
     from helpers.training_runs import overrides
-
-    import verl_speculator.preflight.launch as launch
     from verl_speculator.train import train
 
     base = make_base("qwen2_tied", folder / "base", make_tokenizer())

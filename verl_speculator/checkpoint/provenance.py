@@ -76,6 +76,12 @@ def file_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def data_fingerprint(path: Path) -> str:
     """A hash of what a data file holds, whatever its name: its size, 64 samples, and a parquet file's whole footer.
 

@@ -2,9 +2,9 @@
 
 Shapes: T positions of a packed row, R of them with something to draft, K depths.
 
-Depth k (0-based) at position t sees the base's state h_t and the tokens x_{t+1} … x_{t+1+k}, and predicts x_{t+2+k}:
-at inference x_{t+1} has just been sampled by the base, and the draft goes on from there. One document, K = 2, the
-response c d e f after the prompt a b:
+Depth k (0-based) at position t sees the base model's hidden state h_t and the tokens x_{t+1} … x_{t+1+k}, and predicts
+x_{t+2+k}: at inference the base model has just sampled x_{t+1}, and the draft continues from there. One document,
+K = 2, the response c d e f after the prompt a b:
 
     t   x_t  mask   depth 0: sees → predicts    depth 1: sees → predicts
     0   a    0      –                           –
@@ -33,9 +33,8 @@ class DraftRows:
         tokens: [R, K] the tokens x_{t+1} … x_{t+K}; past the end of the row the last token is repeated, and never read
             by a valid pair.
         targets: [K, R] the token x_{t+2+k} that depth k predicts.
-        teachers: [K, R] the position before the target, at which the base predicts the same token.
-        valid: [K, R] bool, whether the pair counts. Valid depths of a row come first: a pair is valid only if all
-            earlier depths of its row are.
+        teachers: [K, R] the position before the target, at which the base model predicts the same token.
+        valid: [K, R] bool, whether the pair counts. A pair is valid only if all earlier depths of its row are.
     """
 
     positions: Tensor
@@ -56,10 +55,10 @@ def align(
 ) -> DraftRows:
     """Rows, inputs, targets and validity of every draft in a packed row of documents.
 
-    A pair (t, k) is valid when position t lies in the same document as its target, x_{t+1} … x_{t+2+k} were all
-    produced by the assistant in one turn, and none of them before the target ends that turn: exactly the situations a
-    drafter meets when it serves. What a chat template writes after the end-of-turn token is never a target, whatever
-    the mask says, since nothing is ever generated there.
+    A pair (t, k) is valid when position t is in the same document as its target, x_{t+1} … x_{t+2+k} were all produced
+    by the assistant in one turn, and none of them before the target ends that turn: exactly the situations in which a
+    draft is made at inference. What a chat template writes after the end-of-turn token is never a target, whatever the
+    mask says, since nothing is generated there.
 
     Args:
         tokens: [T] token ids of all documents, one after the other.
@@ -67,8 +66,8 @@ def align(
         cu_seqlens: [B + 1] the borders of the documents, from 0 to T.
         n_predict: K.
         end_token_ids: tokens that end an assistant's turn. Empty for plain text, where every token is a target.
-        first_offset: how many tokens ahead of its state the first depth predicts. 2 where a draft starts from a state
-            whose next token is known; 1 where it reads that token itself, and depth k at position t predicts x_{t+1+k}.
+        first_offset: how many tokens after its hidden state the first depth predicts. 2 where the draft starts from a
+            state whose next token is known; 1 where depth k at position t predicts x_{t+1+k}.
     """
     length, device = tokens.numel(), tokens.device
     index = torch.arange(length, device=device)
@@ -104,7 +103,7 @@ def align(
 def misaligned(
     rows: DraftRows, tokens: Tensor, *, token_shift: int, target_shift: int, first_offset: int = 2
 ) -> DraftRows:
-    """The same rows as somebody has them whose tokens or targets lie a few places off. For diagnosis alone.
+    """The same rows with deliberately misaligned tokens or targets, for diagnosis alone.
 
     Args:
         rows: of `align`.
@@ -114,7 +113,7 @@ def misaligned(
         first_offset: as in `align`.
 
     Returns:
-        Rows in which what would lie outside of the packed row is not valid.
+        Rows in which pairs outside of the packed row are not valid.
     """
     depth = torch.arange(len(rows.targets), device=tokens.device)[:, None]
     seen = rows.positions + 1 + depth + token_shift
@@ -131,12 +130,8 @@ def misaligned(
 
 
 def states_read(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[S] every position, ascending, whose state a draft may start from or be compared with, whatever the number of
-    depths: those before a token of the assistant's in the same document.
-
-    Args:
-        loss_mask: [T] 1 where the assistant produced the token, 0 elsewhere.
-        cu_seqlens: [B + 1] the borders of the documents, from 0 to T.
+    """[S] every position, ascending, whose hidden state a draft of any depth may start from or be compared with: those
+    before a token of the assistant's in the same document. Arguments as those of `align`.
     """
     starts = _document_starts(cu_seqlens, loss_mask.numel(), loss_mask.device)
     before_assistant = loss_mask.bool()[1:] & (starts[1:] == starts[:-1])

@@ -1,4 +1,8 @@
-"""Conversations with the places that the base is to answer, from the rows of a parquet table."""
+"""The one reader of data files: rows of parquet, JSON, text and hub data sets, and the conversations in these rows.
+
+`prepare`, `regenerate`, `evaluate` and the checks before training read through this module, so that a file which one of
+them accepts means the same to the others.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,268 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from verl_speculator.data.formats import TEXT, Row, documents
+from verl_speculator.data.formats import TEXT, Message, Row, documents
 from verl_speculator.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
+
+JSON_SUFFIXES = (".jsonl", ".json")
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are those of wikitext
+TABLE_SUFFIXES = (".parquet", *JSON_SUFFIXES)
+SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
+GZIP = ".gz"
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<first>[\w.-]*))?(:(?P<second>[\w.-]+))?")
+ROWS_AT_A_TIME = 256
 
 
-COLUMNS = ("messages", "turns", "prompt")
+# Files to rows.
+
+
+def find_suffix(name: str, suffixes: Sequence[str] = SUFFIXES, *, hub: bool = True) -> str:
+    """The kind of a file, without a `.gz`; with `hub`, "" where there is no such file but `name` may be a data set's.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    path = Path(name)
+    suffix = Path(path.stem).suffix if path.suffix == GZIP else path.suffix
+    if path.is_dir():
+        raise UserError(f"{name}: a directory, expected one file ({', '.join(suffixes)}), as in {path}/*.parquet")
+    if path.exists():
+        if suffix not in suffixes or (path.suffix == GZIP and suffix == ".parquet"):
+            hint = nearest(suffix, suffixes) if suffix not in suffixes else ""
+            accepted = f"{', '.join(suffixes)} (all but .parquet also with {GZIP})"
+            raise UserError(f"{name}: unknown suffix {path.suffix!r}{hint}, expected one of {accepted}")
+        return suffix
+    if not hub or suffix in suffixes or not HUB_NAME.fullmatch(name):
+        raise UserError(f"{name}: no such file")
+    return ""
+
+
+def open_rows(name: str, columns: Collection[str], suffix: str) -> tuple[list[str], Iterator[Row]]:
+    """The names of a file's columns, as far as they are known before reading, and its rows with at least `columns`.
+
+    Args:
+        name: a file, or `owner/name[:config][:split]` on the hub.
+        columns: to be read.
+        suffix: of `find_suffix`. The rows of a text file are documents.
+
+    Raises:
+        UserError: here or while the rows are read, naming the file, the line and what is wrong with it.
+    """
+    path = Path(name)
+    if not suffix:
+        return [], _read_hub(name)
+    if suffix in TEXT_SUFFIXES:
+        return [TEXT], ({TEXT: text} for text in documents(_read_lines(path)))
+    if suffix != ".parquet":
+        return [], _read_json(path)
+    with open_parquet(path, name) as parquet:
+        names = parquet.schema_arrow.names
+    # A file without any of the columns still has rows; one of its own columns shows them, to be refused later.
+    read = columns if set(names) & set(columns) else names[:1]
+    return names, chain.from_iterable(read_parquet(path, read, name))
+
+
+def open_parquet(path: str | Path, setting: str) -> pq.ParquetFile:
+    """A parquet file with at least one row, its footer read.
+
+    Args:
+        path: of the file.
+        setting: the setting with its value, for error messages.
+
+    Raises:
+        UserError: if there is no such file, it is truncated or no parquet file, or it holds no rows.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{setting}: no such file")
+    if path.is_dir():
+        raise UserError(f"{setting}: a directory, expected one parquet file")
+    with _parquet_errors(setting):
+        parquet = pq.ParquetFile(path)
+    if not parquet.metadata.num_rows:
+        raise UserError(f"{setting}: holds no rows")
+    return parquet
+
+
+def read_parquet(path: str | Path, columns: Collection[str], setting: str) -> Iterator[list[Row]]:
+    """Rows of those columns that the file has, a batch at a time. Raises as `open_parquet`."""
+    with open_parquet(path, setting) as parquet, _parquet_errors(setting):
+        names = [name for name in parquet.schema_arrow.names if name in columns]
+        for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=names):
+            yield batch.to_pylist()
+
+
+@contextmanager
+def _parquet_errors(setting: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{setting}: truncated, or not a parquet file ({reason[:200]})") from None
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    try:
+        # Some exports begin with a byte order mark; "utf-8-sig" reads files with and without it.
+        with (gzip.open if path.suffix == GZIP else open)(path, "rt", encoding="utf-8-sig") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """Rows of JSON lines, or of one array, which is read whole."""
+    lines = _read_lines(path)
+    is_array = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if is_array is None and (is_array := line.lstrip().startswith("[")):
+            rows = _parse_json("".join([line, *lines]), str(path), "an array of objects")
+            yield from (_check_object(row, f"{path}, item {i}") for i, row in enumerate(rows))
+            return
+        where = f"{path}, line {number}"
+        yield _check_object(_parse_json(line, where, "one object a line, or one array"), where)
+
+
+def _parse_json(text: str, where: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: truncated, or not JSON ({error.msg}); expected {expected}") from None
+
+
+def _check_object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {short(row)}, expected a JSON object")
+    return row
+
+
+def _read_hub(name: str) -> Iterator[Row]:
+    """Rows of a data set on the hub, streamed."""
+    match = HUB_NAME.fullmatch(name)
+    repository, config, split = match["name"], match["first"], match["second"]
+    try:
+        import datasets
+        from huggingface_hub.utils import logging
+
+        # Failed attempts to reach the hub would be logged in some twenty lines; the error below says it in one.
+        logging.set_verbosity_error()
+        if config and not split and config not in datasets.get_dataset_config_names(repository):
+            config, split = None, config
+        yield from datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # the hub, the network and the data set's own code can raise anything
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise UserError(
+            f"{name}: no such file, and as a data set on the hub it cannot be read ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def read_rows(path: str | Path, accepted: Sequence[str], others: Sequence[str] = ()) -> tuple[str, list[Row]]:
+    """All rows of a parquet or JSON file, with the columns `accepted` and `others` as far as it has them.
+
+    Returns:
+        The first of the `accepted` columns that the file has, and its rows.
+
+    Raises:
+        UserError: if the file cannot be read, holds no rows, or has none of the `accepted` columns.
+    """
+    columns = (*accepted, *others)
+    names, rows = open_rows(str(path), columns, find_suffix(str(path), TABLE_SUFFIXES, hub=False))
+    known, kept = dict.fromkeys(names), []
+    for row in rows:
+        known |= dict.fromkeys(row)
+        kept.append({name: row[name] for name in columns if name in row})
+    if not kept:
+        raise UserError(f"{path}: holds no rows")
+    return choose_column(str(path), known, accepted), kept
+
+
+def choose_column(where: str, names: Collection[str], accepted: Sequence[str]) -> str:
+    """The first of the `accepted` columns that is among `names`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for column in accepted:
+        if column in names:
+            return column
+    has = ", ".join(f"{name}{nearest(name, accepted)}" for name in names) or "none"
+    raise UserError(f"{where}: no column that can be used; it has {has}; expected one of {', '.join(accepted)}")
+
+
+# Values of rows to conversations. `where` names file, row and column in an error.
+
+
+def check_text(value: Any, where: str, *, empty: bool = False) -> str:
+    """A value that must be a text, and not an empty one unless `empty`."""
+    if not isinstance(value, str) or not (value or empty):
+        raise UserError(f"{where} is {short(value)}, expected a text{'' if empty else ' that is not empty'}")
+    return value
+
+
+def check_turns(value: Any, where: str) -> list[str]:
+    """A value that must be a list of what the user says, one text for each answer."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, str) and turn for turn in value):
+        raise UserError(f"{where} is {short(value)}, expected a list of texts, none of them empty")
+    return value
+
+
+def check_messages(value: Any, where: str, *, answers: bool = True) -> list[Message]:
+    """A value that must be a list of messages, without the keys of a message that are null.
+
+    Args:
+        value: each message needs a role, and a content (a text or a list of parts) unless it calls or answers a tool.
+        where: names file, row and column in an error.
+        answers: False if the assistant's messages will be replaced, so that they need no content; not the first
+            message, which answers nothing.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is {short(value)}, expected a list of messages")
+    for i, message in enumerate(value):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not (isinstance(role, str) and role) or not (
+            isinstance(message.get("content"), (str, list))
+            or _uses_tools(message)
+            or (not answers and i > 0 and role == "assistant")
+        ):
+            raise UserError(f"{where}[{i}] is {short(message)}, expected a role and a content")
+    # Parquet gives every message the keys of all; chat templates ask whether a key is there.
+    return [{key: item for key, item in message.items() if item is not None} for message in value]
+
+
+def check_prompt(value: Any, where: str, *, answers: bool = True) -> list[Message]:
+    """A value that must be one text of the user's, or a list of messages (see `check_messages`)."""
+    if value is None:
+        raise UserError(f"{where} is None, expected a text, or a list of messages")
+    if isinstance(value, str):
+        return [{"role": "user", "content": check_text(value, where)}]
+    return check_messages(value, where, answers=answers)
+
+
+def _uses_tools(message: Message) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call")) or message["role"] in ("tool", "function")
+
+
+# Conversations to be answered.
+
+PROMPT_COLUMNS = ("messages", "turns", "prompt")
 TOOLS = "tools"
 THINKING = "enable_thinking"
 # Stands where an answer will be. A template may refuse a message that is empty.
@@ -29,63 +280,38 @@ UNANSWERED = {"role": "assistant", "content": "…"}
 
 @dataclass
 class Conversation:
-    """One conversation, in which answers take their places one after the other.
+    """A conversation whose answers are given one after the other.
 
     Attributes:
         row: in the file, from 0.
-        messages: all of it, with the keys that the file gives them; an answer to be given is UNANSWERED.
-        open: places of the answers that are to be given.
-        calls_tools: whether tools are called or offered. The results of the calls in the file would answer calls that
-            the base never made.
+        messages: all messages, with the keys that the file gives them; UNANSWERED where an answer is to be given.
+        unanswered: indices of the messages that are to be given, ascending.
+        uses_tools: whether tools are offered or called. The results in the file belong to calls that the base model
+            never made, so it cannot be answered.
     """
 
     row: int
-    messages: list[dict[str, Any]]
-    open: list[int]
-    calls_tools: bool = False
+    messages: list[Message]
+    unanswered: list[int]
+    uses_tools: bool = False
 
-    def prompt(self, place: int | None = None) -> list[dict[str, Any]]:
-        """The messages before a place, by default the first open one."""
-        before = self.messages[: self.open[0] if place is None else place]
-        # Parquet gives every message all keys of any; chat templates ask whether a key is there.
-        return [{key: value for key, value in message.items() if value is not None} for message in before]
+    def prompt(self, index: int | None = None) -> list[Message]:
+        """The messages before `index`, by default before the first unanswered one."""
+        return self.messages[: self.unanswered[0] if index is None else index]
 
     def answer(self, text: str) -> None:
-        """Put an answer at the first open place."""
-        self.messages[self.open.pop(0)] = {"role": "assistant", "content": text}
-
-
-def read_table(path: Path) -> pa.Table:
-    """A parquet file with its schema as it stands.
-
-    Raises:
-        UserError: if it is none, or holds no rows.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.exists():
-        raise UserError(f"data={path}: no such file")
-    if path.is_dir():
-        raise UserError(f"data={path}: a directory, expected one parquet file")
-    try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data={path}: truncated, or not a parquet file ({reason[:200]})") from None
-    if not table.num_rows:
-        raise UserError(f"data={path}: holds no rows")
-    return table
+        """Give the first unanswered message its content."""
+        self.messages[self.unanswered.pop(0)] = {"role": "assistant", "content": text}
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A table and where its conversations are.
+    """A parquet file whose conversations are answered, and written back with all of its other columns.
 
     Attributes:
-        path: of the file, for messages.
+        path: for error messages.
         table: all columns.
-        column: the one that is read: the first of COLUMNS that is there.
+        column: the first of PROMPT_COLUMNS that the file has.
     """
 
     path: Path
@@ -93,275 +319,87 @@ class PromptFile:
     column: str
 
     @classmethod
-    def open(cls, path: Path) -> PromptFile:
-        """Read a file.
+    def read(cls, path: Path) -> PromptFile:
+        """Read a file whole.
 
         Raises:
-            UserError: for a file without prompts, or of a shape that cannot be answered in.
+            UserError: if it has no prompts, or answers cannot be written in the type of its column.
         """
-        table = read_table(path)
-        names = table.schema.names
-        column = next((name for name in COLUMNS if name in names), None)
-        if column is None:
-            has = ", ".join(f"{name}{nearest(name, COLUMNS)}" for name in names) or "none"
-            raise UserError(f"data={path}: no column of prompts; it has {has}; expected one of {', '.join(COLUMNS)}")
-        source = cls(path, table, column)
-        source._check_type()
-        if THINKING in names and table[THINKING].null_count < table.num_rows:
-            raise UserError(
-                f"data={path}: column {THINKING!r} is set, by which training writes another prompt than this command; "
-                "expected a file without it"
-            )
-        return source
-
-    def _check_type(self) -> None:
-        """Whether an answer can be written in the column's own type."""
         import pyarrow as pa
 
-        given = self.table.schema.field(self.column).type
-        if self.column == "turns" or (self.column == "prompt" and not _holds_messages(given)):
-            return
+        setting = f"data={path}"
+        with open_parquet(path, setting) as parquet, _parquet_errors(setting):
+            table = parquet.read()
+        file = cls(path, table, choose_column(setting, table.schema.names, PROMPT_COLUMNS))
+        if THINKING in table.schema.names and table[THINKING].null_count < table.num_rows:
+            raise UserError(
+                f"{setting}: column {THINKING!r} is set, by which training writes another prompt than this command; "
+                "expected a file without it"
+            )
         try:
-            (written,) = pa.array([[UNANSWERED]], type=given).to_pylist()
-            fits = {key: written[0].get(key) for key in UNANSWERED} == UNANSWERED
+            ((written,),) = pa.array([[UNANSWERED]], type=file.schema.field("messages").type).to_pylist()
+            fits = UNANSWERED.items() <= written.items()
         except (pa.ArrowException, AttributeError):
             fits = False
         if not fits:
             raise UserError(
-                f"data={self.path}: column {self.column!r} is {given}, expected lists of messages with a role and a "
-                "content, both texts"
+                f"{setting}: column {file.column!r} is {table.schema.field(file.column).type}, expected lists of "
+                "messages with a role and a content, both texts"
             )
-
-    def talks(self, rows: list[int]) -> Iterator[Conversation]:
-        """The conversations of some rows.
-
-        Raises:
-            UserError: naming a row that holds none.
-        """
-        columns = [name for name in (self.column, TOOLS) if name in self.table.schema.names]
-        for i, row in zip(rows, self._take(rows).select(columns).to_pylist(), strict=True):
-            where = f"data={self.path}, row {i}"
-            messages = _messages(row[self.column], self.column, where)
-            places = [k for k, message in enumerate(messages) if k > 0 and message["role"] == "assistant"]
-            if messages[-1]["role"] != "assistant":
-                places.append(len(messages))
-                messages.append(UNANSWERED)
-            if not places:
-                raise UserError(f"{where}: {self.column} has no message to answer")
-            calls = any(message.get("tool_calls") or message["role"] in ("tool", "function") for message in messages)
-            for place in places:
-                messages[place] = UNANSWERED
-            for k, message in enumerate(messages):
-                if not isinstance(message.get("content"), str) and not calls:
-                    raise UserError(f"{where}: {self.column}[{k}] is {short(message)}, expected a content")
-            yield Conversation(i, messages, places, calls or row.get(TOOLS) not in (None, "", "[]", []))
-
-    def _take(self, rows: list[int]) -> pa.Table:
-        """Some rows, in ascending order. Taking may join all chunks of what it is given: not of the whole table."""
-        first = rows[0] if rows else 0
-        span = self.table.slice(first, rows[-1] - first + 1 if rows else 0)
-        return span.take([row - first for row in rows]) if rows else span
-
-    def answered(self, talks: list[Conversation]) -> pa.Table:
-        """The rows of some conversations with their answers: every other column as it was, nested ones too."""
-        import pyarrow as pa
-
-        rows, schema = self._take([talk.row for talk in talks]), self.schema
-        place = schema.get_field_index("messages")
-        column = pa.array([talk.messages for talk in talks], type=schema.field(place).type)
-        if place < rows.num_columns:
-            return rows.set_column(place, schema.field(place), column)
-        return rows.append_column(schema.field(place), column)
+        return file
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the result: the file's own, with a column `messages` at its end if it had none."""
+        """Of the result: that of the file, with a column `messages` at its end if it has none."""
         import pyarrow as pa
 
         schema = self.table.schema
         if "messages" in schema.names:
             return schema
-        given = schema.field(self.column).type
-        if self.column == "turns" or not _holds_messages(given):
-            given = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        return schema.append(pa.field("messages", given))
+        column_type = schema.field(self.column).type
+        if self.column == "turns" or not pa.types.is_nested(column_type):
+            column_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        return schema.append(pa.field("messages", column_type))
 
-
-def _holds_messages(kind: pa.DataType) -> bool:
-    """Whether a prompt's type is anything but plain text."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _messages(value: Any, column: str, where: str) -> list[dict[str, Any]]:
-    """A row's value as messages, each with a role."""
-    if column == "turns":
-        if not isinstance(value, list) or not value or not all(isinstance(turn, str) and turn for turn in value):
-            raise UserError(f"{where}: {column} is {short(value)}, expected a list of texts, none of them empty")
-        turns = ((said, UNANSWERED) for said in ({"role": "user", "content": turn} for turn in value))
-        return [message for turn in turns for message in turn]
-    if column == "prompt" and isinstance(value, str) and value:
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {column} is {short(value)}, expected messages")
-    for k, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: {column}[{k}] is {short(message)}, expected a role and a content")
-    return value
-
-
-JSON_SUFFIXES = (".json", ".jsonl")
-TEXT_SUFFIXES = (".txt", ".raw", ".tokens")  # the last two are wikitext's own
-SUFFIXES = (".parquet", *JSON_SUFFIXES, *TEXT_SUFFIXES)
-COMPRESSED = ".gz"
-HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<first>[\w.-]*))?(:(?P<second>[\w.-]+))?")
-ROWS_AT_A_TIME = 256
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """Something to read rows from.
-
-    Attributes:
-        name: as the user gave it.
-        suffix: what kind of file it is; empty for a name on the hub.
-    """
-
-    name: str
-    suffix: str
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it is a file of plain text, whose rows are documents."""
-        return self.suffix in TEXT_SUFFIXES
-
-    def rows(self, columns: set[str]) -> tuple[list[str], Iterator[Row]]:
-        """Names of its columns as far as they are known beforehand, and its rows with at least `columns`.
+    def conversations(self, rows: list[int]) -> Iterator[Conversation]:
+        """The conversations of some rows.
 
         Raises:
-            UserError: here or while the rows are read, naming the source and what is wrong with it.
+            UserError: naming a row that holds no conversation to answer.
         """
-        if not self.suffix:
-            return [], _read_hub(self.name)
-        path = Path(self.name)
-        if self.is_text:
-            return [TEXT], ({TEXT: text} for text in documents(_lines(path)))
-        if self.suffix == ".parquet":
-            return _read_parquet(path, columns)
-        return [], _read_json(path)
+        columns = [name for name in (self.column, TOOLS) if name in self.table.schema.names]
+        for i, row in zip(rows, self._take(rows).select(columns).to_pylist(), strict=True):
+            where = f"data={self.path}, row {i}: {self.column}"
+            if self.column == "turns":
+                texts = check_turns(row[self.column], where)
+                messages = [message for text in texts for message in ({"role": "user", "content": text}, UNANSWERED)]
+            else:
+                messages = check_prompt(row[self.column], where, answers=False)
+            uses_tools = any(map(_uses_tools, messages)) or row.get(TOOLS) not in (None, "", "[]", [])
+            if messages[-1]["role"] != "assistant":
+                messages.append(UNANSWERED)
+            unanswered = [k for k, message in enumerate(messages) if k > 0 and message["role"] == "assistant"]
+            if not unanswered:
+                raise UserError(f"{where} has no message to answer")
+            for k in unanswered:
+                messages[k] = UNANSWERED
+            yield Conversation(i, messages, unanswered, uses_tools)
 
+    def answered(self, answers: Mapping[int, Sequence[str]]) -> pa.Table:
+        """Some rows, ascending, with their answers; all other columns are unchanged, nested ones too."""
+        import pyarrow as pa
 
-def find_source(name: str) -> DataFile:
-    """A file, or a data set on the hub where there is no such file.
+        rows, schema = self._take(list(answers)), self.schema
+        conversations = list(self.conversations(list(answers)))
+        for conversation in conversations:
+            for text in answers[conversation.row]:
+                conversation.answer(text)
+        index = schema.get_field_index("messages")
+        column = pa.array([conversation.messages for conversation in conversations], type=schema.field(index).type)
+        if index < rows.num_columns:
+            return rows.set_column(index, schema.field(index), column)
+        return rows.append_column(schema.field(index), column)
 
-    Raises:
-        UserError: if it can be neither.
-    """
-    path = Path(name)
-    kind = Path(path.stem).suffix if path.suffix == COMPRESSED else path.suffix
-    compressible = kind in (*JSON_SUFFIXES, *TEXT_SUFFIXES)
-    if path.is_dir():
-        raise UserError(f"{name}: a directory, expected files ({', '.join(SUFFIXES)}), as in {path}/*.parquet")
-    if path.exists():
-        if kind not in SUFFIXES or (path.suffix == COMPRESSED and not compressible):
-            hint = nearest(kind, SUFFIXES) if kind not in SUFFIXES else ""
-            accepted = f"{', '.join(SUFFIXES)} ({COMPRESSED} behind all but the first)"
-            raise UserError(f"{name}: unknown suffix {path.suffix!r}{hint}, expected one of {accepted}")
-        return DataFile(name, kind)
-    if kind in SUFFIXES or not HUB_NAME.fullmatch(name):
-        raise UserError(f"{name}: no such file")
-    return DataFile(name, "")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[TextIO]:
-    """A file of text, open; what keeps it from being read is a user's error."""
-    try:
-        # "utf-8-sig" also reads what has no mark, and some exports begin with one.
-        with (gzip.open if path.suffix == COMPRESSED else open)(path, "rt", encoding="utf-8-sig") as file:
-            yield file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with _reading(path) as file:
-        yield from file
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """Rows of JSON lines, or of one array, which is read whole."""
-    with _reading(path) as file:
-        is_array = None
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if is_array is None and (is_array := line.lstrip().startswith("[")):
-                rows = _parse(line + file.read(), str(path), "an array of objects")
-                yield from (_object(row, f"{path}, item {i}") for i, row in enumerate(rows))
-                return
-            where = f"{path}, line {number}"
-            yield _object(_parse(line, where, "one object a line, or one array"), where)
-
-
-def _parse(text: str, where: str, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: truncated, or not JSON ({error.msg}); expected {expected}") from None
-
-
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {short(row)}, expected a JSON object")
-    return row
-
-
-def _read_parquet(path: Path, columns: set[str]) -> tuple[list[str], Iterator[Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def refused(error: Exception) -> UserError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return UserError(f"{path}: truncated, or not a parquet file ({reason[:200]})")
-
-    def rows(parquet: pq.ParquetFile, names: list[str]) -> Iterator[Row]:
-        try:
-            for batch in parquet.iter_batches(ROWS_AT_A_TIME, columns=names):
-                yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise refused(error) from None
-        finally:
-            parquet.close()
-
-    try:
-        parquet = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise refused(error) from None
-    names = parquet.schema_arrow.names
-    # A file without any of the columns still has rows; one of its own shows them, so that they can be refused.
-    return names, rows(parquet, [name for name in names if name in columns] or names[:1])
-
-
-def _read_hub(name: str) -> Iterator[Row]:
-    """Rows of a data set on the hub, downloaded as they are read: `owner/name[:config][:split]`."""
-    found = HUB_NAME.fullmatch(name)
-    repository, first, second = found["name"], found["first"], found["second"]
-    try:
-        import datasets
-        from huggingface_hub.utils import logging
-
-        # Its attempts to reach the hub would be some twenty lines; what came of them is one line below.
-        logging.set_verbosity_error()
-        config, split = first, second
-        if first and not second and first not in datasets.get_dataset_config_names(repository):
-            config, split = None, first
-        yield from datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # whatever hub, network and data set may bring
-        reason = (str(error).splitlines() or [""])[0][:300]
-        raise UserError(
-            f"{name}: no such file, and as a data set on the hub it cannot be read ({type(error).__name__}: {reason})"
-        ) from None
+    def _take(self, rows: list[int]) -> pa.Table:
+        """Some rows, ascending. `take` may join all chunks of its table: it gets a slice, not the whole table."""
+        return self.table.slice(rows[0], rows[-1] - rows[0] + 1).take([row - rows[0] for row in rows])

@@ -1,4 +1,4 @@
-"""Training data: verl's conversations, plain text, and validation without a lost row."""
+"""Datasets and sampler of training: verl's conversations, plain text, and validation that loses no row."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from verl_speculator.utils.errors import UserError
 class TextDataset(Dataset):
     """Rows of plain text, closed with the tokenizer's end token; every token is a target.
 
-    Args:
-        files: parquet files.
-        tokenizer: of the base.
-        config: verl's `data` settings: text_key, max_length, truncation.
-        max_samples: rows to keep, all if not positive.
+    `config` is verl's `data` section; the first `max_samples` rows are kept, all if it is not positive.
     """
 
     def __init__(self, files: Sequence[str], tokenizer: Any, config: Any, max_samples: int = -1) -> None:
-        self.texts: list[str] = []
-        for file in files:
-            self.texts += pq.read_table(file, columns=[config.text_key])[config.text_key].to_pylist()
-        self.texts = self.texts[:max_samples] if max_samples > 0 else self.texts
+        columns = [pq.read_table(file, columns=[config.text_key])[config.text_key] for file in files]
+        texts: list[str] = [text for column in columns for text in column.to_pylist()]
+        self.texts = texts[:max_samples] if max_samples > 0 else texts
         self.tokenizer, self.max_length, self.truncation = tokenizer, config.max_length, config.truncation
 
     def __len__(self) -> int:
@@ -60,7 +55,7 @@ def build_dataset(files: Sequence[str], config: Any, tokenizer: Any, processor: 
 
 
 class NumberedDataset(Dataset):
-    """A dataset whose rows say which one they are, in `row` [1]."""
+    """A dataset whose rows hold their index, in `row` [1]."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -73,7 +68,7 @@ class NumberedDataset(Dataset):
 
 
 def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool) -> torch.Tensor:
-    """[len(rows)] how many of the base's states a draft may read in each of these rows."""
+    """[len(rows)] the number of hidden states that a draft may read in each of these rows."""
     loader = DataLoader(Subset(dataset, rows), batch_size=None, num_workers=num_workers)
     counts = torch.zeros(len(rows), dtype=torch.long)
     for i, row in enumerate(tqdm(loader, desc="Counting states", disable=not show)):
@@ -83,7 +78,7 @@ def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool)
 
 
 class PaddedDataset(Dataset):
-    """A dataset made longer, to a multiple of `multiple` rows, by copies of its last row that count for nothing."""
+    """A dataset padded to a multiple of `multiple` rows with copies of its last row whose loss mask is zero."""
 
     def __init__(self, dataset: Dataset, multiple: int) -> None:
         self.dataset, self.rows = dataset, len(dataset)
@@ -101,13 +96,13 @@ class ResumableSampler(DistributedSampler):
     """A distributed sampler that can start in the middle of an epoch.
 
     Rank r takes every world-size-th row from r on, so a global batch holds the same rows for any number of ranks, and
-    the place in the data follows from the step alone.
+    the position in the data follows from the step alone.
     """
 
     skip = 0
 
     def set_position(self, epoch: int, skip: int) -> None:
-        """Epoch, and how many rows of this rank's to leave out at its beginning."""
+        """Set the epoch, and how many rows of this rank to skip at its beginning."""
         self.set_epoch(epoch)
         self.skip = skip
 

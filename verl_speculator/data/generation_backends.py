@@ -1,27 +1,21 @@
-"""Who generates: Hugging Face's loop in batches, or vLLM. Both give tokens up to the first end token."""
+"""Generation for many prompts: Hugging Face's loop in batches, or vLLM. Both give tokens up to the first end token."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from verl_speculator.utils.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from verl_speculator.decoding.sampling_policy import SamplingPolicy
+    from verl_speculator.data.regenerate import RegenerateSettings
 
 
 class Answer(NamedTuple):
-    """What came of one prompt.
-
-    Attributes:
-        index: of the prompt.
-        tokens: without the end token.
-        finished: whether an end token came.
-    """
+    """The tokens generated for a prompt, without the end token; `finished` if there was an end token."""
 
     index: int
     tokens: list[int]
@@ -29,164 +23,127 @@ class Answer(NamedTuple):
 
 
 class Backend(Protocol):
-    """One way to generate for many prompts.
-
-    Attributes:
-        limit: positions of the base, None if it names none.
-    """
+    """One way to generate for many prompts. `limit` is the number of positions, None if the base model names none."""
 
     limit: int | None
 
-    def generate(self, prompts: Sequence[list[int]], *, max_new_tokens: int, seeds: Sequence[int]) -> Iterator[Answer]:
-        """Answers in any order. What is drawn for a prompt follows from the arguments alone.
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
+        """Answers of at most `max_new_tokens` tokens, in any order. What is drawn follows from the arguments alone.
 
         Args:
-            prompts: token ids, each shorter than `limit`.
-            max_new_tokens: the most tokens of an answer; an answer also ends with the base's last position.
+            prompts: token ids, each shorter than `limit`; answers end with the last position.
             seeds: one for each prompt.
         """
         ...
 
 
-def room(limit: int | None, prompt: list[int], max_new_tokens: int) -> int:
+def _max_tokens(limit: int | None, prompt: list[int], max_new_tokens: int) -> int:
     """How many tokens may follow a prompt."""
     return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
 
 
-def cut(tokens: Sequence[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+def cut_at_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> tuple[list[int], bool]:
     """Tokens before the first end token, and whether there is one."""
-    for i, token in enumerate(tokens):
-        if token in ends:
-            return list(tokens[:i]), True
-    return list(tokens), False
+    end = next((i for i, token in enumerate(tokens) if token in end_tokens), None)
+    return list(tokens[:end]), end is not None
 
 
 class HuggingFaceBackend:
-    """`base.generate` over batches padded on the left.
-
-    Args:
-        base: directory or hub name.
-        device, dtype: as they were chosen.
-        policy: of sampling.
-        ends: tokens that end an answer; none if it is empty.
-        pad: token that fills a batch up.
-        batch_size: prompts at a time.
-
-    Raises:
-        UserError: if the base cannot be loaded.
-    """
+    """`generate` of transformers over batches padded on the left. An answer ends at any of `end_tokens`."""
 
     def __init__(
         self,
-        base: str,
-        *,
+        settings: RegenerateSettings,
         device: str,
         dtype: torch.dtype,
-        policy: SamplingPolicy,
-        ends: Sequence[int],
-        pad: int | None,
-        batch_size: int,
+        end_tokens: Sequence[int],
+        pad_token: int | None,
     ) -> None:
         from verl_speculator.base_model.loading import load_base
         from verl_speculator.decoding.target import position_limit
 
-        self.base = load_base(base, device=device, dtype=dtype)
+        self.base = load_base(settings.base, device=device, dtype=dtype)
         self.limit = position_limit(self.base)
-        self.policy, self.ends, self.batch_size = policy, tuple(ends), batch_size
-        self.pad = pad if pad is not None else next(iter(self.ends), 0)
+        self.settings, self.end_tokens = settings, tuple(end_tokens)
+        self.pad_token = pad_token if pad_token is not None else next(iter(self.end_tokens), 0)
 
-    def generate(self, prompts: Sequence[list[int]], *, max_new_tokens: int, seeds: Sequence[int]) -> Iterator[Answer]:
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """`Backend.generate`"""
-        rooms = [room(self.limit, prompt, max_new_tokens) for prompt in prompts]
-        # The longest first: where memory runs out, it does so at once. A batch shares one room, since none of its rows
-        # may go past the base's last position; only prompts near it have less than `max_new_tokens`.
+        max_tokens = [_max_tokens(self.limit, prompt, self.settings.max_new_tokens) for prompt in prompts]
+        # The longest first: if memory runs out, it does so at once. A batch has one limit of new tokens, since no row
+        # may pass the last position; it is less than `max_new_tokens` only for prompts near that position.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for size, group in itertools.groupby(order, key=rooms.__getitem__):
+        for size, group in itertools.groupby(order, key=max_tokens.__getitem__):
             members = list(group)
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                texts = self._batch([prompts[i] for i in batch], size, seeds[batch[0]])
+            for start in range(0, len(members), self.settings.batch_size):
+                batch = members[start : start + self.settings.batch_size]
+                texts = self._generate_batch([prompts[i] for i in batch], size, seeds[batch[0]])
                 for i, tokens in zip(batch, texts, strict=True):
-                    yield Answer(i, *cut(tokens, self.ends))
+                    yield Answer(i, *cut_at_end(tokens, self.end_tokens))
 
-    def _batch(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
-        """What follows each prompt, whatever stands behind an end token included."""
+    def _generate_batch(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
+        """What follows each prompt, including the tokens behind an end token."""
         import torch
 
         from verl_speculator.decoding.generate import generation_settings
 
+        pad, device = self.pad_token, self.base.device
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        device = self.base.device
         torch.manual_seed(seed)
-        settings = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.ends) or None, "pad_token_id": self.pad}
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.end_tokens) or None, "pad_token_id": pad}
         try:
-            with generation_settings(self.base, self.policy, **settings):
+            with generation_settings(self.base, self.settings.policy, **options):
                 texts = self.base.generate(ids.to(device), attention_mask=mask.to(device))
         except torch.OutOfMemoryError:
             raise UserError(
-                f"batch_size={self.batch_size}: out of memory with prompts of up to {width} tokens; expected a smaller "
-                "--batch-size"
+                f"batch_size={self.settings.batch_size}: out of memory with prompts of up to {width} tokens; expected "
+                "a smaller --batch-size"
             ) from None
         return texts[:, width:].tolist()
 
 
 class VllmBackend:
-    """vLLM, which batches by itself.
+    """vLLM, which batches by itself."""
 
-    Args:
-        base: directory or hub name.
-        dtype: as it was chosen.
-        policy: of sampling.
-        ends: tokens that end an answer.
-        seed: of the engine; every prompt has its own besides.
-        arguments: further ones for `vllm.LLM`, such as tensor_parallel_size.
-
-    Raises:
-        UserError: if vLLM cannot load the base.
-    """
-
-    def __init__(
-        self,
-        base: str,
-        *,
-        dtype: torch.dtype,
-        policy: SamplingPolicy,
-        ends: Sequence[int],
-        seed: int,
-        arguments: dict[str, Any],
-    ) -> None:
+    def __init__(self, settings: RegenerateSettings, dtype: torch.dtype, end_tokens: Sequence[int]) -> None:
         from vllm import LLM
 
-        # generation_config="vllm": nothing from the base's own, which may hold penalties.
-        settings = {"dtype": str(dtype).removeprefix("torch."), "seed": seed, "generation_config": "vllm"}
+        # generation_config="vllm": nothing from the base model's own, which may hold penalties.
+        arguments = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": settings.seed,
+            "generation_config": "vllm",
+            **settings.vllm_args,
+        }
         try:
-            self.engine = LLM(model=base, **(settings | arguments))
+            self.engine = LLM(model=settings.base, **arguments)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"base={base}: vLLM cannot load it: {reason}") from None
+            raise UserError(f"base={settings.base}: vLLM cannot load it: {reason}") from None
         self.limit = self.engine.llm_engine.model_config.max_model_len
-        self.policy, self.ends = policy, tuple(ends)
+        self.settings, self.end_tokens = settings, tuple(end_tokens)
 
-    def generate(self, prompts: Sequence[list[int]], *, max_new_tokens: int, seeds: Sequence[int]) -> Iterator[Answer]:
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """`Backend.generate`"""
         from vllm import SamplingParams
 
-        wishes = [
+        policy = self.settings.policy
+        sampling_params = [
             SamplingParams(
-                max_tokens=room(self.limit, prompt, max_new_tokens),
-                temperature=self.policy.temperature,
-                top_p=self.policy.top_p,
-                top_k=self.policy.top_k or -1,
+                max_tokens=_max_tokens(self.limit, prompt, self.settings.max_new_tokens),
+                temperature=policy.temperature,
+                top_p=policy.top_p,
+                top_k=policy.top_k or -1,
                 seed=seed,
-                stop_token_ids=list(self.ends),
+                stop_token_ids=list(self.end_tokens),
                 detokenize=False,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        for i, done in enumerate(self.engine.generate(given, wishes, use_tqdm=False)):
-            first = done.outputs[0]
-            tokens, ended = cut(first.token_ids, self.ends)
-            yield Answer(i, tokens, ended or first.finish_reason == "stop")
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for i, request in enumerate(self.engine.generate(inputs, sampling_params, use_tqdm=False)):
+            output = request.outputs[0]
+            tokens, ended = cut_at_end(output.token_ids, self.end_tokens)
+            yield Answer(i, tokens, ended or output.finish_reason == "stop")

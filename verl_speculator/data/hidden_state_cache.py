@@ -1,13 +1,13 @@
-"""The base's states of a training set on disk: written while the first epoch runs, read by every later one.
+"""The base model's hidden states of a training set on disk: written in the first epoch, read in every later one.
 
-    <directory>/manifest.json     of what these are the states: base, data, tokenizer, settings, versions
-    <directory>/lengths.npy       [N] states of each row
+    <directory>/manifest.json     what the states depend on: base model, data, tokenizer, settings, versions
+    <directory>/lengths.npy       [N] number of states of each row
     <directory>/states.bf16       [Σ lengths, D]
     <directory>/checksums.u32     [N] CRC-32 of each row's states, 0 where they are not written yet
 
 Only the states that a draft may read are kept (`alignment.states_read`), so that one cache serves speculators of any
-family and length. A row counts as written once its checksum fits, so a kill at any moment costs the rows that were
-being written and no others.
+family and draft length. A row counts as written once its checksum matches, so a kill costs only the rows that were
+being written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from verl_speculator.base_model.loading import BaseModelFormat
-from verl_speculator.checkpoint.provenance import weights_fingerprint
+from verl_speculator.checkpoint.provenance import file_digest, weights_fingerprint
 from verl_speculator.utils.atomic_io import atomic_directory, check_writable
 from verl_speculator.utils.errors import UserError
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SETTING = "data.cache_hidden_states"
-FORMAT = 2  # 1 had states of a base whose RoPE frequencies were in the compute type
+FORMAT = 2  # in format 1 the RoPE frequencies of the base model were in the compute type
 MANIFEST, LENGTHS, STATES, CHECKSUMS = "manifest.json", "lengths.npy", "states.bf16", "checksums.u32"
 BYTES = 2  # of a number in bf16
 READABLE = ("format", "engine.mixed_precision.param_dtype")
@@ -46,14 +46,14 @@ IRRELEVANT = {
 
 
 def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
-    """All that the states of a run depend on, by name: what a manifest holds.
+    """All that the hidden states of a run depend on, by name: the `identity` of a manifest.
 
     Args:
         config: the resolved configuration.
-        tokenizer: of the base, with the chat template that training uses.
+        tokenizer: of the base model, with the chat template that training uses.
 
     Raises:
-        UserError: if the base's weights cannot be told from others.
+        UserError: if the base model's weights have no fingerprint.
     """
     from omegaconf import OmegaConf
 
@@ -76,14 +76,8 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of vocabulary, rules and chat template; what a tokenizer pads or cuts with is not part of it."""
+    """A hash of vocabulary, rules and chat template, without the settings of padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
@@ -91,52 +85,47 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def check_directory(directory: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a cache of these states lies there already; False where one can be made.
+    """Whether the directory holds a cache of these states; False where one can be made.
 
     Raises:
-        UserError: if the directory holds something else, a torn cache or that of other states, or cannot be written.
+        UserError: if it holds something else, a torn cache or one of other states, or cannot be written.
     """
-    setting = f"{SETTING}={directory}"
+    setting, advice = f"{SETTING}={directory}", "; remove it, or name another directory"
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         check_writable(setting, directory)
         return False
-    otherwise = "; remove it, or name another directory"
     if not directory.is_dir():
         raise UserError(f"{setting}: a file, expected a directory")
     if not (directory / MANIFEST).is_file():
         raise UserError(f"{setting}: has no {MANIFEST}, so it is no cache; expected an empty directory, or a new one")
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        found, rows, width = manifest["identity"], int(manifest["rows"]), int(manifest["width"])
-        lengths = np.load(directory / LENGTHS)
+        recorded, rows, width = manifest["identity"], int(manifest["rows"]), int(manifest["width"])
+        num_states = int(np.load(directory / LENGTHS).sum())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{setting}: torn, {' '.join(str(error).split())}{otherwise}") from None
-    for name, size in {STATES: int(lengths.sum()) * width * BYTES, CHECKSUMS: 4 * rows}.items():
+        raise UserError(f"{setting}: torn, {' '.join(str(error).split())}{advice}") from None
+    for name, size in {STATES: num_states * width * BYTES, CHECKSUMS: 4 * rows}.items():
         file = directory / name
-        has = file.stat().st_size if file.is_file() else 0
-        if has != size:
-            raise UserError(f"{setting}: torn, {name} has {has} bytes, expected {size}{otherwise}")
-    if differing := list(_differences(found, dict(identity))):
-        raise UserError(f"{setting}: holds other states (its own, this run's): {', '.join(differing)}{otherwise}")
+        actual = file.stat().st_size if file.is_file() else 0
+        if actual != size:
+            raise UserError(f"{setting}: torn, {name} has {actual} bytes, expected {size}{advice}")
+    if differing := list(_differences(recorded, dict(identity))):
+        raise UserError(f"{setting}: holds other states (its own, this run's): {', '.join(differing)}{advice}")
     return True
 
 
-def _differences(mine: Any, theirs: Any, name: str = "") -> Iterator[str]:
-    """What differs, by name, with both values where people can read them."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in dict.fromkeys([*mine, *theirs]):
-            yield from _differences(mine.get(key), theirs.get(key), f"{name}.{key}" if name else key)
-    elif mine != theirs:
-        told = name in READABLE or name.startswith(("data.", "model.override_config.", "versions."))
-        yield f"{name} ({mine}, {theirs})" if told else name
+def _differences(recorded: Any, current: Any, name: str = "") -> Iterator[str]:
+    """What differs, by name, with both values where they are readable."""
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        for key in dict.fromkeys([*recorded, *current]):
+            yield from _differences(recorded.get(key), current.get(key), f"{name}.{key}" if name else key)
+    elif recorded != current:
+        readable = name in READABLE or name.startswith(("data.", "model.override_config.", "versions."))
+        yield f"{name} ({recorded}, {current})" if readable else name
 
 
 def check_space(directory: Path, needed: int, *, estimated: bool = False) -> None:
-    """Whether the disk has room for `needed` bytes.
-
-    Raises:
-        UserError: naming what is needed and what there is.
-    """
+    """Raise a `UserError` if the disk has less than `needed` bytes left."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -145,17 +134,14 @@ def check_space(directory: Path, needed: int, *, estimated: bool = False) -> Non
 
 
 def say_size(count: int) -> str:
-    """Bytes as people read them."""
+    """A number of bytes in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 class StateCache:
-    """States of a training set by row, some of them written and some not yet.
+    """Hidden states of a training set by row, in a directory that `create` made.
 
-    Processes of a run share the files: each writes the rows that it trains on.
-
-    Args:
-        directory: where `create` made one.
+    The processes of a run share the files: each writes the rows that it trains on.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -170,18 +156,18 @@ class StateCache:
         # A file without a byte cannot be mapped.
         self._states = np.memmap(directory / STATES, np.uint16, mode, shape=shape) if shape[0] else np.empty(shape)
         self._writable = mode == "r+"
-        self._known = np.zeros(self.rows, bool)
+        self._verified = np.zeros(self.rows, bool)
 
     @classmethod
     def create(
         cls, directory: Path, identity: Mapping[str, Any], lengths: Sequence[int] | np.ndarray, width: int
     ) -> StateCache:
-        """A cache without a row, with the disk space for all of them.
+        """Make a cache in which no row is written, and reserve the disk space for all rows.
 
         Args:
             directory: does not exist yet, or is empty.
-            identity: what `identify_states` says.
-            lengths: [N] states of each row.
+            identity: of `identify_states`.
+            lengths: [N] number of states of each row.
             width: D.
 
         Raises:
@@ -206,7 +192,7 @@ class StateCache:
 
     @property
     def written(self) -> int:
-        """Rows that have been written, by whichever run; whether they are whole shows when they are read."""
+        """The number of rows with a checksum, whether or not it matches."""
         return int(np.count_nonzero(self._checksums))
 
     @property
@@ -218,36 +204,34 @@ class StateCache:
         end = self._ends[row]
         return self._states[end - self.lengths[row] : end]
 
-    def has(self, rows: Iterable[int]) -> bool:
-        """Whether all these rows are written, and as they were written."""
-        return all(self._has(row) for row in rows)
-
-    def _has(self, row: int) -> bool:
-        if not self._known[row]:
-            self._known[row] = self._checksums[row] == _checksum(self._part(row))
-        return bool(self._known[row])
+    def has(self, rows: Sequence[int]) -> bool:
+        """Whether all these rows are written and match their checksums."""
+        for row in rows:
+            if not self._verified[row]:
+                self._verified[row] = self._checksums[row] == _checksum(self._part(row))
+        return all(self._verified[row] for row in rows)
 
     def read(self, rows: Iterable[int]) -> Tensor:
-        """[S, D] bf16, the states of these rows one after the other."""
+        """[S, D] bf16, the states of these rows, concatenated."""
         import torch
 
         parts = [self._part(row) for row in rows]
         return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
 
     def write(self, row: int, states: Tensor) -> None:
-        """Keep [lengths[row], D] states in bf16, unless they are there, or the files are read-only."""
+        """Save [lengths[row], D] states in bf16, unless they are written, or the files are read-only."""
         import torch
 
-        if not self._writable or self._has(row):
+        if not self._writable or self.has([row]):
             return
         part = self._part(row)
         if states.shape != part.shape:
             raise ValueError(f"row {row}: states of shape {tuple(states.shape)}, expected {part.shape}")
         part[:] = states.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
         self._checksums[row] = _checksum(part)
-        self._known[row] = True
+        self._verified[row] = True
 
 
 def _checksum(part: np.ndarray) -> int:
-    """CRC-32, with 0 kept for what is not written."""
+    """CRC-32, never 0, which stands for a row that is not written."""
     return zlib.crc32(np.ascontiguousarray(part)) or 1

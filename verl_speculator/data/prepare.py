@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from verl_speculator.data.conversations import DataFile, find_source
-from verl_speculator.data.dedup import MESSAGES, DedupWriter, choose_held_out, split
+from verl_speculator.data.conversations import TEXT_SUFFIXES, find_suffix, open_rows
 from verl_speculator.data.formats import (
-    STYLES,
+    CONVERSATION_FORMATS,
     TEXT,
     Dropped,
+    Message,
     Row,
     columns_read,
     documents,
@@ -35,17 +38,19 @@ from verl_speculator.utils.options import Option, check_minimums
 if TYPE_CHECKING:
     import numpy as np
 
-TRAIN, VAL, REPORT, SPOOL = "train.parquet", "val.parquet", "prepare.json", "rows.parquet"
-AUTO = "auto"
+TRAIN, VAL, REPORT, SPOOL = "train.parquet", "val.parquet", "prepare.json", "rows.jsonl"
+AUTO, MESSAGES = "auto", "messages"
 FORMATS = (AUTO, "sharegpt", "ultrachat", "oasst", "alpaca", "messages", "pairs", TEXT)
 DEFAULT_VAL_SHARE = 0.02
 CUT = "unanswered user turns cut from the end"
-ROWS_LOOKED_AT = 100
+ROWS_EXAMINED = 100
+# Rows are held in memory and written to parquet in groups of at most so many rows, and about so many characters.
+GROUP_ROWS, GROUP_CHARS = 1000, 1 << 24
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What is read, kept and held out."""
+    """The options of `verl-speculator prepare`."""
 
     inputs: Annotated[
         tuple[str, ...],
@@ -83,56 +88,47 @@ class PrepareSettings:
         return DEFAULT_VAL_SHARE if self.val_share is None else self.val_share
 
     @property
-    def column(self) -> str:
-        """Where plain text is read."""
+    def text_key(self) -> str:
+        """The column of plain text."""
         return self.text_column or TEXT
 
     @property
-    def styles(self) -> tuple[str, ...]:
-        """Those that a row may be in, in the order of trying."""
+    def formats(self) -> tuple[str, ...]:
+        """The formats that a row may be in, in the order of trying."""
         if self.format != AUTO:
             return (self.format,)
-        return (TEXT,) if self.text_column else (*STYLES, TEXT)
+        return (TEXT,) if self.text_column else (*CONVERSATION_FORMATS, TEXT)
 
-    def check_output(self, sources: Iterable[DataFile]) -> None:
+    def check_output(self) -> None:
         """Refuse an output directory that cannot be written to or holds what would be lost, without making it."""
         check_writable(f"out={self.out}", self.out)
         results = [path for path in (self.out / TRAIN, self.out / VAL) if path.exists()]
         if results and not self.overwrite:
             name = results[0].name
             raise UserError(f"out={self.out}: holds {name} already; expected another directory, or --overwrite")
-        for source in sources:
-            if any(os.path.exists(source.name) and path.samefile(source.name) for path in results):
-                raise UserError(f"out={self.out}: {source.name} is read, and would be replaced")
+        for name in self.inputs:
+            if any(os.path.exists(name) and path.samefile(name) for path in results):
+                raise UserError(f"out={self.out}: {name} is read, and would be replaced")
 
 
 @dataclass
-class Counts:
-    """What became of the rows of an input; read = kept + dropped.
+class RowCounts:
+    """Rows that are kept, rows that are dropped by reason, and turns cut from rows that are kept.
 
-    Attributes:
-        read: conversations or documents; a tree of messages is one.
-        dropped: by reason.
-        changed: what was left out of rows that were kept, counted in turns.
+    A tree of messages is one row.
     """
 
-    read: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.read + other.read,
-            self.kept + other.kept,
-            self.dropped + other.dropped,
-            self.changed + other.changed,
-        )
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(self.kept + other.kept, self.dropped + other.dropped, self.changed + other.changed)
 
     def to_dict(self) -> dict[str, Any]:
-        """As they are written down, the most frequent reason first."""
+        """For the report, the most frequent reason first."""
         return {
-            "read": self.read,
+            "read": self.kept + self.dropped.total(),
             "kept": self.kept,
             "dropped": dict(self.dropped.most_common()),
             "changed": dict(self.changed.most_common()),
@@ -142,108 +138,166 @@ class Counts:
 def prepare(settings: PrepareSettings) -> dict[str, Any]:
     """Write train.parquet, val.parquet (unless nothing is held out) and prepare.json.
 
-    Rows go to a temporary file first: which of them are held out is known when all are. In memory stays what
+    Which rows are held out is known when all are read, so they go to a temporary file first. In memory stays what
     de-duplication and the split need, some 150 bytes a row.
 
-    Returns:
-        What prepare.json holds.
+    Returns the contents of prepare.json.
 
     Raises:
         UserError: if an input cannot be read, no row is left, or the results cannot be written.
     """
-    sources = [find_source(name) for name in settings.inputs]
-    settings.check_output(sources)
+    suffixes = [find_suffix(name) for name in settings.inputs]
+    settings.check_output()
     try:
-        made = not settings.out.exists()
+        is_new = not settings.out.exists()
         settings.out.mkdir(parents=True, exist_ok=True)
         try:
-            return _prepare(settings, sources)
+            return _prepare(settings, suffixes)
         finally:
-            if made and not any(settings.out.iterdir()):
+            if is_new and not any(settings.out.iterdir()):
                 settings.out.rmdir()
     except OSError as error:
         raise UserError(f"out={settings.out}: cannot be written ({error})") from None
 
 
-def _prepare(settings: PrepareSettings, sources: list[DataFile]) -> dict[str, Any]:
+def _prepare(settings: PrepareSettings, suffixes: list[str]) -> dict[str, Any]:
     _remove_leftovers(settings.out)
-    with _temporary(settings.out / SPOOL) as spool:
-        with DedupWriter(spool, seed=settings.seed, max_rows=settings.max_rows, dedup=settings.dedup) as kept:
-            found = [_read(source, settings, kept) for source in sources]
-        total = sum((counts for _, counts in found), Counts())
+    spool = settings.out / f"{TEMPORARY}{os.getpid()}.{SPOOL}"
+    try:
+        with spool.open("w", encoding="utf-8") as file:
+            writer = DedupWriter(file, settings)
+            results = [_read(name, suffix, writer) for name, suffix in zip(settings.inputs, suffixes, strict=True)]
+        total = sum((counts for _, counts in results), RowCounts())
         if not total.kept:
             reasons = ", ".join(f"{reason} {count}" for reason, count in total.dropped.most_common())
-            raise UserError(f"no row is left: {total.read} read, dropped: {reasons}")
-        held_out = choose_held_out(kept.groups, share=settings.share, num_rows=settings.val_rows)
-        report = _report(settings, sources, found, total, int(held_out.sum()))
-        _write(settings.out, spool, held_out, report)
-    return report
+            raise UserError(f"no row is left: {total.dropped.total()} read, dropped: {reasons}")
+        held_out = choose_held_out(writer.groups, share=settings.share, num_rows=settings.val_rows)
+        report = _report(settings, results, total, int(held_out.sum()))
+        _write(settings.out, spool, writer.column, held_out, report)
+        return report
+    finally:
+        spool.unlink(missing_ok=True)
 
 
-def _read(source: DataFile, settings: PrepareSettings, kept: DedupWriter) -> tuple[str | None, Counts]:
-    """The style of an input, None if it was not needed, and what became of its rows."""
-    counts = Counts()
-    if kept.is_full:
+@dataclass
+class DedupWriter:
+    """Writes rows that are kept to a file of JSON lines, and drops duplicates.
+
+    Attributes:
+        column: of the results, MESSAGES or TEXT; set before the first row.
+        groups: of each row a number that it shares with the rows that open alike.
+    """
+
+    file: TextIO
+    settings: PrepareSettings
+    column: str | None = None
+    groups: array[int] = field(default_factory=lambda: array("Q"))
+    hashes: set[bytes] = field(default_factory=set)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `max_rows` are kept."""
+        return self.settings.max_rows is not None and len(self.groups) >= self.settings.max_rows
+
+    def set_column(self, column: str, name: str) -> None:
+        """Set the column of the results, which must be the same for every input."""
+        if self.column not in (None, column):
+            kinds = {MESSAGES: "conversations", TEXT: "plain text"}
+            before = kinds[self.column]
+            raise UserError(f"{name}: holds {kinds[column]}, the inputs before it {before}; expected one kind")
+        self.column = column
+
+    def add(self, content: list[Message] | str) -> None:
+        """Keep a row.
+
+        Raises:
+            Dropped: if it equals an earlier row.
+        """
+        if isinstance(content, str):
+            parts, opening = [content], content
+        else:
+            parts = [part for message in content for part in (message["role"], message["content"])]
+            opening = next(message["content"] for message in content if message["role"] == "user")
+        if self.settings.dedup:
+            identity = _hash(parts)
+            if identity in self.hashes:
+                raise Dropped("duplicate")
+            self.hashes.add(identity)
+        # The hash is seeded: the order of these numbers decides which groups are held out.
+        self.groups.append(int.from_bytes(_hash([opening.casefold()], size=8, seed=self.settings.seed)))
+        self.file.write(json.dumps(content) + "\n")
+
+
+def _hash(parts: Iterable[str], *, size: int = 16, seed: int = 0) -> bytes:
+    """A hash of texts that does not depend on white space and the encoding of accents."""
+    # No part holds the separator: it counts as white space.
+    text = "\x1f".join(" ".join(unicodedata.normalize("NFC", part).split()) for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=size, key=str(seed).encode()[:64]).digest()
+
+
+def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowCounts]:
+    """The format of an input (None if reading stopped before it), and what became of its rows."""
+    counts, settings = RowCounts(), writer.settings
+    if writer.is_full:
         return None, counts
-    names, rows = source.rows(columns_read(settings.column))
-    head = list(islice(rows, ROWS_LOOKED_AT))
-    style = _recognise(source, settings, names, head)
-    kept.set_column(TEXT if style == TEXT else MESSAGES, source.name)
     from tqdm import tqdm
 
-    column = TEXT if source.is_text else settings.column
-    records = _records(chain(head, rows), head, style, column, joined=source.is_text)
-    for record in tqdm(records, desc=source.name, unit=" rows", disable=None):
-        counts.read += 1
+    is_text = suffix in TEXT_SUFFIXES
+    names, rows = open_rows(name, columns_read(settings.text_key), suffix)
+    head = list(islice(rows, ROWS_EXAMINED))
+    if not head:
+        raise UserError(f"{name}: holds no rows")
+    format_name = TEXT if is_text and TEXT in settings.formats else _recognise(name, settings, names, head)
+    writer.set_column(TEXT if format_name == TEXT else MESSAGES, name)
+    column = TEXT if is_text else settings.text_key
+    rows = chain(head, rows)
+    if format_name == "oasst" and any(map(is_tree_message, head)):
+        rows = gather_trees(rows)
+    elif format_name == TEXT and not is_text and _is_wikitext(head, column):
+        rows = _join_lines(rows, column)
+    for row in tqdm(rows, desc=name, unit=" rows", disable=None):
         try:
-            content, cut = _content(record, style, column, settings)
-            kept.add(content)
+            content, cut = _content(row, format_name, column, settings)
+            writer.add(content)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
         counts.kept += 1
         counts.changed += Counter({CUT: cut})
-        if kept.is_full:
+        if writer.is_full:
             break
-    return style, counts
+    return format_name, counts
 
 
-def _recognise(source: DataFile, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
-    """The style of an input: that of its first row that is in any."""
-    if not head:
-        raise UserError(f"{source.name}: holds no rows")
-    if source.is_text and TEXT in settings.styles:
-        return TEXT
+def _recognise(name: str, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
+    """The format of an input: that of its first row that is in one."""
     for row in head:
-        style = recognise(row, settings.styles, settings.column)
-        if style is not None:
-            return style
-    has = ", ".join(names or dict.fromkeys(name for row in head for name in row)) or "no column"
-    needs = [settings.column if style == TEXT else STYLES[style].needs for style in settings.styles]
-    where = f"{source.name}: format={settings.format}: its rows hold {has}"
-    raise UserError(f"{where}; expected {'; or '.join(needs)}")
+        if format_name := recognise(row, settings.formats, settings.text_key):
+            return format_name
+    has = ", ".join(names or dict.fromkeys(column for row in head for column in row)) or "no column"
+    needs = [settings.text_key if each == TEXT else CONVERSATION_FORMATS[each].needs for each in settings.formats]
+    raise UserError(f"{name}: format={settings.format}: its rows hold {has}; expected {'; or '.join(needs)}")
 
 
-def _records(rows: Iterator[Row], head: list[Row], style: str, column: str, *, joined: bool) -> Iterator[Row]:
-    """Rows that hold one conversation or document each."""
-    if style == "oasst" and any(is_tree_message(row) for row in head):
-        return gather_trees(rows)
-    texts = (row[column] for row in head if style == TEXT and isinstance(row.get(column), str))
-    # Wikitext as a table has a row for every line of the text.
-    if not joined and is_title(next((text for text in texts if text.strip()), "")):
-        lines = (row[column] if isinstance(row.get(column), str) else "" for row in rows)
-        return ({column: text} for text in documents(line if line.endswith("\n") else line + "\n" for line in lines))
-    return rows
+def _is_wikitext(head: list[Row], column: str) -> bool:
+    """Whether rows are the lines of wikitext, of which the first that is not blank is a title."""
+    texts = (row[column] for row in head if isinstance(row.get(column), str))
+    return is_title(next((text for text in texts if text.strip()), ""))
 
 
-def _content(record: Row, style: str, column: str, settings: PrepareSettings) -> tuple[Any, int]:
-    """What is written of a record, and how many turns were cut from it."""
-    cut = 0
-    if style == TEXT:
-        content = to_text(record, column)
+def _join_lines(rows: Iterable[Row], column: str) -> Iterator[Row]:
+    """The documents of a text that has a row for each line."""
+    lines = (row[column] if isinstance(row.get(column), str) else "" for row in rows)
+    return ({column: text} for text in documents(line if line.endswith("\n") else line + "\n" for line in lines))
+
+
+def _content(row: Row, format_name: str, column: str, settings: PrepareSettings) -> tuple[list[Message] | str, int]:
+    """What is written of a row, and how many turns were cut from it."""
+    if format_name == TEXT:
+        content, cut = to_text(row, column), 0
         chars = len(content)
     else:
-        content, cut = to_conversation(record, style, keep_system=settings.keep_system)
+        content, cut = to_conversation(row, format_name, keep_system=settings.keep_system)
         chars = sum(len(message["content"]) for message in content)
         if sum(message["role"] == "assistant" for message in content) < settings.min_turns:
             raise Dropped("too few turns")
@@ -252,22 +306,55 @@ def _content(record: Row, style: str, column: str, settings: PrepareSettings) ->
     return content, cut
 
 
+def choose_held_out(groups: Iterable[int], *, share: float, num_rows: int | None = None) -> np.ndarray:
+    """Which rows are held out: whole groups in the order of their number, as long as they fit.
+
+    Args:
+        groups: [N] of each row the number that rows with the same opening share.
+        share: of the rows that is held out, rounded, but at least one row unless it is 0.
+        num_rows: how many rows instead.
+
+    Returns:
+        [N] bool.
+
+    Raises:
+        UserError: if no row can be held out, or none would be left.
+    """
+    import numpy as np
+
+    rows = np.asarray(groups, dtype=np.uint64)
+    if num_rows is None:
+        setting, room = f"val_share={share}", max(1, round(share * len(rows))) if share else 0
+    else:
+        setting, room = f"val_rows={num_rows}", num_rows
+    if room == 0:
+        return np.zeros(len(rows), dtype=bool)
+    numbers, sizes = np.unique(rows, return_counts=True)
+    if room >= len(rows) or len(numbers) < 2:
+        have = f"rows: {len(rows)}, different beginnings among them: {len(numbers)}"
+        raise UserError(f"{setting}: so many cannot be held out ({have}); expected fewer, or val_share=0")
+    chosen = np.zeros(len(numbers), dtype=bool)
+    for i, size in enumerate(sizes):
+        if size <= room:
+            chosen[i] = True
+            room -= size
+    if not chosen.any():
+        chosen[sizes.argmin()] = True
+    return np.isin(rows, numbers[chosen])
+
+
 def _report(
-    settings: PrepareSettings,
-    sources: list[DataFile],
-    found: list[tuple[str | None, Counts]],
-    total: Counts,
-    num_val: int,
+    settings: PrepareSettings, results: list[tuple[str | None, RowCounts]], total: RowCounts, num_val: int
 ) -> dict[str, Any]:
     import pyarrow as pa
 
     from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, versions
 
     inputs = []
-    for source, (style, counts) in zip(sources, found, strict=True):
-        path = Path(source.name)
+    for name, (format_name, counts) in zip(settings.inputs, results, strict=True):
+        path = Path(name)
         file = {"bytes": path.stat().st_size, "fingerprint": file_fingerprint(path)} if path.is_file() else {}
-        inputs.append({"name": source.name, "format": style, **file, **counts.to_dict()})
+        inputs.append({"name": name, "format": format_name, **file, **counts.to_dict()})
     options = asdict(settings)
     for name in ("inputs", "out", "seed", "overwrite"):
         del options[name]
@@ -283,30 +370,47 @@ def _report(
     }
 
 
-def _write(out: Path, spool: Path, held_out: np.ndarray, report: dict[str, Any]) -> None:
+def _write(out: Path, spool: Path, column: str, held_out: np.ndarray, report: dict[str, Any]) -> None:
     """The results, complete before the first gets its name; train.parquet gets it last."""
-    names = (TRAIN, REPORT, VAL)
-    val_file = atomic_file(out / VAL) if held_out.any() else nullcontext()
-    with atomic_file(out / TRAIN) as train, atomic_file(out / REPORT) as told, val_file as val:
-        split(spool, held_out, train, val)
-        told.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        # Should the process die among the renames, no file of an earlier run lies beside one of this run.
-        for name in names:
+    with (
+        atomic_file(out / TRAIN) as train,
+        atomic_file(out / REPORT) as report_file,
+        atomic_file(out / VAL) if held_out.any() else nullcontext() as val,
+    ):
+        for path, selected in ((train, ~held_out), (val, held_out)):
+            if path is not None:
+                with spool.open(encoding="utf-8") as lines:
+                    write_parquet(path, column, compress(lines, selected))
+        report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # If the process dies between the renames, no file of an earlier run remains beside one of this run.
+        for name in (TRAIN, REPORT, VAL):
             (out / name).unlink(missing_ok=True)
 
 
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, gone when the block ends."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_parquet(path: Path, column: str, lines: Iterator[str]) -> None:
+    """A parquet file of one column, from JSON lines."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    schema = pa.schema([(column, pa.list_(message) if column == MESSAGES else pa.string())])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group := _next_group(lines):
+            writer.write_table(pa.Table.from_pydict({column: group}, schema=schema))
+
+
+def _next_group(lines: Iterator[str]) -> list[Any]:
+    group, chars = [], 0
+    for line in lines:
+        group.append(json.loads(line))
+        chars += len(line)
+        if len(group) >= GROUP_ROWS or chars >= GROUP_CHARS:
+            break
+    return group
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Clear away what killed runs left; nothing else, since the directory may be anyone's."""
+    """Remove what killed runs left; nothing else, since the directory may hold anything."""
     for name in (TRAIN, VAL, REPORT, SPOOL):
         for path in out.glob(f"{TEMPORARY}*.{name}"):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Answers of the base's own for the prompts of a parquet: what a speculator is judged against."""
+"""The base model's own answers to the prompts of a parquet file: the text that its speculator will have to draft."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import datetime
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from verl_speculator.base_model.loading import UNQUANTIZED
+from verl_speculator.checkpoint.provenance import file_digest
 from verl_speculator.data.conversations import Conversation, PromptFile
 from verl_speculator.data.generation_backends import Backend, HuggingFaceBackend, VllmBackend
-from verl_speculator.data.shards import Shards
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
-from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable, fsync
 from verl_speculator.utils.errors import UserError, nearest
 from verl_speculator.utils.options import (
     BaseModel,
@@ -34,8 +36,16 @@ from verl_speculator.utils.process import progress_bar, spread
 if TYPE_CHECKING:
     import torch
 
-
 BACKENDS = ("hf", "vllm")
+METADATA_KEY = b"verl_speculator"
+UNFINISHED, TOO_LONG, TOOLS = "unfinished", "too_long", "tools"
+REASONS = {
+    UNFINISHED: "answer did not end within max_new_tokens",
+    TOO_LONG: "prompt does not fit the base model",
+    TOOLS: "calls or offers tools",
+}
+# Of one row: `row` with either `dropped` (of REASONS), or `answers`, their `tokens`, and how many are `unfinished`.
+Record = dict[str, Any]
 
 
 def _read_vllm_args(text: str) -> dict[str, Any]:
@@ -50,7 +60,7 @@ def _read_vllm_args(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RegenerateSettings:
-    """Everything that decides what is written; all of it is recorded."""
+    """The options of `verl-speculator regenerate`; all of them are recorded."""
 
     base: BaseModel
     data: Annotated[Path, Option("parquet with a column messages, turns or prompt")]
@@ -96,7 +106,7 @@ class RegenerateSettings:
         return SamplingPolicy(self.temperature, self.top_p, self.top_k)
 
     def check_output(self) -> None:
-        """Refuse an output that is there already or cannot be written, without making anything."""
+        """Refuse an output that exists already or cannot be written, without creating anything."""
         if self.out.is_dir():
             raise UserError(f"out={self.out}: a directory, expected a name for a parquet file")
         if self.out.suffix != ".parquet":
@@ -108,38 +118,34 @@ class RegenerateSettings:
         check_writable(f"out={self.out}", self.out.parent)
 
 
-UNFINISHED, TOO_LONG, TOOLS = "unfinished", "too_long", "tools"
-REASONS = {
-    UNFINISHED: "answer did not end within max_new_tokens",
-    TOO_LONG: "prompt does not fit the base",
-    TOOLS: "calls or offers tools",
-}
-
-
-@dataclass
-class AcceptanceStats:
-    """What became of some rows.
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What became of the rows. Answers, tokens (without end tokens) and unfinished answers are of rows written.
 
     Attributes:
-        rows: that were read.
-        answers: that were written, in rows that are kept.
-        tokens: of these, end tokens not counted.
-        unfinished: of these, the answers that did not end.
-        dropped: rows that are not written, by the reason (one of REASONS).
+        dropped: rows that are not written, by reason (of REASONS).
     """
 
-    rows: int = 0
-    answers: int = 0
-    tokens: int = 0
-    unfinished: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
+    rows: int
+    answers: int
+    tokens: int
+    unfinished: int
+    dropped: dict[str, list[int]]
 
-    def add(self, other: AcceptanceStats) -> None:
-        """Add what became of other rows."""
-        for name in ("rows", "answers", "tokens", "unfinished"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for reason, rows in other.dropped.items():
-            self.dropped.setdefault(reason, []).extend(rows)
+    @classmethod
+    def of(cls, records: list[Record]) -> AnswerCounts:
+        """The counts of some rows' records."""
+        written, dropped = [record for record in records if "dropped" not in record], {}
+        for record in records:
+            if reason := record.get("dropped"):
+                dropped.setdefault(reason, []).append(record["row"])
+        return cls(
+            rows=len(records),
+            answers=sum(len(record["answers"]) for record in written),
+            tokens=sum(record["tokens"] for record in written),
+            unfinished=sum(record["unfinished"] for record in written),
+            dropped=dropped,
+        )
 
     @property
     def written(self) -> int:
@@ -152,177 +158,207 @@ class AcceptanceStats:
         if self.unfinished:
             lines.append(f"{self.unfinished} answers did not end within max_new_tokens and are kept")
         for reason, rows in self.dropped.items():
-            named = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
-            lines.append(f"{len(rows)} dropped, {REASONS[reason]}: row{'s'[: len(rows) > 1]} {named}")
+            numbers = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
+            lines.append(f"{len(rows)} dropped, {REASONS[reason]}: row{'s'[: len(rows) > 1]} {numbers}")
         return lines
 
 
-def regenerate(settings: RegenerateSettings) -> AcceptanceStats:
-    """Write `settings.out`: the rows of `settings.data` with answers of the base's own (docs/regenerate.md).
+def regenerate(settings: RegenerateSettings) -> AnswerCounts:
+    """Write `settings.out`: the rows of `settings.data` with answers of the base model's own (docs/regenerate.md).
 
-    A run that was killed goes on where it was.
-
-    Returns:
-        What became of the rows.
+    A run that was killed is resumed.
 
     Raises:
-        UserError: for a setting, a file or a base that cannot be used; before the base is loaded wherever it can be
-            known by then. Also if no row is left.
+        UserError: for a setting, a file or a base model that cannot be used, before the base model is loaded wherever
+            it can be known by then; also if no row is left.
     """
     settings.check_output()
-    source = PromptFile.open(settings.data)
-
-    # These load torch, which no complaint about a setting or the file should wait for.
-    from verl_speculator.base_model.loading import choose_device, choose_dtype, load_tokenizer
-
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    tokenizer = load_tokenizer(settings.base)
-    ends = _end_tokens(settings.base, tokenizer)
-    if not ends and not settings.keep_unfinished:
-        raise UserError(
-            f"base={settings.base}: names no end token, so that no answer ends; expected --keep-unfinished, or an "
-            "eos_token_id in its generation_config.json"
-        )
-    rows = spread(source.table.num_rows, settings.num_rows)
-    parts = [rows[i : i + settings.shard_rows] for i in range(0, len(rows), settings.shard_rows)]
-    shards = Shards(settings.out, len(parts))
-    go_on = shards.check(_identity(settings, device, dtype, tokenizer, ends), overwrite=settings.overwrite)
+    file = PromptFile.read(settings.data)
+    run = _Run.resolve(settings)
+    rows = spread(file.table.num_rows, settings.num_rows)
+    shards = [rows[i : i + settings.shard_rows] for i in range(0, len(rows), settings.shard_rows)]
+    log = AnswerLog(settings.out)
+    resume = log.load(run.identity(), overwrite=settings.overwrite)
     with progress_bar() as progress:
-        reading = progress.add_task("checking rows", total=len(rows))
-        waiting = []
-        for part in parts:
-            waiting.append(_check(source, part, tokenizer, go_on=go_on))
-            progress.advance(reading, len(part))
-        missing = shards.missing() if go_on else list(range(len(parts)))
-        if missing:
-            backend = _load(settings, device, dtype, tokenizer, ends)
-            # Anew, since a base from the hub has a fingerprint only once it is here.
-            shards.begin(_identity(settings, device, dtype, tokenizer, ends), go_on=go_on)
-            done = sum(waiting) - sum(waiting[i] for i in missing)
-            task = progress.add_task(f"{settings.data.name} (answers)", total=sum(waiting), completed=done)
-            for i in missing:
-                talks = list(source.talks(parts[i]))
-                account = _answer(talks, backend, tokenizer, settings, lambda n: progress.advance(task, n))
-                kept = [talk for talk in talks if not talk.open]
-                shards.write(i, source.answered(kept), asdict(account))
-    total = AcceptanceStats()
-    for found in shards.accounts():
-        total.add(AcceptanceStats(**found))
-    if not total.written:
-        shards.remove()
+        checking = progress.add_task("checking rows", total=len(rows))
+        num_answers = dict.fromkeys(rows, 0)
+        for conversation in chain.from_iterable(map(file.conversations, shards)):
+            if not resume and not conversation.uses_tools:  # the rows of a run that is resumed have been checked
+                run.prompt_ids(conversation, conversation.unanswered[-1])
+            num_answers[conversation.row] = len(conversation.unanswered)
+            progress.advance(checking)
+        if missing := shards[len(log.shards) :]:
+            backend = run.load_backend()
+            # Anew: a base model from the hub has a fingerprint only once it is downloaded.
+            log.begin(run.identity())
+            total, left = sum(num_answers.values()), sum(num_answers[row] for shard in missing for row in shard)
+            task = progress.add_task(f"{settings.data.name} (answers)", total=total, completed=total - left)
+            for shard in missing:
+                log.append(run.answer(list(file.conversations(shard)), backend, partial(progress.advance, task)))
+    counts = AnswerCounts.of([record for shard in log.shards for record in shard])
+    if not counts.written:
+        log.remove()
         advice = f"; expected a larger --max-new-tokens than {settings.max_new_tokens}, or --keep-unfinished"
-        reasons = "; ".join(total.summary()[1:]) + (advice if UNFINISHED in total.dropped else "")
+        reasons = "; ".join(counts.summary()[1:]) + (advice if UNFINISHED in counts.dropped else "")
         raise UserError(f"data={settings.data}: no row is left: {reasons}")
-    shards.merge(source.schema, _provenance(settings, device, dtype, tokenizer, ends, total))
-    return total
+    write_answers(settings.out, file, log.shards, run.provenance(counts))
+    log.remove()
+    return counts
 
 
-def _check(source: PromptFile, rows: list[int], tokenizer: Any, *, go_on: bool) -> int:
-    """How many answers some rows wait for, once it is sure that the chat template takes them.
+def write_answers(out: Path, file: PromptFile, shards: list[list[Record]], metadata: Mapping[str, Any]) -> None:
+    """Write the rows that are not dropped, with their answers."""
+    import pyarrow.parquet as pq
 
-    Rows that are being gone on with have been through this.
-    """
-    from verl_speculator.base_model.chat_template import tokenize_prompt
-
-    answers = 0
-    for talk in source.talks(rows):
-        answers += len(talk.open)
-        if not go_on and not talk.calls_tools:
-            try:
-                tokenize_prompt(tokenizer, talk.prompt(talk.open[-1]))
-            except UserError as error:
-                raise UserError(f"data={source.path}, row {talk.row}: {error}") from None
-    return answers
+    schema = file.schema.with_metadata({**(file.schema.metadata or {}), METADATA_KEY: json.dumps(metadata)})
+    with atomic_file(out) as path, pq.ParquetWriter(path, schema) as writer:
+        for shard in shards:
+            if answers := {record["row"]: record["answers"] for record in shard if "dropped" not in record}:
+                writer.write_table(file.answered(answers))
 
 
-def _load(
-    settings: RegenerateSettings, device: str, dtype: torch.dtype, tokenizer: Any, ends: tuple[int, ...]
-) -> Backend:
-    if settings.backend == "vllm":
-        return VllmBackend(
-            settings.base,
-            dtype=dtype,
-            policy=settings.policy,
-            ends=ends,
-            seed=settings.seed,
-            arguments=settings.vllm_args,
-        )
-    return HuggingFaceBackend(
-        settings.base,
-        device=device,
-        dtype=dtype,
-        policy=settings.policy,
-        ends=ends,
-        pad=tokenizer.pad_token_id,
-        batch_size=settings.batch_size,
-    )
+@dataclass(frozen=True)
+class _Run:
+    """Settings with what `auto` means and what the base model's files say."""
+
+    settings: RegenerateSettings
+    device: str
+    dtype: torch.dtype
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+
+    @classmethod
+    def resolve(cls, settings: RegenerateSettings) -> _Run:
+        # Imports torch, which an error of a setting or of the file should not wait for.
+        from verl_speculator.base_model.loading import choose_device, choose_dtype, load_tokenizer
+
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        tokenizer = load_tokenizer(settings.base)
+        end_tokens = _end_tokens(settings.base, tokenizer)
+        if not end_tokens and not settings.keep_unfinished:
+            raise UserError(
+                f"base={settings.base}: names no end token, so that no answer ends; expected --keep-unfinished, or an "
+                "eos_token_id in its generation_config.json"
+            )
+        return cls(settings, device, dtype, tokenizer, end_tokens)
+
+    def load_backend(self) -> Backend:
+        if self.settings.backend == "vllm":
+            return VllmBackend(self.settings, self.dtype, self.end_tokens)
+        pad_token = self.tokenizer.pad_token_id
+        return HuggingFaceBackend(self.settings, self.device, self.dtype, self.end_tokens, pad_token)
+
+    def prompt_ids(self, conversation: Conversation, index: int) -> list[int]:
+        from verl_speculator.base_model.chat_template import tokenize_prompt
+
+        try:
+            return tokenize_prompt(self.tokenizer, conversation.prompt(index))
+        except UserError as error:
+            raise UserError(f"data={self.settings.data}, row {conversation.row}: {error}") from None
+
+    def answer(
+        self, conversations: list[Conversation], backend: Backend, advance: Callable[[int], None]
+    ) -> list[Record]:
+        """Answer conversations, turn by turn, all that still wait for an answer together."""
+        records: dict[int, Record] = {
+            each.row: {"row": each.row, "answers": [], "tokens": 0, "unfinished": 0} for each in conversations
+        }
+
+        def drop(conversation: Conversation, reason: str) -> None:
+            records[conversation.row] = {"row": conversation.row, "dropped": reason}
+            advance(len(conversation.unanswered))
+
+        pending = conversations
+        while pending:
+            prompts: list[tuple[Conversation, list[int]]] = []
+            for conversation in pending:
+                if conversation.uses_tools:
+                    drop(conversation, TOOLS)
+                    continue
+                ids = self.prompt_ids(conversation, conversation.unanswered[0])
+                if backend.limit is not None and len(ids) >= backend.limit:
+                    drop(conversation, TOO_LONG)
+                else:
+                    prompts.append((conversation, ids))
+            seeds = [_seed(self.settings.seed, each.row, each.unanswered[0]) for each, _ in prompts]
+            for i, tokens, finished in backend.generate([ids for _, ids in prompts], seeds):
+                conversation = prompts[i][0]
+                if not finished and not self.settings.keep_unfinished:
+                    drop(conversation, UNFINISHED)
+                    continue
+                # Cleaning up would change the spaces that the base model generated.
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                conversation.answer(text)
+                record = records[conversation.row]
+                record["answers"].append(text)
+                record["tokens"] += len(tokens)
+                record["unfinished"] += not finished
+                advance(1)
+            pending = [each for each, _ in prompts if each.unanswered and "dropped" not in records[each.row]]
+        return list(records.values())
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for shards to belong together."""
+        from verl_speculator.checkpoint.provenance import weights_fingerprint
+
+        settings = self.settings
+        template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        identity = asdict(settings) | {
+            "base": weights_fingerprint(settings.base) or settings.base,
+            "chat_template": hashlib.sha256(template.encode()).hexdigest()[:32],
+            "data": file_digest(settings.data),
+            "device": self.device.split(":")[0],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "end_tokens": list(self.end_tokens),
+        }
+        del identity["out"], identity["overwrite"]
+        # Greedily a batch decides nothing but rounding, and a smaller one may let a run finish; vLLM uses none.
+        if settings.policy.greedy or settings.backend == "vllm":
+            del identity["batch_size"]
+        return identity
+
+    def provenance(self, total: AnswerCounts) -> dict[str, Any]:
+        """The metadata of the result."""
+        from importlib import metadata
+
+        from verl_speculator.checkpoint.provenance import git_commit, hardware, versions, weights_fingerprint
+
+        settings, identity = self.settings, self.identity()
+        vllm = {"vllm": metadata.version("vllm")} if settings.backend == "vllm" else {}
+        del identity["base"]
+        return {
+            "command": "regenerate",
+            "base": settings.base,
+            "base_fingerprint": weights_fingerprint(settings.base),
+            "data": str(settings.data),
+            "data_sha256": identity.pop("data"),
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "settings": identity | {"batch_size": settings.batch_size},
+            "counts": {
+                "rows": total.rows,
+                "rows_written": total.written,
+                "answers": total.answers,
+                "answer_tokens": total.tokens,
+                "unfinished": total.unfinished,
+                "dropped": {reason: len(rows) for reason, rows in total.dropped.items()},
+            },
+            "dropped_rows": total.dropped,
+            "versions": versions() | vllm,
+            "commit": git_commit(),
+            "hardware": hardware(self.device),
+            "date": datetime.date.today().isoformat(),
+        }
 
 
-def _answer(
-    talks: list[Conversation],
-    backend: Backend,
-    tokenizer: Any,
-    settings: RegenerateSettings,
-    advance: Callable[[int], None],
-) -> AcceptanceStats:
-    """Answer the conversations of a shard, turn by turn; those that are dropped keep an open place."""
-    from verl_speculator.base_model.chat_template import tokenize_prompt
-
-    account = AcceptanceStats(rows=len(talks))
-    said: dict[int, list[tuple[int, bool]]] = {talk.row: [] for talk in talks}
-
-    def drop(talk: Conversation, reason: str) -> None:
-        account.dropped.setdefault(reason, []).append(talk.row)
-        said.pop(talk.row)
-        advance(len(talk.open))
-
-    due = talks
-    while due:
-        asked: list[tuple[Conversation, list[int]]] = []
-        for talk in due:
-            if talk.calls_tools:
-                drop(talk, TOOLS)
-                continue
-            try:
-                ids = tokenize_prompt(tokenizer, talk.prompt())
-            except UserError as error:
-                raise UserError(f"data={settings.data}, row {talk.row}: {error}") from None
-            if backend.limit is not None and len(ids) >= backend.limit:
-                drop(talk, TOO_LONG)
-            else:
-                asked.append((talk, ids))
-        answers = backend.generate(
-            [ids for _, ids in asked],
-            max_new_tokens=settings.max_new_tokens,
-            seeds=[_seed(settings.seed, talk.row, talk.open[0]) for talk, _ in asked],
-        )
-        for i, tokens, finished in answers:
-            talk = asked[i][0]
-            if not finished and not settings.keep_unfinished:
-                drop(talk, UNFINISHED)
-                continue
-            # Cleaning up would put other spaces between the words than the base did.
-            talk.answer(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            said[talk.row].append((len(tokens), finished))
-            advance(1)
-        due = [talk for talk, _ in asked if talk.row in said and talk.open]
-    for rows in account.dropped.values():
-        rows.sort()
-    for answered in said.values():
-        account.answers += len(answered)
-        account.tokens += sum(count for count, _ in answered)
-        account.unfinished += sum(not finished for _, finished in answered)
-    return account
-
-
-def _seed(seed: int, row: int, place: int) -> int:
-    """For one answer, so that what is drawn does not hang on where a run was interrupted."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {row} {place}".encode()).digest()[:4])
+def _seed(seed: int, row: int, index: int) -> int:
+    """For one answer, so that what is drawn does not depend on where a run was interrupted."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {row} {index}".encode()).digest()[:4])
 
 
 def _end_tokens(base: str, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a turn, without loading the base."""
+    """The tokens that end a turn, without loading the base model."""
     from transformers import AutoConfig
 
     from verl_speculator.base_model.chat_template import end_token_ids
@@ -334,70 +370,57 @@ def _end_tokens(base: str, tokenizer: Any) -> tuple[int, ...]:
     return end_token_ids(tokenizer, UNQUANTIZED.read_generation_config(base, config))
 
 
-def _identity(
-    settings: RegenerateSettings, device: str, dtype: torch.dtype, tokenizer: Any, ends: tuple[int, ...]
-) -> dict[str, Any]:
-    """What must be the same for shards to belong together."""
-    from verl_speculator.checkpoint.provenance import weights_fingerprint
+class AnswerLog:
+    """The answers so far, in `<out>.answers.jsonl`: what they depend on, then a line of records for each shard.
 
-    template = json.dumps(tokenizer.chat_template, sort_keys=True)
-    identity = {
-        "base": weights_fingerprint(settings.base) or settings.base,
-        "chat_template": hashlib.sha256(template.encode()).hexdigest()[:32],
-        "data": _sha256(settings.data),
-        "device": device.split(":")[0],
-        "dtype": str(dtype).removeprefix("torch."),
-        "end_tokens": list(ends),
-    }
-    own = asdict(settings)
-    for name in ("base", "data", "out", "device", "dtype", "overwrite"):
-        own.pop(name)
-    # Greedily a batch decides nothing but rounding, and a smaller one may be what lets a run go on; vLLM asks for none.
-    if settings.policy.greedy or settings.backend == "vllm":
-        own.pop("batch_size")
-    return identity | own
+    A kill costs the shard that is being answered: a line counts once its line break is written.
 
+    Attributes:
+        shards: records of the finished shards, in order.
+    """
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def __init__(self, out: Path) -> None:
+        self.out, self.path = out, out.with_name(f"{out.name}.answers.jsonl")
+        self.shards: list[list[Record]] = []
 
+    def load(self, identity: Mapping[str, Any], *, overwrite: bool) -> bool:
+        """Read a log that an earlier run left; False if there is none. Nothing is written.
 
-def _provenance(
-    settings: RegenerateSettings,
-    device: str,
-    dtype: torch.dtype,
-    tokenizer: Any,
-    ends: tuple[int, ...],
-    total: AcceptanceStats,
-) -> dict[str, Any]:
-    """What the result says of itself."""
-    from importlib import metadata
+        Raises:
+            UserError: if it is of other settings and there is no `overwrite`, or no such log.
+        """
+        if not self.path.exists():
+            return False
+        try:
+            recorded, *shards = map(json.loads, self.path.read_text().split("\n")[:-1])
+            pairs = {name: (recorded.get(name), identity.get(name)) for name in sorted({*recorded, *identity})}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{self.path}: expected answers for {self.out.name} ({error}); remove it") from None
+        differing = [f"{name} ({before}, {now})" for name, (before, now) in pairs.items() if before != now]
+        if differing and not overwrite:
+            raise UserError(
+                f"{self.path}: begun with other settings (its own, this command's): {', '.join(differing)}; expected "
+                "the same to resume, or --overwrite to begin anew"
+            )
+        self.shards = [] if differing else shards
+        return not differing
 
-    from verl_speculator.checkpoint.provenance import git_commit, hardware, versions, weights_fingerprint
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Write the log with the shards that were loaded, without the torn line of a killed run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in (identity, *self.shards)))
 
-    identity = _identity(settings, device, dtype, tokenizer, ends)
-    found = versions() | ({"vllm": metadata.version("vllm")} if settings.backend == "vllm" else {})
-    return {
-        "command": "regenerate",
-        "base": settings.base,
-        "base_fingerprint": weights_fingerprint(settings.base),
-        "data": str(settings.data),
-        "data_sha256": identity.pop("data"),
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-        "settings": {k: v for k, v in identity.items() if k != "base"} | {"batch_size": settings.batch_size},
-        "counts": {
-            "rows": total.rows,
-            "rows_written": total.written,
-            "answers": total.answers,
-            "answer_tokens": total.tokens,
-            "unfinished": total.unfinished,
-            "dropped": {reason: len(rows) for reason, rows in total.dropped.items()},
-        },
-        "dropped_rows": total.dropped,
-        "versions": found,
-        "commit": git_commit(),
-        "hardware": hardware(device),
-        "date": datetime.date.today().isoformat(),
-    }
+    def append(self, records: list[Record]) -> None:
+        """Save a finished shard."""
+        self.shards.append(records)
+        with self.path.open("a") as file:
+            file.write(json.dumps(records) + "\n")
+        fsync(self.path)
+
+    def remove(self) -> None:
+        """Remove the log, and what killed runs left half written."""
+        self.path.unlink()
+        for name in (self.out.name, self.path.name):
+            for path in self.out.parent.glob(f"{TEMPORARY}*.{name}"):
+                path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What a checkpoint records of its run's settings and data, and what another value means to a run that resumes it.
+"""The record of a run's settings and data, and what a changed value means to a run that resumes it.
 
-The trainer writes the record into `config.json`, the checks before a run compare it with the run's own.
+The trainer writes the record into a checkpoint's `config.json`; the checks before a run compare it with the run's own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.base_model.loading import BaseModelFormat
-from verl_speculator.checkpoint.provenance import data_fingerprint
+from verl_speculator.checkpoint.provenance import data_fingerprint, file_digest
 from verl_speculator.config.schema import PREFIX, SpeculatorTraining
-from verl_speculator.data.hidden_state_cache import IRRELEVANT, file_digest, tokenizer_digest
+from verl_speculator.data.hidden_state_cache import IRRELEVANT, tokenizer_digest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,20 +24,20 @@ RECORD = "settings"  # the record's key in a checkpoint's provenance
 TRAIN_CONTENTS, VAL_CONTENTS = "the contents of data.train_files", "the contents of data.val_files"
 TOKENIZER, BASE_CONFIGURATION = "the tokenizer or its chat template", "the base model's configuration"
 CUSTOM_CODE = "the code of data.custom_cls"
-# What is recorded as a digest, which says nothing to a reader.
+# Recorded as digests, which say nothing to a reader.
 DIGESTS = (TRAIN_CONTENTS, VAL_CONTENTS, TOKENIZER, BASE_CONFIGURATION, CUSTOM_CODE)
-# Entries of a base model's configuration that say by what it was written, or in which type, which is a setting here.
+# Entries of a base model's configuration that name its writer, or its dtype, which is a setting here.
 WRITER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-# Settings of the optimizer by whose state another one cannot continue.
+# With other values of these settings an optimizer cannot continue from the recorded state.
 OPTIMIZER_KIND = ("optim.optimizer", "optim.optimizer_impl")
-# Settings of `data` that the number of rows says better, or that no run has another value of.
+# Settings of `data` that the number of rows covers, or that have the same value in every run.
 UNRECORDED_DATA = {*IRRELEVANT, "train_max_samples", "pad_mode", "custom_cls"}
 UNRECORDED_OPTIM = {"_target_", "total_training_steps"}
 ADJUSTABLE = (PREFIX + "lr", "trainer.total_epochs", "trainer.total_training_steps", VAL_CONTENTS)
 
 
 def record_settings(config: DictConfig, training: SpeculatorTraining, tokenizer: Any) -> dict[str, Any]:
-    """Every setting that decides what a run computes, by its name, in the values of JSON.
+    """Every setting that decides what a run computes, by its name, as JSON values.
 
     A setting that has no effect in this run, such as η without the loss that reads it, is left out.
 
@@ -93,36 +93,34 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _custom_code(custom: Mapping[str, Any]) -> list[str | None] | None:
-    """The class that reads the data, with a digest of its file (the name of what is not a file); None for verl's."""
+    """The user's dataset class and a digest of its file (its name if it is not a file); None for verl's."""
     if not (path := custom.get("path")):
         return None
     return [custom.get("name"), file_digest(Path(path)) if Path(path).is_file() else str(path)]
 
 
 def _base_configuration(model: Mapping[str, Any]) -> str:
-    """A digest of the base model's configuration as it is written, wherever it lies."""
+    """A digest of the base model's configuration file."""
     from transformers import PretrainedConfig
 
-    if named := model["hf_config_path"]:
-        values, _ = PretrainedConfig.get_config_dict(named)
-    else:
-        values, _ = PretrainedConfig.get_config_dict(model["path"], **BaseModelFormat(None, model["gguf_file"]).reading)
+    reading = {} if model["hf_config_path"] else BaseModelFormat(None, model["gguf_file"]).reading
+    values, _ = PretrainedConfig.get_config_dict(model["hf_config_path"] or model["path"], **reading)
     values = {name: value for name, value in values.items() if name not in WRITER}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _contents(files: Any) -> list[str]:
-    """A fingerprint of each file, in order; the name of what is not a file, which custom datasets may read."""
+    """A fingerprint of each file, in order; a name that is no file, as custom datasets may read, stands for itself."""
     return [data_fingerprint(Path(file)) if Path(file).is_file() else str(file) for file in files or []]
 
 
 def earlier_record(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as far as the other sections of a provenance hold it, which is all that early checkpoints have."""
+    """The part of the record that the other sections of a provenance hold, for checkpoints without a record."""
     base, training = (provenance.get(section, {}) for section in ("base", "training"))
     joint = base.get("trained_jointly")
     known = {
         "model.freeze_base_model": None if joint is None else not joint,
-        # A checkpoint that names none was trained on the hidden states of the weights as they lie.
+        # A checkpoint that names none was trained on the hidden states of the unquantized base model.
         "model.quantization": base.get("quantization") or "null",
         "data.train_batch_size": training.get("train_batch_size"),
         "optim.lr": training.get("lr"),
@@ -136,12 +134,12 @@ def earlier_record(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checkpoint's record beside that of a run which resumes it; names with both values, the checkpoint's first.
+    """A checkpoint's record compared with that of a run which resumes it; the checkpoint's value is named first.
 
     Attributes:
-        refused: settings by which the run would be another one: its objective, its rows or their order.
-        adjusted: settings that a run may go on with in another value.
-        unrecorded: names of settings that the checkpoint says nothing of.
+        refused: settings with which the run would be another one: its objective, its rows or their order.
+        adjusted: settings that a run may continue with in another value.
+        unrecorded: names of settings that the checkpoint does not record.
     """
 
     refused: tuple[str, ...]
@@ -149,29 +147,24 @@ class Comparison:
     unrecorded: tuple[str, ...]
 
 
-def compare_records(recorded: Mapping[str, Any], own: Mapping[str, Any]) -> Comparison:
-    """Compare a checkpoint's record with a run's own."""
-    both = [name for name in own if name in recorded]
-    differing = {name: _both_values(name, recorded[name], own[name]) for name in both if recorded[name] != own[name]}
+def compare_records(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Comparison:
+    """Compare a checkpoint's record with that of the current run."""
+    differing = [name for name in current if name in recorded and recorded[name] != current[name]]
+    values = {name: f"{name} ({_format(recorded[name])}, {_format(current[name])})" for name in differing}
+    texts = values | {name: name for name in differing if name in DIGESTS}
     return Comparison(
-        refused=tuple(text for name, text in differing.items() if not is_adjustable(name)),
-        adjusted=tuple(text for name, text in differing.items() if is_adjustable(name)),
-        unrecorded=tuple(name for name in own if name not in recorded),
+        refused=tuple(texts[name] for name in differing if not is_adjustable(name)),
+        adjusted=tuple(texts[name] for name in differing if is_adjustable(name)),
+        unrecorded=tuple(name for name in current if name not in recorded),
     )
 
 
 def is_adjustable(name: str) -> bool:
-    """Whether a run may go on with another value of this setting."""
+    """Whether a run may continue with another value of this setting."""
     optimizer = name.startswith("optim.") and name not in OPTIMIZER_KIND
     return optimizer or name in ADJUSTABLE or name.startswith(("engine.", "model.override_config"))
 
 
-def _both_values(name: str, recorded: Any, own: Any) -> str:
-    if name in DIGESTS:
-        return name
-    return f"{name} ({_say(recorded)}, {_say(own)})"
-
-
-def _say(value: Any) -> str:
+def _format(value: Any) -> str:
     """A value as it is written on a command line."""
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value)

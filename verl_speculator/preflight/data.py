@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_texts
+from verl_speculator.data.conversations import check_messages, check_text, open_parquet, read_parquet
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.preflight.base_model import Base
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import spread
 
-BATCH_ROWS = 512
 SAMPLED_ROWS = 1000
 
 
@@ -39,14 +39,11 @@ class Rows:
 
     def read(self, *more_columns: str) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
         """Batches of rows with the place of each: `column`, and those of `more_columns` that exist."""
-        import pyarrow.parquet as pq
-
         remaining = self.count
         for file in self.files:
-            parquet, first = pq.ParquetFile(file), 0
-            columns = [name for name in (self.column, *more_columns) if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
-                rows = batch.to_pylist()[:remaining]
+            first = 0
+            for batch in read_parquet(file, (self.column, *more_columns), file):
+                rows = batch[:remaining]
                 if not rows:
                     return
                 yield [f"{self.setting}: {file}, row {i}" for i in range(first, first + len(rows))], rows
@@ -54,24 +51,14 @@ class Rows:
 
 
 def _open_rows(config: DictConfig, setting: str, max_samples: int) -> Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     data, files = config.data, list(OmegaConf.select(config, setting))
     if not files:
         raise UserError(f"{setting} is not set: expected one parquet file or a list of them")
     count, text_flags = 0, set()
     for file in files:
-        if not Path(file).exists():
-            raise UserError(f"{setting}={file}: no such file")
-        try:
-            parquet = pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{setting}={file}: not a parquet file ({str(error).splitlines()[0]})") from None
-        if parquet.metadata.num_rows == 0:
-            raise UserError(f"{setting}={file}: holds no rows")
-        count += parquet.metadata.num_rows
-        names = parquet.schema_arrow.names
+        with open_parquet(file, f"{setting}={file}") as parquet:
+            count += parquet.metadata.num_rows
+            names = parquet.schema_arrow.names
         if data.messages_key not in names and data.text_key not in names:
             raise UserError(
                 f"{setting}={file}: no column {data.messages_key!r} (conversations) and none {data.text_key!r} (plain "
@@ -106,7 +93,11 @@ def check_rows(config: DictConfig, base: Base, rows: Rows) -> None:
     must_fit = data.truncation == "error"
     for places, batch in rows.read(data.tools_key, data.enable_thinking_key):
         for place, row in zip(places, batch, strict=True):
-            _check_row(row[rows.column], rows, place)
+            where = f"{place}: {rows.column}"
+            if rows.is_text:
+                check_text(row[rows.column], where, empty=True)
+            else:
+                check_messages(row[rows.column], where)
         if must_fit:
             _check_lengths(config, base, rows, places, batch)
         has_target = has_target or any(_has_target(config, base, row) for row in batch)
@@ -117,15 +108,6 @@ def check_rows(config: DictConfig, base: Base, rows: Rows) -> None:
             f"{rows.setting}: no row has anything to draft: expected assistant messages of more than one token within "
             f"data.max_length={data.max_length}"
         )
-
-
-def _check_row(value: Any, rows: Rows, place: str) -> None:
-    if rows.is_text and not isinstance(value, str):
-        raise UserError(f"{place}: {rows.column} is {value!r}, expected a text")
-    if not rows.is_text and (
-        not isinstance(value, list) or not value or not all(isinstance(m, dict) and m.get("role") for m in value)
-    ):
-        raise UserError(f"{place}: {rows.column} is no list of messages with a role and a content")
 
 
 def _check_lengths(config: DictConfig, base: Base, rows: Rows, places: list[str], batch: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +23,8 @@ from helpers.drafters import load_base
 from helpers.engine_harness import load_rows
 from helpers.tiny_models import make_base, make_chat_rows, make_tokenizer, write_parquet
 from verl_speculator.base_model.chat_template import end_token_ids, tokenize_prompt
-from verl_speculator.data.generation_backends import HuggingFaceBackend, cut
+from verl_speculator.data.generation_backends import HuggingFaceBackend, cut_at_end
 from verl_speculator.data.regenerate import RegenerateSettings, regenerate
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.utils.errors import UserError
 
 TOKENS = 32
@@ -97,7 +97,7 @@ def test_every_answer_is_the_one_given_alone(ending, name, chat, tokenizer, tmp_
 
 
 def test_unfinished_answers_are_kept_on_request(small, chat, tokenizer, tmp_path):
-    account = regenerate(asked(small, chat, tmp_path / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
+    account = regenerate(asked(small, chat, tmp_path / "new" / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
     assert 0 < account.written < 12 and account.unfinished == 0
     kept = regenerate(asked(small, chat, tmp_path / "all.parquet", num_rows=12, max_new_tokens=2, keep_unfinished=True))
     assert kept.written == 12 and kept.unfinished > 0 and not kept.dropped
@@ -166,7 +166,7 @@ def test_rows_that_cannot_be_answered_are_counted_and_named(small, tokenizer, tm
     data = write_parquet(tmp_path / "in.parquet", rows)
     account = regenerate(asked(small, data, tmp_path / "out.parquet", keep_unfinished=True))
     assert account.dropped == {"tools": [3], "too_long": [1]} and account.written == 2
-    assert "1 dropped, prompt does not fit the base: row 1" in account.summary()
+    assert "1 dropped, prompt does not fit the base model: row 1" in account.summary()
     found = described(tmp_path / "out.parquet")
     assert found["dropped_rows"] == account.dropped
     assert found["counts"]["rows"] == 4 and found["counts"]["rows_written"] == 2 == found["counts"]["answers"]
@@ -183,17 +183,16 @@ def test_absolute_positions(tokenizer, tmp_path):
     base = GPT2LMHeadModel(GPT2Config(vocab_size=330, bos_token_id=None, eos_token_id=None, **shape))
     base.save_pretrained(tmp_path / "gpt2")
     ends = (1, 2, 3)
-    policy = SamplingPolicy()
-    fp64 = {"device": "cpu", "dtype": torch.float64, "policy": policy, "pad": None}
-    many = HuggingFaceBackend(str(tmp_path / "gpt2"), ends=ends, batch_size=8, **fp64)
+    settings = asked(tmp_path / "gpt2", Path(), Path(), batch_size=8, max_new_tokens=10)
+    many = HuggingFaceBackend(settings, "cpu", torch.float64, ends, None)
     prompts = [list(range(5, 5 + n)) for n in (3, 23, 9, 14, 20, 20)]
-    found = sorted(many.generate(prompts, max_new_tokens=10, seeds=[0] * 6))
+    found = sorted(many.generate(prompts, [0] * 6))
     for prompt, answer in zip(prompts, found, strict=True):
         alone, size = list(prompt), min(10, 24 - len(prompt))
         with torch.no_grad():
             for _ in range(size):
                 alone.append(int(many.base(input_ids=torch.tensor([alone])).logits[0, -1].argmax()))
-        assert answer[1:] == cut(alone[len(prompt) :], ends)
+        assert answer[1:] == cut_at_end(alone[len(prompt) :], ends)
 
 
 def test_sampling_follows_the_seed_wherever_it_was_interrupted(small, chat, tmp_path, monkeypatch):
@@ -205,7 +204,7 @@ def test_sampling_follows_the_seed_wherever_it_was_interrupted(small, chat, tmp_
 
     whole = run("a.parquet")
     assert run("other.parquet", seed=1) != whole and run("cold.parquet", temperature=0.0) != whole
-    # Stopped in the third shard; the first of them is lost, too.
+    # Stopped in the third shard, while the line of the second was being written.
     calls = []
     generate = HuggingFaceBackend.generate
 
@@ -219,19 +218,19 @@ def test_sampling_follows_the_seed_wherever_it_was_interrupted(small, chat, tmp_
     with pytest.raises(KeyboardInterrupt):
         run("b.parquet")
     monkeypatch.undo()
-    folder = tmp_path / "b.parquet.shards"
-    done = sorted(path.name for path in folder.glob("shard-*"))
-    assert done == ["shard-00000.parquet", "shard-00001.parquet"] and not (tmp_path / "b.parquet").exists()
-    (folder / done[0]).unlink()
-    (folder / ".tmp.1.shard-00000.parquet").write_text("half")
+    log = tmp_path / "b.parquet.answers.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) == 3 and not (tmp_path / "b.parquet").exists()
+    log.write_text("".join(lines)[:-9])
+    (tmp_path / ".tmp.1.b.parquet.answers.jsonl").write_text("half")
     assert run("b.parquet") == whole
-    assert not folder.exists() and not list(tmp_path.rglob(".tmp.*"))
+    assert not log.exists() and not list(tmp_path.rglob(".tmp.*"))
 
 
 def test_shards_of_other_settings_are_refused(small, chat, tmp_path, monkeypatch):
     out = tmp_path / "out.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr("verl_speculator.data.shards.Shards.merge", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("verl_speculator.data.regenerate.write_answers", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             regenerate(asked(small, chat, out, num_rows=8))
     loads = []
@@ -251,7 +250,7 @@ def test_shards_of_other_settings_are_refused(small, chat, tmp_path, monkeypatch
 
 def test_a_killed_command_goes_on(small, chat, tmp_path):
     """SIGKILL while it writes shards: the same command ends as if nothing had happened."""
-    out, shards = tmp_path / "out.parquet", tmp_path / "out.parquet.shards"
+    out, log = tmp_path / "out.parquet", tmp_path / "out.parquet.answers.jsonl"
     command = [
         *(sys.executable, "-m", "verl_speculator", "regenerate", "--base", small, "--data", chat, "--out", out),
         *("--max-new-tokens", TOKENS, "--dtype", "fp64", "--device", "cpu", "--shard-rows", 1, "--batch-size", 1),
@@ -259,17 +258,18 @@ def test_a_killed_command_goes_on(small, chat, tmp_path):
     command, environment = list(map(str, command)), os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(shards.glob("shard-*"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while not log.exists() or (len(log.read_text().splitlines()) < 4 and process.poll() is None):
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {path.name: path.stat().st_mtime_ns for path in shards.glob("shard-*")}
-    assert 3 <= len(before) < 40, "the kill came too late"
+    done = len(log.read_text().splitlines()) - 1
+    assert 3 <= done < 40, "the kill came too late"
     assert not out.exists()
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "of 40 rows" in ended.stdout and "chat.parquet (answers)" in ended.stderr
-    assert not shards.exists()
+    assert not log.exists()
     regenerate(asked(small, chat, tmp_path / "whole.parquet", shard_rows=40, batch_size=16))
     assert pq.read_table(out)["messages"].equals(pq.read_table(tmp_path / "whole.parquet")["messages"])
 
@@ -351,12 +351,12 @@ def test_bad_settings(small, chat, tmp_path, monkeypatch, more, message):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "plain", "promt": "x"}], "no column of prompts; it has text, promt (did you mean 'prompt'?)"),
+        ([{"text": "plain", "promt": "x"}], "no column that can be used; it has text, promt (did you mean 'prompt'?)"),
         ([], "holds no rows"),
         ([{"messages": "a text"}], "column 'messages' is string, expected lists of messages"),
         ([{"messages": [{"from": "human", "value": "x"}]}], "expected lists of messages with a role and a content"),
         ([{"prompt": [{"role": "user", "content": [{"type": "text"}]}]}], "expected lists of messages"),
-        ([{"prompt": "x"}, {"prompt": None}], "row 1: prompt is None, expected messages"),
+        ([{"prompt": "x"}, {"prompt": None}], "row 1: prompt is None, expected a text"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "row 0: messages has no message to answer"),
         ([{"messages": [{"role": "user", "content": None}]}, *make_chat_rows(1)], "row 0: messages[0] is"),
         ([{"prompt": "x", "enable_thinking": True}], "column 'enable_thinking' is set"),
@@ -378,10 +378,12 @@ def test_places_that_cannot_be_used(small, chat, tmp_path):
         regenerate(asked(small, data, data, overwrite=True))
     with pytest.raises(UserError, match=r"in.parquet is a file, expected a directory"):
         regenerate(asked(small, data, data / "out.parquet"))
-    (tmp_path / "out.parquet.shards").mkdir()
-    (tmp_path / "out.parquet.shards" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match=r"expected shards of out.parquet, and this is none of them"):
-        regenerate(asked(small, data, tmp_path / "out.parquet", overwrite=True))
+    log = tmp_path / "out.parquet.answers.jsonl"
+    for content in ("", "a thesis\n", "[1]\n", "{}"):
+        log.write_text(content)
+        with pytest.raises(UserError, match=r"answers.jsonl: expected answers for out.parquet"):
+            regenerate(asked(small, data, tmp_path / "out.parquet", overwrite=True))
+        assert log.read_text() == content
     data.write_bytes(data.read_bytes()[:-100])
     with pytest.raises(UserError, match="truncated, or not a parquet file"):
         regenerate(asked(small, data, tmp_path / "other.parquet"))
@@ -405,7 +407,7 @@ def test_a_base_that_never_ends(tokenizer, chat, tmp_path):
         "no row is left: 2 dropped, answer did not end within max_new_tokens: rows 0, 20; expected a larger "
         "--max-new-tokens than 1, or --keep-unfinished"
     )
-    assert not (tmp_path / "out.parquet.shards").exists()
+    assert not (tmp_path / "out.parquet.answers.jsonl").exists()
 
 
 def test_a_users_error_is_one_line_and_exit_code_2(small, chat, tmp_path):

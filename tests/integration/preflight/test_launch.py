@@ -367,7 +367,7 @@ def test_data_refused(attempt, tmp_path):
     holes = write_parquet(tmp_path / "holes.parquet", [{"text": "one"}] * 8 + [{"text": None}])
     for truncation in ("error", "right"):
         cut = f"data.truncation={truncation}"
-        assert_refused(attempt, "row 0: messages is no list of messages", tmp_path, cut, data__train_files=odd)
+        assert_refused(attempt, "row 0: messages is 'one', expected a list", tmp_path, cut, data__train_files=odd)
         assert_refused(attempt, "row 8: text is None, expected a text", tmp_path, cut, data__train_files=holes)
     short = ("data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=64")
     assert_refused(attempt, "data.max_token_len_per_gpu=64: must hold a whole row", tmp_path, *short)

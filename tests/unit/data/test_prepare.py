@@ -16,14 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-import verl_speculator.data.dedup as kept
 from helpers.engine_harness import load_rows
 from helpers.tiny_models import WORDS, make_chat_rows, write_parquet
 from verl_speculator.data import prepare as module
 from verl_speculator.data.dataset import build_dataset
-from verl_speculator.data.dedup import choose_held_out
-from verl_speculator.data.formats import STYLES, documents, recognise
-from verl_speculator.data.prepare import CUT, PrepareSettings, prepare
+from verl_speculator.data.formats import CONVERSATION_FORMATS, documents, recognise
+from verl_speculator.data.prepare import CUT, PrepareSettings, choose_held_out, prepare
 from verl_speculator.utils.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "red cat"}
@@ -134,10 +132,10 @@ def test_styles(name, suffix, tmp_path):
 
 
 def test_every_style_is_offered():
-    assert set(module.FORMATS) == {"auto", "text", *STYLES}
-    assert recognise({"text": "one", "messages": [USER]}, (*STYLES, "text")) == "messages"
-    assert recognise({"text": "one", "messages": None}, (*STYLES, "text")) == "text"
-    assert recognise({"text": ["one"]}, (*STYLES, "text")) is None
+    assert set(module.FORMATS) == {"auto", "text", *CONVERSATION_FORMATS}
+    assert recognise({"text": "one", "messages": [USER]}, (*CONVERSATION_FORMATS, "text")) == "messages"
+    assert recognise({"text": "one", "messages": None}, (*CONVERSATION_FORMATS, "text")) == "text"
+    assert recognise({"text": ["one"]}, (*CONVERSATION_FORMATS, "text")) is None
 
 
 def test_trees_of_messages(tmp_path):
@@ -261,7 +259,7 @@ def test_wikitext_with_a_row_for_each_line(tmp_path):
 
 @pytest.mark.parametrize("options", [{"val_rows": 30}, {"val_share": 0.1}, {}])
 def test_nothing_leaks(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "GROUP_ROWS", 7)  # so that batches, row groups and the split do not coincide
+    monkeypatch.setattr(module, "GROUP_ROWS", 7)  # so that batches, row groups and the split do not coincide
     rng = np.random.default_rng(0)
     openings = [f"{word} {i}" for i, word in enumerate(WORDS * 6)]
     rows = []
@@ -367,12 +365,12 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "split", full)
+        patched.setattr(module, "write_parquet", full)
         assert_refused("cannot be written (no space left)", path, out)
         assert not out.exists()
     run(path, out)
     before = {entry.name: entry.read_bytes() for entry in out.iterdir()}
-    monkeypatch.setattr(module, "split", full)
+    monkeypatch.setattr(module, "write_parquet", full)
     with pytest.raises(UserError, match="no space left"):
         prepare(PrepareSettings((str(path),), out, overwrite=True))
     assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == before
@@ -396,7 +394,7 @@ def test_a_kill_leaves_nothing_under_the_final_names(tmp_path):
         process.kill()
         process.wait()
     assert all(path.name.startswith(".tmp.") for path in out.iterdir())
-    (out / ".tmp.1.rows.parquet").write_text("left over")
+    (out / ".tmp.1.rows.jsonl").write_text("left over")
     (out / ".tmp.1.other").write_text("not ours")
     rows = write(tmp_path / "whole.jsonl", [{"messages": turns(word, "red")} for word in WORDS])
     prepare(PrepareSettings((str(rows),), out))
@@ -447,11 +445,11 @@ def test_settings_that_are_refused(options, words, tmp_path):
         ("rows.jsonl.gz", "plain", "cannot be read as text"),
         ("rows.jsonl.gz", gzip.compress(b'{"text": "one"}' * 9, mtime=0)[:-12], "cannot be read as text"),
         ("rows.parquet", "plain", "truncated, or not a parquet file"),
-        ("rows.parquet.gz", "plain", "unknown suffix '.gz', expected one of .parquet, .json"),
+        ("rows.parquet.gz", "plain", "unknown suffix '.gz', expected one of .parquet, .jsonl, .json"),
         ("rows.jsnl", "plain", "unknown suffix '.jsnl' (did you mean '.jsonl'?)"),
         ("rows.csv", "plain", "unknown suffix '.csv'"),
         ("rows.jsonl", None, "rows.jsonl: no such file"),
-        ("rows/", None, "rows: a directory, expected files"),
+        ("rows/", None, "rows: a directory, expected one file"),
     ],
 )
 def test_inputs_that_are_refused(name, content, words, tmp_path):

@@ -310,7 +310,7 @@ def test_files_refused(tmp_path, tokenizer):
         "none.jsonl": (b"{}\n", "no column that can be used; it has none; expected one of"),
         "list.jsonl": (b'{"text": "one"}\n\n["one"]\n', "list.jsonl, line 3: ['one'], expected a JSON object"),
         "cut.jsonl": (b'{"text": "one"}\n{"text": "tw', "cut.jsonl, line 2: truncated, or not JSON (Unterminated"),
-        "pretty.json": (b'[\n{"text": "one"}\n]\n', "pretty.json, line 1: truncated, or not JSON"),
+        "pretty.json": (b'[\n{"text": "one"}\n', "pretty.json: truncated, or not JSON"),
         "bytes.jsonl": (b'{"text": "\xff"}\n', "bytes.jsonl: cannot be read as text"),
     }
     for name, (content, _) in contents.items():
@@ -322,6 +322,12 @@ def test_files_refused(tmp_path, tokenizer):
     for name, words in expected.items():
         assert_refused(words, read_prompts, tmp_path / name)
         assert_refused(words.split("expected one of")[0], read_texts, str(tmp_path / name), tokenizer)
+
+
+def test_read_prompts_of_a_json_array(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert read_prompts(file) == [Prompt(0, "all", text="one"), Prompt(1, "all", text="two")]
 
 
 def test_only_what_is_needed_is_read(tmp_path):
