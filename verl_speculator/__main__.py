@@ -18,7 +18,7 @@ from verl_speculator.cli.serve import serve
 from verl_speculator.cli.sweep import sweep
 from verl_speculator.cli.tree import tree
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.import_warnings import silence_import_warnings
+from verl_speculator.utils.process import silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
 for command in (

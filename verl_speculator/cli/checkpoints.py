@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from verl_speculator.interop.convert import TOKEN_AFTER_NEXT, ConvertSettings
+from verl_speculator.interop.convert import AUTO, SOURCE_FORMATS, TOKEN_AFTER_NEXT, ConvertSettings
 from verl_speculator.interop.engine_formats import FORMATS
-from verl_speculator.interop.key_maps import AUTO, SOURCE_FORMATS
 from verl_speculator.rl.rollout_args import ENGINES, PURPOSES, rollout_arguments
 from verl_speculator.utils.atomic_io import atomic_file, check_writable
 from verl_speculator.utils.errors import UserError
@@ -36,8 +35,7 @@ def inspect(
         "fits a base of": {"input_hidden_dim": info.hidden_size, "vocab_size": info.vocab_size},
         **info.provenance,
         "serving": {
-            s.engine: "yes" if s.unsupported_reason is None else f"no: {s.unsupported_reason}"
-            for s in serving_engines(info.config)
+            engine: "yes" if reason is None else f"no: {reason}" for engine, reason in serving_engines(info.config).items()
         },
     }
     if as_json:
@@ -107,8 +105,15 @@ def export(
 ) -> None:
     """Write a speculator as vLLM or ArcticInference loads it, every tensor held against what the engine demands."""
     from verl_speculator.checkpoint.format import read_checkpoint_info
-    from verl_speculator.interop.export import CARD, check_export, export_speculator
-    from verl_speculator.interop.model_card import check_repo, model_card, push, read_results
+    from verl_speculator.interop.export import (
+        CARD,
+        check_export,
+        check_repo,
+        export_speculator,
+        model_card,
+        push,
+        read_results,
+    )
 
     info = read_checkpoint_info(checkpoint)
     check_export(info, format_, out, dtype, overwrite or dry_run)
@@ -124,10 +129,10 @@ def export(
         return
     architectures: tuple[str, ...] = ()
     if base is not None:
-        from verl_speculator.base_model.loading import base_architectures, base_shape
+        from verl_speculator.base_model.loading import base_shape, read_config
 
         info.check_base(*base_shape(base))
-        architectures = base_architectures(base)
+        architectures = tuple(read_config(base).architectures or ())
     export_speculator(info, format_, out, dtype=dtype, card=card, base_architectures=architectures, overwrite=overwrite)
     typer.echo(f"{out}: {format_}, for {FORMATS[format_].engine}")
     if push_to_hub is not None:

@@ -89,18 +89,16 @@ def load(base: str, speculator: str | None, *, device: str, dtype: str, form: Ba
     Raises:
         UserError: for a device or dtype that is none, or a base that cannot be loaded or decoded with.
     """
-    from verl_speculator.base_model.chat_template import end_token_ids
-    from verl_speculator.base_model.loading import check_base, choose_device, choose_dtype, load_base, load_tokenizer
+    from verl_speculator.base_model.loading import BaseModelLoader, check_base
     from verl_speculator.checkpoint.format import load_speculator
 
-    device = choose_device(device)
-    kind = choose_dtype(dtype, device)
-    tokenizer = load_tokenizer(base, form)
+    loader = BaseModelLoader(base, device=device, dtype=dtype, form=form)
     check_base(base, form)
-    model = load_base(base, device=device, dtype=kind, form=form)
+    tokenizer = loader.tokenizer
+    model = loader.load()
     draft = None
     if speculator is not None:
-        draft = load_speculator(speculator, device=device, dtype=kind).requires_grad_(False).eval()
+        draft = load_speculator(speculator, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
         if draft.is_untrained():
             typer.echo(f"warning: {speculator}: no training step has changed its tensors", err=True)
-    return Loaded(model, tokenizer, draft, end_token_ids(tokenizer, model.generation_config))
+    return Loaded(model, tokenizer, draft, loader.end_token_ids)

@@ -106,7 +106,9 @@ def _base_configuration(model: Mapping[str, Any]) -> str:
     if named := model["hf_config_path"]:
         values, _ = PretrainedConfig.get_config_dict(named)
     else:
-        values, _ = PretrainedConfig.get_config_dict(model["path"], **BaseModelFormat(None, model["gguf_file"]).reading)
+        values, _ = PretrainedConfig.get_config_dict(
+            model["path"], **BaseModelFormat(None, model["gguf_file"]).read_options
+        )
     values = {name: value for name, value in values.items() if name not in WRITER}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 

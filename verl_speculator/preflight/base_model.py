@@ -91,7 +91,7 @@ def check_base(config: DictConfig) -> Base:
     if named := config.model.hf_config_path:
         hf_config = _load(setting, AutoConfig.from_pretrained, named, **options)
     else:
-        hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.reading, **options)
+        hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.read_options, **options)
     _check_form(setting, hf_config, form)
     check_language_model(setting, hf_config)
     if named := config.model.tokenizer_path:

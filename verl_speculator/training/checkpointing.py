@@ -35,6 +35,7 @@ from verl.utils.fsdp_utils import (
     offload_fsdp_optimizer,
 )
 
+from verl_speculator.base_model.loading import load_base
 from verl_speculator.checkpoint.format import (
     BASE_DIRECTORY,
     STATE_DIRECTORY,
@@ -204,9 +205,7 @@ class RunCheckpoints:
 
 
 def _read_base(folder: Path) -> dict[str, torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    state = AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
+    state = load_base(folder / BASE_DIRECTORY, device="cpu", dtype=torch.float32).state_dict()
     return {BASE_PREFIX + name: tensor for name, tensor in state.items()}
 
 

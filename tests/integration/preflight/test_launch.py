@@ -488,8 +488,8 @@ def copy_of(folder, to, file, edit):
 @pytest.fixture
 def recorded_run(run_folder, base, chat, tmp_path, tokenizer):
     """A run whose checkpoint has the record that training writes, and the custom class that read its data."""
+    from verl_speculator.data.run_record import record_settings
     from verl_speculator.training.model_config import SpeculatorModelConfig
-    from verl_speculator.training.run_record import record_settings
 
     code = tmp_path / "dataset.py"
     code.write_text("from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset as Rows\n")

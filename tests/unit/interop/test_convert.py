@@ -18,7 +18,7 @@ from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.decoding.target import Target
 from verl_speculator.interop.convert import ConvertSettings, convert
-from verl_speculator.interop.key_maps import KEY_MAPS, PREFIXES
+from verl_speculator.interop.convert import KEY_MAPS, PREFIXES
 from verl_speculator.utils.errors import UserError
 
 D, V = 12, 30
