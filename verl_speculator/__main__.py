@@ -15,7 +15,7 @@ from verl_speculator.cli.files import convert, export, inspect, prepare, regener
 from verl_speculator.cli.generate import generate, serve
 from verl_speculator.cli.options import command
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.import_warnings import silence_import_warnings
+from verl_speculator.utils.process import silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
 for function in (

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from verl_speculator.config.hydra import compose_ppo
 from verl_speculator.rl.rollout_args import check_ppo
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.import_warnings import silence_import_warnings
+from verl_speculator.utils.process import silence_import_warnings
 
 logger = logging.getLogger(__name__)
 

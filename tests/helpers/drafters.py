@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from verl_speculator import SpeculatorConfig, build_speculator
+from verl_speculator.base_model import loading
 from verl_speculator.data.alignment import align
 from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.models import DraftState, Speculator
@@ -18,11 +19,7 @@ from verl_speculator.models import DraftState, Speculator
 @functools.cache
 def load_base(folder: Path, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A base in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    # The grouped product of transformers' fast experts knows no float64.
-    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **experts).eval()
+    return loading.load_base(folder, device="cpu", dtype=dtype)
 
 
 def alone(base: nn.Module, prompt: list[int], count: int, **settings) -> list[int]:

@@ -1,9 +1,9 @@
-"""Which of the base's states a speculator reads, and where in the base they are.
+"""The hidden states of a base model that a speculator reads, and the modules that they come from.
 
-post_norm         after the final norm: what the base's own head reads
-pre_norm          before it
-block_output.3    behind block 3
-block_input.3     in front of it, with all else that the block was called with
+post_norm         after the final norm: the input of the LM head
+pre_norm          before the final norm
+block_output.3    the output of decoder layer 3
+block_input.3     the input of decoder layer 3, with the other arguments of the call
 """
 
 from __future__ import annotations
@@ -17,47 +17,45 @@ from torch import Tensor, nn
 from verl_speculator.utils.errors import UserError
 
 POST_NORM, PRE_NORM, BLOCK_OUTPUT, BLOCK_INPUT = "post_norm", "pre_norm", "block_output", "block_input"
-# What the architectures of transformers call their final norm.
+# Names of the final norm and of the list of decoder layers in transformers' architectures.
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f")
 BLOCK_NAMES = ("layers", "h", "blocks")
-# Settings of architectures whose layers hand on several states of each token at once: how many.
+# Settings of architectures that pass several states of each token from layer to layer: the number of these states.
 STREAMS = ("altup_num_inputs", "hc_mult")
 TOLERANCE = 1e-2
 
 
 class BlockCall(NamedTuple):
-    """What a block of the base was called with: the state [B, T, D], and positions, mask and the like."""
+    """The arguments of a decoder layer: the hidden state [B, T, D], and positions, mask and others by name."""
 
     state: Tensor
     arguments: dict[str, Any]
 
 
 def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The blocks of a base's inner model, and the name under which it keeps them.
+    """The decoder layers of a base model's inner model, and the name of their attribute.
 
     Raises:
-        UserError: where none are found, or what they hand on is no single state that a head could read.
+        UserError: if there is no such list, or its layers do not pass on a single state that a head could read.
     """
+    method = f"model.speculator.method=early_exit: {type(decoder).__name__}"
     for name in STREAMS:
         if (count := getattr(getattr(decoder, "config", None), name, None) or 1) > 1:
             raise UserError(
-                f"model.speculator.method=early_exit: {type(decoder).__name__} hands on {count} states of each token "
-                f"between its blocks ({name}); expected a base that hands on one"
+                f"{method} hands on {count} states of each token between its blocks ({name}); expected a base that "
+                "hands on one"
             )
     for name in BLOCK_NAMES:
         if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
             return name, blocks
-    raise UserError(
-        f"model.speculator.method=early_exit: {type(decoder).__name__} has no list of blocks that is known here "
-        f"(looked for {', '.join(BLOCK_NAMES)})"
-    )
+    raise UserError(f"{method} has no list of blocks that is known here (looked for {', '.join(BLOCK_NAMES)})")
 
 
 def block_of(base: nn.Module, layer: int) -> nn.Module:
-    """One block of a base.
+    """Decoder layer number `layer`, from 0.
 
     Raises:
-        UserError: where there is none.
+        UserError: if the base model has no such layer.
     """
     _, blocks = block_list(base.base_model)
     if layer >= len(blocks):
@@ -69,13 +67,10 @@ def block_of(base: nn.Module, layer: int) -> nn.Module:
 
 
 def final_norm(base: nn.Module) -> nn.Module:
-    """The norm whose output the base's head reads.
-
-    Args:
-        base: a Hugging Face causal language model.
+    """The RMS norm before the LM head of a Hugging Face causal language model.
 
     Raises:
-        UserError: where none is found, or it is no RMS norm.
+        UserError: if there is no norm, or it is not an RMS norm.
     """
     setting = f"a copy of the final norm: {type(base).__name__}"
     decoder = base.base_model
@@ -87,25 +82,13 @@ def final_norm(base: nn.Module) -> nn.Module:
     return norm
 
 
-def last_module(base: nn.Module) -> nn.Module:
-    """The module whose output the base's head reads, however the base is called: some call a part of their inner model
-    and never the inner model itself (OPT).
+class FrozenNorm(nn.Module):
+    """A copy of the base model's final RMS norm, w ⊙ x · rsqrt(mean(x²) + ε); saved with the speculator, not trained.
+
+    ε is a parameter too, so that a checkpoint describes the norm completely.
 
     Args:
-        base: a Hugging Face causal language model.
-    """
-    return base.base_model.get_decoder()
-
-
-def norm_epsilon(norm: nn.Module) -> float:
-    """ε of an RMS norm, under whichever name it keeps it."""
-    return float(next(getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)))
-
-
-class FrozenNorm(nn.Module):
-    """A copy of the base's final RMS norm, `w ⊙ x · rsqrt(mean(x²) + ε)`. Saved with the speculator, never trained.
-
-    ε is a tensor too, so that a checkpoint holds all of the norm.
+        width: D, the last axis of the input.
     """
 
     def __init__(self, width: int) -> None:
@@ -120,48 +103,50 @@ class FrozenNorm(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module) -> None:
-        """Take over another norm's weight and ε.
+        """Copy weight and ε of another RMS norm.
 
         Raises:
-            UserError: for a norm that does something else.
+            UserError: if the norm does not compute an RMS norm.
         """
-        own = {"device": norm.weight.device, "dtype": norm.weight.dtype}
-        eps = norm_epsilon(norm)
-        # Some architectures keep the weight as a difference from 1: what the norm makes of ones tells.
-        weight = norm(torch.ones(1, len(self.weight), **own))[0].double() * (1 + eps) ** 0.5
+        options = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        eps = float(next(getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)))
+        # Some architectures store the weight as a difference from 1: norm(1) = w · rsqrt(1 + ε) in all of them.
+        weight = norm(torch.ones(1, len(self.weight), **options))[0].double() * (1 + eps) ** 0.5
         self.weight.copy_(weight)
         self.eps.fill_(eps)
-        probe = torch.linspace(-3, 3, len(self.weight), **own)[None]
-        theirs, mine = norm(probe).float(), self(probe.to(self.weight)).float().to(probe.device)
-        if (theirs - mine).abs().max() > TOLERANCE * theirs.abs().max():
+        probe = torch.linspace(-3, 3, len(self.weight), **options)[None]
+        expected, actual = norm(probe).float(), self(probe.to(self.weight)).float().to(probe.device)
+        if (expected - actual).abs().max() > TOLERANCE * expected.abs().max():
             raise UserError(f"a copy of the final norm: {type(norm).__name__} is no RMS norm")
 
 
 class HiddenStateHook:
-    """Hands over the states of a base's forward pass, with their graph, while it is entered.
+    """Context manager that records hidden states of a base model's forward passes, with their autograd graph.
 
     Args:
         base: a Hugging Face causal language model.
-        reads: which ones, `Speculator.hidden_state_source`.
+        hidden_state_source: which state, one of the module's list; `Speculator.hidden_state_source`.
 
     Raises:
-        UserError: where the place cannot be found in the base.
+        UserError: if the base model has no such module.
     """
 
     def __init__(self, base: nn.Module, hidden_state_source: str) -> None:
-        kind, _, layer = hidden_state_source.partition(".")
-        places = {POST_NORM: lambda: last_module(base), PRE_NORM: lambda: final_norm(base)}
-        self.module = places[kind]() if kind in places else block_of(base, int(layer))
-        self.kind = kind
-        self._taken: Tensor | BlockCall | None = None
+        self.kind, _, layer = hidden_state_source.partition(".")
+        if self.kind == POST_NORM:
+            # Some architectures, such as OPT, call this part of their inner model and never the inner model itself.
+            self.module = base.base_model.get_decoder()
+        else:
+            self.module = final_norm(base) if self.kind == PRE_NORM else block_of(base, int(layer))
+        self._recorded: Tensor | BlockCall | None = None
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._taken = output if isinstance(output, Tensor) else output[0]
+        self._recorded = output if isinstance(output, Tensor) else output[0]
 
     def _before(self, module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
         state = inputs[0] if inputs else arguments["hidden_states"]
         others = {name: value for name, value in arguments.items() if name != "hidden_states"}
-        self._taken = BlockCall(state, others) if self.kind == BLOCK_INPUT else state
+        self._recorded = BlockCall(state, others) if self.kind == BLOCK_INPUT else state
 
     def __enter__(self) -> HiddenStateHook:
         if self.kind in (POST_NORM, BLOCK_OUTPUT):
@@ -174,6 +159,6 @@ class HiddenStateHook:
         self._hook.remove()
 
     def take(self) -> Tensor | BlockCall:
-        """The states [B, T, D] of the last forward pass, once; for `block_input` all of the block's call."""
-        taken, self._taken = self._taken, None
-        return taken
+        """Return the state [B, T, D] of the last forward pass and forget it; for `block_input` the layer's call."""
+        recorded, self._recorded = self._recorded, None
+        return recorded

@@ -1,7 +1,8 @@
-"""A speculator on disk: `pytorch_model.bin` with its weights alone, and `config.json` that explains them.
+"""A speculator on disk: `pytorch_model.bin` with its weights alone, and `config.json` that describes them.
 
-`config.json` is what ArcticInference reads, as it stands (docs/checkpoint-format.md), with our own keys beside it.
-Loading is strict: exactly the tensors and shapes that the configuration calls for, or an error that names them.
+`config.json` has the keys that serving engines read (docs/checkpoint-format.md), with the package's own beside them.
+Loading is strict: the file holds exactly the tensors and shapes that the configuration implies, or an error names the
+differences.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from verl_speculator.base_model.loading import UNQUANTIZED, BaseModelFormat, bas
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.families import FAMILIES
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.utils.atomic_io import SAFETENSORS_FILE, TORCH_FILE, atomic_file, read_tensors
+from verl_speculator.utils.atomic_io import atomic_file, read_tensors
 from verl_speculator.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from verl_speculator.models import Slot, Speculator
 
-WEIGHTS_FILE = TORCH_FILE
-# A format of another program's that only it reads.
+WEIGHTS_FILE, SAFETENSORS_FILE = "pytorch_model.bin", "model.safetensors"
+# An export that ArcticInference alone reads.
 ARCTIC_MLP = "ArcticMLPSpeculatorPreTrainedModel"
 CONFIG_FILE = "config.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -45,17 +46,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `config.json` says, without reading a weight.
+    """The content of `config.json`.
 
     Attributes:
-        directory: where the checkpoint lies.
+        directory: of the checkpoint.
         config: family and shape.
-        hidden_size: width D of the base it was trained for.
-        vocab_size: V, the rows of the base's output head.
+        hidden_size: D, the width of its base model.
+        vocab_size: V, the rows of the base model's LM head.
         dtype: of the tensors on disk, as in `torch.<dtype>`.
-        block_shapes: of the parameters of the base's block that it holds a trained copy of; empty where it has none.
-        provenance: base, data, step, seed and versions; empty for checkpoints made elsewhere.
-        logit_cap: the soft cap of its logits, None where it has none.
+        block_shapes: shapes of the parameters of the decoder layer that it holds a trained copy of, if it does.
+        provenance: base model, data, step, seed and versions; empty for checkpoints of other programs.
+        logit_cap: the soft cap of its logits, None without one.
+        base_architectures: `architectures` of the base model's configuration.
     """
 
     directory: Path
@@ -63,92 +65,108 @@ class CheckpointInfo:
     hidden_size: int
     vocab_size: int
     dtype: str
-    block_shapes: dict[str, list[int]]
-    provenance: dict[str, Any]
+    block_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     logit_cap: float | None = None
+    base_architectures: Sequence[str] = ()
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What `build_speculator` needs to know of the base."""
-        return {
-            "hidden_size": self.hidden_size,
+        """The arguments of `build_speculator` that describe the base model."""
+        return {name: getattr(self, name) for name in ("hidden_size", "vocab_size", "block_shapes", "logit_cap")}
+
+    def content(self) -> dict[str, Any]:
+        """The content of `config.json`: the keys of the serving engine, the settings, then the package's own keys."""
+        content = {
+            "base_model_archs": list(self.base_architectures),
+            "torch_dtype": self.dtype,
+            "input_hidden_dim": self.hidden_size,
             "vocab_size": self.vocab_size,
-            "block_shapes": self.block_shapes,
-            "logit_cap": self.logit_cap,
-        }
+        } | self.config.to_dict()
+        if self.block_shapes:
+            content[BLOCK_KEY] = dict(self.block_shapes)
+        if self.logit_cap is not None:
+            content[CAP_KEY] = self.logit_cap
+        engine_keys = FAMILIES[self.config.method].serving_keys(content)
+        return engine_keys | content | {PROVENANCE_KEY: dict(self.provenance)}
 
     def differences(self, config: SpeculatorConfig, logit_cap: float | None) -> list[str]:
-        """Where it differs from a speculator of this configuration and soft cap, as `SpeculatorConfig.differences`."""
-        capped = [] if self.logit_cap == logit_cap else [f"{CAP_KEY} ({self.logit_cap}, {logit_cap})"]
-        return self.config.differences(config) + capped
+        """Differences from a speculator of this configuration and soft cap, as `SpeculatorConfig.differences`."""
+        caps = [] if self.logit_cap == logit_cap else [f"{CAP_KEY} ({self.logit_cap}, {logit_cap})"]
+        return self.config.differences(config) + caps
 
     def check_base(self, hidden_size: int, vocab_size: int) -> None:
-        """Refuse a base of another width or vocabulary.
+        """Reject a base model of another width or vocabulary.
 
         Raises:
             UserError: naming both numbers.
         """
-        for name, mine, theirs in (
+        for name, expected, actual in (
             ("width (hidden_size)", self.hidden_size, hidden_size),
             ("vocabulary (vocab_size)", self.vocab_size, vocab_size),
         ):
-            if mine != theirs:
-                raise UserError(f"{self.directory}: trained for a base of {name} {mine}, this base has {theirs}")
+            if expected != actual:
+                raise UserError(f"{self.directory}: trained for a base of {name} {expected}, this base has {actual}")
+
+    @property
+    def trained_base(self) -> Path | None:
+        """The directory of the base model that was trained jointly, None if the base model was frozen."""
+        directory = self.directory / BASE_DIRECTORY
+        return directory if directory.is_dir() else None
 
     @property
     def base_name(self) -> str:
-        """The base it was trained for, as the run named it."""
-        if (self.directory / BASE_DIRECTORY).is_dir():
-            return str(self.directory / BASE_DIRECTORY)
+        """The base model that it was trained for, as the run named it."""
+        if self.trained_base:
+            return str(self.trained_base)
         name = self.provenance.get("base", {}).get("name", "a base that its config.json does not name")
         return self.base_form.name_of(name)
 
     @property
     def base_form(self) -> BaseModelFormat:
-        """The form in which the base was held while it was trained."""
-        if (self.directory / BASE_DIRECTORY).is_dir():
-            return UNQUANTIZED
-        recorded = self.provenance.get("base", {})
+        """The format of the base model during training."""
+        recorded = {} if self.trained_base else self.provenance.get("base", {})
         return BaseModelFormat(recorded.get("quantization"), recorded.get("gguf_file"))
 
     def base_fingerprint(self) -> str | None:
-        """The fingerprint of the base's weights, None if it is not known. A base that was trained too lies beside."""
-        if (self.directory / BASE_DIRECTORY).is_dir():
-            return weights_fingerprint(str(self.directory / BASE_DIRECTORY))
+        """The fingerprint of the base model's weights, None if it is not known."""
+        if self.trained_base:
+            return weights_fingerprint(str(self.trained_base))
         return self.provenance.get("base", {}).get("weights_fingerprint")
 
     def check_base_weights(self, base: str, form: BaseModelFormat = UNQUANTIZED, *, allow_other: bool = False) -> None:
-        """Refuse a base with other weights than the one that the speculator was trained for, or warn of it.
+        """Reject a base model whose weights are not those that the speculator was trained for.
 
-        The same weights in 4 bits and as they lie go with each other, at the price of some acceptance: the log says so.
+        Logs a warning where a fingerprint is unknown, and where the same weights are quantized differently, which
+        costs some acceptance.
 
         Args:
-            base: directory or hub name. Where either fingerprint is not to be had, that is said in the log.
-            form: in which it is held.
-            allow_other: warn of other weights instead of refusing them.
+            base: directory or hub name.
+            form: how its weights are held.
+            allow_other: log a warning for other weights instead.
 
         Raises:
-            UserError: naming both bases.
+            UserError: naming both base models.
         """
-        mine, theirs = self.base_fingerprint(), weights_fingerprint(base, form.gguf_file)
+        expected, actual = self.base_fingerprint(), weights_fingerprint(base, form.gguf_file)
         name = form.name_of(base)
-        if mine is None or theirs is None:
-            unknown = self.directory if mine is None else name
+        if expected is None or actual is None:
+            unknown = self.directory if expected is None else name
             logger.warning("%s: the base's weights cannot be compared: no fingerprint of %s", self.directory, unknown)
-        elif mine != theirs:
-            differ = f"{self.directory}: trained for the weights of {self.base_name}, those of {name} are others"
+        elif expected != actual:
+            difference = f"{self.directory}: trained for the weights of {self.base_name}, those of {name} are others"
             if not allow_other:
                 raise UserError(
-                    f"{differ}; a base fine-tuned from it can be told to be fine: --allow-other-base "
+                    f"{difference}; a base fine-tuned from it can be told to be fine: --allow-other-base "
                     "(allow_other_base=True)"
                 )
-            logger.warning("%s: expect fewer accepted drafts", differ)
+            logger.warning("%s: expect fewer accepted drafts", difference)
         elif self.base_form.quantization != form.quantization:
             logger.warning("%s: trained on the states of %s, not of %s", self.directory, self.base_name, name)
 
 
 def latest_step(run: Path) -> int | None:
-    """The step that a run's tracker file names, None where there is none."""
+    """The step in a run's tracker file, None without such a file."""
     try:
         return int((run / TRACKER_FILE).read_text().strip())
     except (FileNotFoundError, NotADirectoryError):
@@ -158,7 +176,7 @@ def latest_step(run: Path) -> int | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The directory of a checkpoint: itself, or the latest step of a run's folder.
+    """The directory of a checkpoint: `path` itself, or the latest step of the run there.
 
     Raises:
         UserError: if there is no checkpoint.
@@ -173,10 +191,10 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def find_resume_path(directory: Path, settings: Any) -> Path | None:
-    """The checkpoint that a run continues, None for a fresh start.
+    """The checkpoint that a run resumes, None for a fresh start.
 
     Args:
-        directory: the run's folder.
+        directory: of the run.
         settings: verl's `trainer` settings: resume_mode and resume_from_path.
 
     Raises:
@@ -228,6 +246,7 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
             block_shapes={str(k): [int(n) for n in v] for k, v in content.get(BLOCK_KEY, {}).items()},
             provenance=dict(content.get(PROVENANCE_KEY, {})),
             logit_cap=None if content.get(CAP_KEY) is None else float(content[CAP_KEY]),
+            base_architectures=tuple(content.get("base_model_archs", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
@@ -235,11 +254,7 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
 
 
 def _check_is_speculator(directory: Path, content: Any) -> None:
-    """Refuse an export that another program alone reads, Medusa heads in another format, and a model, by what it is.
-
-    Raises:
-        UserError: saying what was expected.
-    """
+    """Reject exports for another program, Medusa heads in another format, and whole models, with what to do instead."""
     if not isinstance(content, dict):
         raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: expected an object")
     if ARCTIC_MLP in content.get("architectures", ()):
@@ -262,53 +277,20 @@ def _check_is_speculator(directory: Path, content: Any) -> None:
         )
 
 
-def config_content(
-    config: SpeculatorConfig,
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    dtype: str,
-    block_shapes: Mapping[str, Sequence[int]] | None = None,
-    logit_cap: float | None = None,
-    base_architectures: Sequence[str] = (),
-    provenance: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The content of `config.json`: the settings, the keys by which a serving engine knows them, then our own."""
-    facts = {
-        "base_model_archs": list(base_architectures),
-        "torch_dtype": dtype,
-        "input_hidden_dim": hidden_size,
-        "vocab_size": vocab_size,
-    } | config.to_dict()
-    if block_shapes:
-        facts[BLOCK_KEY] = dict(block_shapes)
-    if logit_cap is not None:
-        facts[CAP_KEY] = logit_cap
-    return FAMILIES[config.method].serving_keys(facts) | facts | {PROVENANCE_KEY: dict(provenance or {})}
-
-
 def write_checkpoint(
     directory: str | Path,
     config: SpeculatorConfig,
     state: Mapping[str, torch.Tensor],
-    *,
-    hidden_size: int,
-    vocab_size: int,
-    logit_cap: float | None = None,
-    base_architectures: Sequence[str] = (),
-    provenance: Mapping[str, Any] | None = None,
+    **description: Any,
 ) -> Path:
     """Write a checkpoint from the parameters of a speculator.
 
     Args:
-        directory: made if it does not exist.
+        directory: made if it does not exist; its two files are replaced if it does.
         config: family and shape.
-        state: every parameter of the module, whole and on the CPU, under the module's own names.
-        hidden_size: D.
-        vocab_size: V.
-        logit_cap: the soft cap of the speculator's logits, `Speculator.logit_cap`.
-        base_architectures: as in the base's own `config.json`.
-        provenance: kept under the key `verl_speculator`.
+        state: every parameter of the module, whole and on the CPU, by the module's own names.
+        description: hidden_size, vocab_size, and optionally logit_cap, base_architectures and provenance, which are
+            fields of `CheckpointInfo`.
 
     Returns:
         The directory.
@@ -317,28 +299,24 @@ def write_checkpoint(
 
     from verl_speculator.models import build_speculator
 
-    shape = {"hidden_size": hidden_size, "vocab_size": vocab_size}
-    shape["block_shapes"] = {
-        name.removeprefix(BLOCK_PREFIX): list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)
-    }
-    slots = build_speculator(config, **shape, device="meta").checkpoint_slots()
-    tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
-    (dtype,) = {tensor.dtype for tensor in tensors.values()}
-    content = config_content(
+    (dtype,) = {tensor.dtype for tensor in state.values()}
+    info = CheckpointInfo(
+        Path(directory),
         config,
-        **shape,
-        logit_cap=logit_cap,
         dtype=str(dtype).removeprefix("torch."),
-        base_architectures=base_architectures,
-        provenance=provenance,
+        block_shapes={
+            name.removeprefix(BLOCK_PREFIX): list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)
+        },
+        **description,
     )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_file(directory / WEIGHTS_FILE) as path:
+    slots = build_speculator(config, **info.shape, device="meta").checkpoint_slots()
+    tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
+    info.directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(info.directory / WEIGHTS_FILE) as path:
         torch.save(tensors, path)
-    with atomic_file(directory / CONFIG_FILE) as path:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    return directory
+    with atomic_file(info.directory / CONFIG_FILE) as path:
+        path.write_text(json.dumps(info.content(), indent=2) + "\n")
+    return info.directory
 
 
 def save_speculator(
@@ -348,13 +326,13 @@ def save_speculator(
     base_architectures: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save a speculator that lives in this process (the trainer saves sharded ones by itself).
+    """Save a speculator whose parameters are whole in this process (the trainer saves sharded ones by itself).
 
     Args:
         speculator: any family.
         directory: made if it does not exist; its two files are replaced if it does.
         base_architectures: as in the base's own `config.json`; some versions of ArcticInference demand it.
-        provenance: anything worth keeping, under the key `verl_speculator`.
+        provenance: any record in values of JSON, saved under the key `verl_speculator`.
 
     Returns:
         The directory.
@@ -367,15 +345,15 @@ def save_speculator(
         vocab_size=speculator.vocab_size,
         logit_cap=speculator.logit_cap,
         base_architectures=base_architectures,
-        provenance=provenance,
+        provenance=provenance or {},
     )
 
 
 def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
-    """The parameters of a checkpoint under the module's own names, memory-mapped and strictly checked.
+    """The parameters of a checkpoint by the module's own names, memory-mapped and strictly checked.
 
     Raises:
-        UserError: if the file is missing or truncated, or holds other tensors than the configuration calls for.
+        UserError: if the file is missing or truncated, or holds other tensors than the configuration implies.
     """
     import torch
 
@@ -389,25 +367,25 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
     faults = [f"missing {key}" for key in slots if key not in tensors]
     faults += [f"unexpected {key}" for key in tensors if key not in slots]
-    found: dict[Slot, torch.Tensor] = {}
+    tensor_of_slot: dict[Slot, torch.Tensor] = {}
     for key, slot in slots.items():
         if key not in tensors:
             continue
         tensor, shape = tensors[key], slot.of(parameters).shape
         if tensor.shape != shape:
             faults.append(f"{key} is {list(tensor.shape)}, the configuration says {list(shape)}")
-        elif not torch.equal(found.setdefault(slot, tensor), tensor):
+        elif not torch.equal(tensor_of_slot.setdefault(slot, tensor), tensor):
             faults.append(f"{key} differs from the tensor that it is tied to")
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(faults[:5])}{more}")
-    return join_slots(found, {name: p.shape for name, p in parameters.items()})
+    return join_slots(tensor_of_slot, {name: p.shape for name, p in parameters.items()})
 
 
-def join_slots(found: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The parameters that these tensors are or are parts of."""
+def join_slots(tensors: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The parameters that these tensors are, or are parts of."""
     state: dict[str, torch.Tensor] = {}
-    for slot, tensor in found.items():
+    for slot, tensor in tensors.items():
         if slot.part is None:
             state[slot.parameter] = tensor
             continue
@@ -425,18 +403,18 @@ def load_speculator(
     dtype: torch.dtype | None = None,
     allow_other_base: bool = False,
 ) -> Speculator:
-    """Load a trained speculator, strictly. The log says which base it was trained for.
+    """Load a trained speculator, strictly, and log the base model that it was trained for.
 
     Args:
-        path: a checkpoint's directory, or a run's folder for its latest step.
-        base: a model, a configuration or a path; if given, its width and vocabulary must be those of the speculator,
-            and its weights, where they are at hand, those that it was trained for.
-        device: where to put it.
-        dtype: of its parameters; the one on disk by default.
-        allow_other_base: let the base have other weights, as one has that was fine-tuned from it; the log warns.
+        path: a checkpoint's directory, or a run's for its latest step.
+        base: the base model, its configuration, directory or hub name. If given, its width and vocabulary must be those
+            of the speculator, and its weights, where they can be read, those that it was trained for.
+        device: of the parameters.
+        dtype: of the parameters; the one on disk by default.
+        allow_other_base: log a warning for a base model with other weights, such as a fine-tuned one.
 
     Raises:
-        UserError: if there is no checkpoint, it is incomplete, or the base is another one.
+        UserError: if there is no checkpoint, it is incomplete, or it is for another base model.
     """
     import torch
 
@@ -445,8 +423,7 @@ def load_speculator(
     info = read_checkpoint_info(path)
     if base is not None:
         info.check_base(*base_shape(base))
-        name = str(base) if isinstance(base, (str, Path)) else base_path(base)
-        if name:
+        if name := base_path(base):
             info.check_base_weights(name, allow_other=allow_other_base)
     logger.info("%s: trained for %s", info.directory, info.base_name)
     speculator = build_speculator(info.config, **info.shape, device="meta")

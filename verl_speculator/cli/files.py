@@ -70,8 +70,8 @@ def inspect(directory: Checkpoint, as_json: Annotated[bool, Option("for programs
         "fits a base of": {"input_hidden_dim": info.hidden_size, "vocab_size": info.vocab_size},
         **info.provenance,
         "serving": {
-            s.engine: "yes" if s.unsupported_reason is None else f"no: {s.unsupported_reason}"
-            for s in serving_engines(info.config)
+            engine: "yes" if reason is None else f"no: {reason}"
+            for engine, reason in serving_engines(info.config).items()
         },
     }
     if as_json:
@@ -111,8 +111,15 @@ def export(
 ) -> None:
     """Write a speculator as vLLM or ArcticInference loads it, every tensor held against what the engine demands."""
     from verl_speculator.checkpoint.format import read_checkpoint_info
-    from verl_speculator.interop.export import CARD, check_export, export_speculator
-    from verl_speculator.interop.model_card import check_repo, model_card, push, read_results
+    from verl_speculator.interop.export import (
+        CARD,
+        check_export,
+        check_repo,
+        export_speculator,
+        model_card,
+        push,
+        read_results,
+    )
 
     info = read_checkpoint_info(checkpoint)
     check_export(info, format, out, dtype, overwrite or dry_run)
@@ -128,10 +135,10 @@ def export(
         return
     architectures: tuple[str, ...] = ()
     if base is not None:
-        from verl_speculator.base_model.loading import base_architectures, base_shape
+        from verl_speculator.base_model.loading import base_shape, read_config
 
         info.check_base(*base_shape(base))
-        architectures = base_architectures(base)
+        architectures = tuple(read_config(base).architectures or ())
     export_speculator(info, format, out, dtype=dtype, card=card, base_architectures=architectures, overwrite=overwrite)
     typer.echo(f"{out}: {format}, for {FORMATS[format].engine}")
     if push_to_hub is not None:

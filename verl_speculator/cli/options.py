@@ -214,18 +214,17 @@ def load_models(base: str, speculator: str | None, loading: LoadingOptions) -> L
     Raises:
         UserError: for an unknown device or dtype, or a base model that cannot be loaded or decoded with.
     """
-    from verl_speculator.base_model.chat_template import end_token_ids
-    from verl_speculator.base_model.loading import check_base, choose_device, choose_dtype, load_base, load_tokenizer
+    from verl_speculator.base_model.loading import BaseModelLoader, check_base
     from verl_speculator.checkpoint.format import load_speculator
 
-    base_format, device = loading.base_format(base), choose_device(loading.device)
-    dtype = choose_dtype(loading.dtype, device)
-    tokenizer = load_tokenizer(base, base_format)
+    base_format = loading.base_format(base)
+    loader = BaseModelLoader(base, device=loading.device, dtype=loading.dtype, form=base_format)
+    tokenizer = loader.tokenizer
     check_base(base, base_format)
-    model = load_base(base, device=device, dtype=dtype, form=base_format)
+    model = loader.load()
     draft = None
     if speculator is not None:
-        draft = load_speculator(speculator, device=device, dtype=dtype).requires_grad_(False).eval()
+        draft = load_speculator(speculator, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
         if draft.is_untrained():
             typer.echo(f"warning: {speculator}: no training step has changed its tensors", err=True)
-    return LoadedModels(model, tokenizer, draft, end_token_ids(tokenizer, model.generation_config))
+    return LoadedModels(model, tokenizer, draft, loader.end_token_ids)

@@ -103,7 +103,7 @@ def _base_configuration(model: Mapping[str, Any]) -> str:
     """A digest of the base model's configuration file."""
     from transformers import PretrainedConfig
 
-    reading = {} if model["hf_config_path"] else BaseModelFormat(None, model["gguf_file"]).reading
+    reading = {} if model["hf_config_path"] else BaseModelFormat(None, model["gguf_file"]).read_options
     values, _ = PretrainedConfig.get_config_dict(model["hf_config_path"] or model["path"], **reading)
     values = {name: value for name, value in values.items() if name not in WRITER}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

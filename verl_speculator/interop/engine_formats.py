@@ -1,6 +1,6 @@
-"""Which serving engine can load a speculator, and exactly what each demands: tensors, shapes, configuration.
+"""Serving engines: which speculators each can load, and the tensors, shapes and configuration that it requires.
 
-Read from the sources of the versions that are named (docs/serving-engines.md). Imports no torch.
+Taken from the sources of the named versions (docs/serving-engines.md). Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from verl_speculator.checkpoint.format import ARCTIC_MLP
+from verl_speculator.checkpoint.format import ARCTIC_MLP, SAFETENSORS_FILE, WEIGHTS_FILE
 from verl_speculator.config.schema import SpeculatorConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -19,27 +19,14 @@ VLLM_MEDUSA = "vLLM 0.24 to 0.32 without plugins"
 PROPOSER_ENGINE = "vLLM 0.24 to 0.33 with SpeculatorProposer"
 GATES = ("forget", "input", "output", "cell")
 
-# Our drafter inside vLLM.
+# This package's drafter for vLLM, and the key of its settings in vLLM's additional_config, since speculative_config
+# rejects unknown keys.
 PROPOSER = "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
-# Under this key of vLLM's additional_config are our settings: speculative_config refuses keys that it does not know.
 KEY = "verl_speculator"
 
 
-@dataclass(frozen=True)
-class Serving:
-    """One engine's answer to a checkpoint.
-
-    Attributes:
-        engine: name and versions.
-        unsupported_reason: why it cannot load the checkpoint, None if it can.
-    """
-
-    engine: str
-    unsupported_reason: str | None
-
-
 def arctic_obstacle(config: SpeculatorConfig) -> str | None:
-    """What keeps ArcticInference 0.3.0 from serving a speculator, and what to train instead; None if nothing does."""
+    """Why ArcticInference 0.3.0 cannot serve a speculator, and what to train instead; None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm"):
         return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these"
     for name, dims in (("emb_dim", config.emb_dims), ("proj_dim", config.proj_dims)):
@@ -47,7 +34,7 @@ def arctic_obstacle(config: SpeculatorConfig) -> str | None:
             return f"{name}={getattr(config, name)}: it reads a single width; train with {name}={dims[-1]}"
     merge = config.emb_dims[-1]
     if config.inner_dims[0] != merge:
-        # It computes the weight of the embedding from inner_dim[0]; training here and there takes emb_dim[-1].
+        # It computes the embedding's weight from inner_dim[0], where training, here and there, takes emb_dim[-1].
         return (
             f"inner_dim={config.inner_dim}, emb_dim={config.emb_dim}: it takes both for one number; "
             f"train with inner_dim={merge}, or one that starts with it"
@@ -66,50 +53,49 @@ def arctic_obstacle(config: SpeculatorConfig) -> str | None:
 
 
 def arctic_mlp_obstacle(config: SpeculatorConfig) -> str | None:
-    """As `arctic_obstacle`, for its MLP speculator: sum_rnn of one width throughout."""
+    """As `arctic_obstacle`, for its MLP speculator: sum_rnn with one width."""
     if config.method != "sum_rnn":
         return f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
     dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
     if len(set(dims.values())) > 1 or len(config.inner_dims) > 1:
-        told = ", ".join(f"{name}={value}" for name, value in dims.items())
-        return f"{told}: it knows one width; train with the same single one in all three"
+        widths = ", ".join(f"{name}={value}" for name, value in dims.items())
+        return f"{widths}: it knows one width; train with the same single one in all three"
     return None
 
 
 def medusa_obstacle(config: SpeculatorConfig) -> str | None:
-    """What keeps vLLM 0.24 to 0.32 from serving a speculator as Medusa heads, None if nothing does."""
+    """Why vLLM 0.24 to 0.32 cannot serve a speculator as Medusa heads, None if it can."""
     if config.method != "medusa":
         return f"method={config.method}: no released version serves it by itself; train medusa"
     if config.inner_dim is not None:
         return f"inner_dim={config.inner_dim}: it knows no bottleneck; train with inner_dim=null"
-    if config.hidden_state != "post_norm":
-        return (
-            f"hidden_state={config.hidden_state}: it hands over the state after the final norm; "
-            "train with hidden_state=post_norm"
-        )
-    return None
+    return _pre_norm_reason(config, "it")
 
 
 def proposer_obstacle(config: SpeculatorConfig) -> str | None:
-    """What keeps our own drafter for vLLM from serving a speculator, None if nothing does."""
+    """Why this package's drafter for vLLM cannot serve a speculator, None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
         return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
-    if config.hidden_state != "post_norm":
-        return (
-            f"hidden_state={config.hidden_state}: vLLM hands over the state after the final norm; "
-            "train with hidden_state=post_norm"
-        )
-    return None
+    return _pre_norm_reason(config, "vLLM")
 
 
-def serving_engines(config: SpeculatorConfig) -> list[Serving]:
-    """Every engine that is known, with what keeps it from serving a speculator of this configuration."""
-    return [
-        Serving("verl_speculator.decoding", None),
-        Serving(PROPOSER_ENGINE, proposer_obstacle(config)),
-        Serving(ARCTIC, arctic_obstacle(config)),
-        Serving(VLLM_MEDUSA, medusa_obstacle(config)),
-    ]
+def _pre_norm_reason(config: SpeculatorConfig, engine: str) -> str | None:
+    if config.hidden_state == "post_norm":
+        return None
+    return (
+        f"hidden_state={config.hidden_state}: {engine} hands over the state after the final norm; "
+        "train with hidden_state=post_norm"
+    )
+
+
+def serving_engines(config: SpeculatorConfig) -> dict[str, str | None]:
+    """By engine with its versions: why it cannot serve a speculator of this configuration, None if it can."""
+    return {
+        "verl_speculator.decoding": None,
+        PROPOSER_ENGINE: proposer_obstacle(config),
+        ARCTIC: arctic_obstacle(config),
+        VLLM_MEDUSA: medusa_obstacle(config),
+    }
 
 
 def _norm(name: str, width: int) -> Shapes:
@@ -157,17 +143,13 @@ def _medusa_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int)
     return shapes
 
 
-def _as_trained(content: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(content)
-
-
 def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
-    """There `emb_dim` is the base's width. Tied weights of a single depth are asserted against, and no different."""
-    kept = ("base_model_archs", "n_predict", "scale_input", "top_k_tokens_per_head", "torch_dtype", "vocab_size")
+    """`emb_dim` is the base model's width here. Tied weights of a single depth fail an assertion, and change nothing."""
+    unchanged = ("base_model_archs", "n_predict", "scale_input", "top_k_tokens_per_head", "torch_dtype", "vocab_size")
     return {
         "model_type": "mlp_speculator",
         "architectures": [ARCTIC_MLP],
-        **{key: content[key] for key in kept},
+        **{key: content[key] for key in unchanged},
         "emb_dim": content["input_hidden_dim"],
         "inner_dim": content["inner_dim"],
         "tie_weights": content["tie_weights"] and content["n_predict"] > 1,
@@ -176,24 +158,23 @@ def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contract:
-    """A format, and what reads it.
+    """A format for a serving engine and its requirements.
 
     Attributes:
-        engine: name and versions of what reads it.
+        engine: name and versions of the engine.
         weights_file: its file of tensors.
-        unsupported_reason: what keeps a configuration out of it, and what to train instead; None if nothing does.
-        tensors: from configuration, D and V to the shape of every tensor there may be; None where a checkpoint's own
-            names are the contract.
-        content: from a checkpoint's `config.json` (without provenance) to that of the export.
-        keys: the keys of that `config.json`; None where a checkpoint's own are the contract.
-        ours: whether `load_speculator` and `SpeculatorProposer` read it too.
+        unsupported_reason: why a configuration cannot be exported, and what to train instead; None if it can.
+        tensors: from configuration, D and V to the shape of every tensor; None for the checkpoint's own names.
+        content: from a checkpoint's `config.json`, without provenance, to that of the export.
+        keys: the keys of that `config.json`; None for the checkpoint's own.
+        ours: whether `load_speculator` and `SpeculatorProposer` read the format too.
     """
 
     engine: str
     weights_file: str
     unsupported_reason: Callable[[SpeculatorConfig], str | None]
     tensors: Callable[[SpeculatorConfig, int, int], Shapes] | None = None
-    content: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_trained
+    content: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     keys: frozenset[str] | None = None
     ours: bool = True
 
@@ -216,14 +197,14 @@ FORMATS: Mapping[str, Contract] = MappingProxyType(
     {
         "arctic": Contract(
             engine=ARCTIC,
-            weights_file="pytorch_model.bin",
+            weights_file=WEIGHTS_FILE,
             unsupported_reason=arctic_obstacle,
             tensors=_arctic_tensors,
             keys=_MLP_KEYS | {"input_hidden_dim", "method", "proj_dim", "tie_lstm_embs"},
         ),
         "arctic-mlp": Contract(
             engine=ARCTIC,
-            weights_file="pytorch_model.bin",
+            weights_file=WEIGHTS_FILE,
             unsupported_reason=arctic_mlp_obstacle,
             tensors=_arctic_mlp_tensors,
             content=_arctic_mlp_content,
@@ -232,14 +213,14 @@ FORMATS: Mapping[str, Contract] = MappingProxyType(
         ),
         "vllm-medusa": Contract(
             engine=VLLM_MEDUSA,
-            weights_file="model.safetensors",
+            weights_file=SAFETENSORS_FILE,
             unsupported_reason=medusa_obstacle,
             tensors=_medusa_tensors,
             keys=_MEDUSA_KEYS,
         ),
         "safetensors": Contract(
             engine="verl_speculator, and " + PROPOSER_ENGINE,
-            weights_file="model.safetensors",
+            weights_file=SAFETENSORS_FILE,
             unsupported_reason=lambda config: None,
         ),
     }
@@ -249,7 +230,7 @@ FORMATS: Mapping[str, Contract] = MappingProxyType(
 def contract_faults(
     name: str, config: SpeculatorConfig, hidden_size: int, vocab_size: int, shapes: Shapes, content: Mapping[str, Any]
 ) -> list[str]:
-    """In what tensors and configuration depart from a format's table: no engine here checks that all of them are there.
+    """Differences of tensors and configuration from a format's requirements, which no engine checks completely.
 
     Args:
         name: a key of `FORMATS`.
@@ -261,12 +242,12 @@ def contract_faults(
     """
     contract, faults = FORMATS[name], []
     if contract.tensors is not None:
-        wanted = contract.tensors(config, hidden_size, vocab_size)
-        faults += [f"missing {key}" for key in wanted if key not in shapes]
-        faults += [f"unexpected {key}" for key in shapes if key not in wanted]
+        required = contract.tensors(config, hidden_size, vocab_size)
+        faults += [f"missing {key}" for key in required if key not in shapes]
+        faults += [f"unexpected {key}" for key in shapes if key not in required]
         faults += [
             f"{key} is {list(shapes[key])}, expected {list(shape)}"
-            for key, shape in wanted.items()
+            for key, shape in required.items()
             if key in shapes and tuple(shapes[key]) != shape
         ]
     if contract.keys is not None:

@@ -1,57 +1,77 @@
-"""A checkpoint in the format of a serving engine, held against the engine's contract before anything is written."""
+"""Exports in the format of a serving engine, checked against the engine's requirements, with a model card; upload."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.checkpoint.format import CONFIG_FILE, PROVENANCE_KEY, CheckpointInfo, config_content, read_weights
-from verl_speculator.interop.engine_formats import FORMATS, PROPOSER_ENGINE, contract_faults, proposer_obstacle
+from verl_speculator.base_model.loading import DTYPES
+from verl_speculator.checkpoint.format import CONFIG_FILE, PROVENANCE_KEY, CheckpointInfo, read_weights
+from verl_speculator.config.families import FAMILIES
+from verl_speculator.interop.engine_formats import (
+    FORMATS,
+    KEY,
+    PROPOSER,
+    PROPOSER_ENGINE,
+    contract_faults,
+    proposer_obstacle,
+)
 from verl_speculator.utils.atomic_io import atomic_directory, write_safetensors
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 AUTO = "auto"
+EXPORT_DTYPES = ("fp32", "bf16", "fp16")
 CARD = "README.md"
-VLLM = "vllm"  # no format, and what a user asks for first
+VLLM = "vllm"  # needs no export
+# Columns of an evaluation's results.csv that the model card shows, and their headings.
+COLUMNS = {
+    "prompts": "prompts",
+    "speculator": "",
+    "temperature": "temperature",
+    "draft_length": "drafts",
+    "tau": "τ",
+    "accept_rate": "accepted",
+    "speedup": "speedup",
+}
+BASELINES = ("none", "prompt_lookup", "random", "generate")
+# arctic-mlp has no index of the layer within a depth's chain.
 _SINGLE_LAYER = re.compile(r"^(emb|proj|ln)\.(\d+)\.0\.")
 
 
 def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwrite: bool) -> None:
-    """What can be said before a weight is read.
+    """Check the arguments of `export_speculator`. Reads no weights.
 
     Raises:
-        UserError: for a format that is none, one that cannot hold the speculator (and what to train instead), a type
-            that is none, or a directory that is in the way.
+        UserError: for an unknown format, one that cannot hold the speculator (with what to train instead), an unknown
+            dtype, or an output directory that exists.
     """
     if name == VLLM:
-        raise UserError(_about_vllm(info))
+        raise UserError(_vllm_message(info))
     if name not in FORMATS:
         raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    if dtype not in (AUTO, *DTYPES):
-        known = (AUTO, *DTYPES)
-        raise UserError(f"--dtype {dtype}: expected one of {', '.join(known)}{nearest(dtype, known)}")
-    contract = FORMATS[name]
-    unsupported_reason = contract.unsupported_reason(info.config)
-    if unsupported_reason is not None:
-        raise UserError(f"--format {name}: {contract.engine} cannot load {info.directory}: {unsupported_reason}")
-    here = info.directory.resolve()
-    if out.resolve() in (here, *here.parents):
+    dtypes = (AUTO, *EXPORT_DTYPES)
+    if dtype not in dtypes:
+        raise UserError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}{nearest(dtype, dtypes)}")
+    if (reason := FORMATS[name].unsupported_reason(info.config)) is not None:
+        raise UserError(f"--format {name}: {FORMATS[name].engine} cannot load {info.directory}: {reason}")
+    checkpoint = info.directory.resolve()
+    if out.resolve() in (checkpoint, *checkpoint.parents):
         raise UserError(f"--out {out}: the checkpoint itself lies there; expected another directory")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; expected a new directory, or --overwrite")
 
 
-def _about_vllm(info: CheckpointInfo) -> str:
-    unsupported_reason = proposer_obstacle(info.config)
-    if unsupported_reason is not None:
-        return f"--format {VLLM}: {PROPOSER_ENGINE} cannot load {info.directory}: {unsupported_reason}"
+def _vllm_message(info: CheckpointInfo) -> str:
+    if (reason := proposer_obstacle(info.config)) is not None:
+        return f"--format {VLLM}: {PROPOSER_ENGINE} cannot load {info.directory}: {reason}"
     return (
         f"--format {VLLM}: {PROPOSER_ENGINE} serves {info.directory} as it stands, without an export "
         "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of "
@@ -59,41 +79,16 @@ def _about_vllm(info: CheckpointInfo) -> str:
     )
 
 
-def exported_content(
-    info: CheckpointInfo, name: str, dtype: str, base_architectures: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The `config.json` of an export.
-
-    Args:
-        info: the checkpoint.
-        name: of the format.
-        dtype: of the tensors, as in `torch.<dtype>`.
-        base_architectures: those of the base; the checkpoint's own by default.
-    """
-    if not base_architectures:
-        base_architectures = json.loads((info.directory / CONFIG_FILE).read_text()).get("base_model_archs", ())
-    content = config_content(
-        info.config,
-        **info.shape,
-        dtype=dtype,
-        base_architectures=base_architectures,
-    )
-    del content[PROVENANCE_KEY]
-    return FORMATS[name].content(content) | {PROVENANCE_KEY: info.provenance}
-
-
 def exported_tensors(info: CheckpointInfo, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor of an export; those that are tied share their memory."""
+    """Every tensor of an export in `dtype`, by its name in the format; tied tensors share their memory."""
     from verl_speculator.models import build_speculator
 
     state = {key: tensor.to(dtype) for key, tensor in read_weights(info).items()}
-    module = build_speculator(info.config, **info.shape, device="meta")
-    made: dict[Any, torch.Tensor] = {}
-    tensors = {}
-    for key, slot in module.checkpoint_slots().items():
-        if slot not in made:
-            made[slot] = slot.of(state).contiguous()
-        tensors[_SINGLE_LAYER.sub(r"\1.\2.", key) if name == "arctic-mlp" else key] = made[slot]
+    slots = build_speculator(info.config, **info.shape, device="meta").checkpoint_slots()
+    tensor_of_slot = {slot: slot.of(state).contiguous() for slot in slots.values()}
+    tensors = {key: tensor_of_slot[slot] for key, slot in slots.items()}
+    if name == "arctic-mlp":
+        return {_SINGLE_LAYER.sub(r"\1.\2.", key): tensor for key, tensor in tensors.items()}
     return tensors
 
 
@@ -107,33 +102,37 @@ def export_speculator(
     base_architectures: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint in another format, as a whole or not at all.
+    """Write a checkpoint in another format, completely or not at all.
 
     Args:
         info: the checkpoint.
         name: a key of `FORMATS`.
         out: directory; made, or replaced with `overwrite`.
-        dtype: of the tensors: auto (as they are), fp32, bf16 or fp16.
-        card: what `README.md` says; none by default.
-        base_architectures: those of the base; the checkpoint's own by default.
-        overwrite: replace what is there.
+        dtype: of the tensors: auto (the checkpoint's), fp32, bf16 or fp16.
+        card: content of `README.md`; no such file by default.
+        base_architectures: those of the base model; the checkpoint's record by default.
+        overwrite: replace an existing directory.
 
     Returns:
         The directory.
 
     Raises:
         UserError: as `check_export`.
-        RuntimeError: if what would be written is not what the contract says: a fault of ours.
+        RuntimeError: if the result does not meet the format's requirements: a bug of this package.
     """
     import torch
 
     check_export(info, name, out, dtype, overwrite)
-    contract, kind = FORMATS[name], DTYPES.get(dtype, info.dtype)
-    content = exported_content(info, name, kind, base_architectures)
-    tensors = exported_tensors(info, name, getattr(torch, kind))
+    contract = FORMATS[name]
+    exported = replace(
+        info, dtype=DTYPES.get(dtype, info.dtype), base_architectures=base_architectures or info.base_architectures
+    )
+    content = exported.content()
+    del content[PROVENANCE_KEY]
+    content = contract.content(content)
+    tensors = exported_tensors(info, name, getattr(torch, exported.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    own = {key: value for key, value in content.items() if key != PROVENANCE_KEY}
-    faults = contract_faults(name, info.config, info.hidden_size, info.vocab_size, shapes, own)
+    faults = contract_faults(name, info.config, info.hidden_size, info.vocab_size, shapes, content)
     if faults:
         raise RuntimeError(f"export to {name} departs from its contract: {'; '.join(faults[:5])}")
     with atomic_directory(out) as directory:
@@ -141,7 +140,156 @@ def export_speculator(
             write_safetensors(tensors, directory / contract.weights_file)
         else:
             torch.save(tensors, directory / contract.weights_file)
+        content[PROVENANCE_KEY] = info.provenance
         (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
         if card is not None:
             (directory / CARD).write_text(card)
     return out
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Rows of an evaluation's `results.csv`, or of the one in a directory.
+
+    Raises:
+        UserError: if there is no such file, or it has other columns.
+    """
+    file = path / "results.csv" if path.is_dir() else path
+    try:
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"--results {path}: no such file; expected the results.csv of verl-speculator evaluate"
+        ) from None
+    missing = [name for name in COLUMNS if not rows or name not in rows[0]]
+    if missing:
+        raise UserError(
+            f"--results {file}: no {', '.join(missing)} in it; expected what verl-speculator evaluate wrote"
+        )
+    return rows
+
+
+def _number(text: str, form: str) -> str:
+    try:
+        return format(float(text), form)
+    except ValueError:
+        return "–"
+
+
+def _results_table(rows: Sequence[Mapping[str, str]], info: CheckpointInfo) -> list[str]:
+    """The rows of this speculator and of the baselines, as a table in Markdown."""
+    speculators = {row["speculator"] for row in rows} - set(BASELINES)
+    exported = {name for name in speculators if Path(name).name == info.directory.name or len(speculators) == 1}
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        if row["speculator"] not in exported | set(BASELINES):
+            continue
+        name = "**this speculator**" if row["speculator"] in exported else row["speculator"].replace("_", " ")
+        lines.append(
+            f"| {Path(row['prompts']).stem} | {name} | {_number(row['temperature'], 'g')} "
+            f"| {_number(row['draft_length'], '.0f')} | {_number(row['tau'], '.2f')} "
+            f"| {_number(row['accept_rate'], '.1%')} | {_number(row['speedup'], '.2f')} |"
+        )
+    return lines
+
+
+def _json(value: Mapping[str, Any]) -> list[str]:
+    return ["```json", json.dumps(value, indent=2), "```"]
+
+
+def _serving(info: CheckpointInfo, name: str) -> list[str]:
+    """Settings of each program that reads the format."""
+    count, lines = {"num_speculative_tokens": info.config.n_predict}, []
+    if name != "safetensors":
+        arctic = name.startswith("arctic")
+        variable = ", with `ARCTIC_INFERENCE_ENABLED=1`" if arctic else ""
+        lines += [f"{FORMATS[name].engine}{variable}, as `speculative_config`:", ""]
+        lines += _json({"method": "arctic" if arctic else "medusa", "model": "/absolute/path/of/this"} | count)
+    if FORMATS[name].ours and proposer_obstacle(info.config) is None:
+        lines += ["", "vLLM 0.24 to 0.33 with `verl_speculator` installed, as `speculative_config`:", ""]
+        lines += _json({"method": "custom_class", "model": PROPOSER} | count)
+        lines += ["", "and as `additional_config`:", "", *_json({KEY: {"path": "/absolute/path/of/this"}})]
+    if FORMATS[name].ours:
+        lines += ["", "With Hugging Face's transformers:", "", "```bash"]
+        lines += ["verl-speculator generate --base BASE --speculator /path/of/this --prompt '…' --compare", "```"]
+    return lines
+
+
+def model_card(info: CheckpointInfo, name: str, results: Sequence[Mapping[str, str]] = ()) -> str:
+    """The content of `README.md`: what the speculator is, its training, its results, how to serve it.
+
+    Args:
+        info: the checkpoint.
+        name: the format of the export, a key of `FORMATS`.
+        results: rows of an evaluation.
+    """
+    trained, data, versions, base = (info.provenance.get(key, {}) for key in ("training", "data", "versions", "base"))
+    base_name, config, jointly = base.get("name"), info.config, info.trained_base is not None
+    # A local directory is no name of a base model for other users.
+    hub_name = base_name if base_name and not base_name.startswith((".", "/", "~")) else None
+    subject = hub_name or (Path(base_name).name if base_name else "a base that its config.json does not name")
+    relation = [f"base_model: {hub_name}", "base_model_relation: adapter"] if hub_name and not jointly else []
+    files = ", ".join(Path(path).name for path in data.get("train_files", ()))
+    training = ("step", "train_batch_size", "lr", "loss", "seed")
+    table = {
+        "base": f"{subject}{', trained jointly' if jointly else ''}",
+        "for a base of": f"width {info.hidden_size}, vocabulary {info.vocab_size}",
+        "settings": ", ".join(f"{key}={value}" for key, value in config.to_dict().items() if key != "method"),
+        "trained on": f"{files} ({data.get('train_rows', 0):,} rows)" if files else None,
+        "training": ", ".join(f"{key} {trained[key]}" for key in training if key in trained),
+        "weights of the base": base.get("weights_fingerprint"),
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "commit": info.provenance.get("git_commit"),
+    }
+    lines = ["---", "library_name: verl_speculator", "tags:", "- speculative-decoding", f"- {config.method}"]
+    lines += [*relation, "---", "", f"# {config.method} speculator for {subject}", ""]
+    lines += [
+        f"{FAMILIES[config.method].summary}. It drafts **{config.n_predict} tokens** (K) after each pass of its base "
+        "model, which verifies them: the text is the base model's own.",
+        *("", "| | |", "|---|---|"),
+        *(f"| {key} | {value} |" for key, value in table.items() if value),
+    ]
+    if results:
+        lines += ["", "## Results", "", "τ is the number of tokens per pass of the base model.", ""]
+        lines += _results_table(results, info)
+    lines += ["", "## Serving", "", *_serving(info, name), ""]
+    lines += ["It serves only the base model that it was trained for. Made with verl_speculator.", ""]
+    return "\n".join(lines)
+
+
+def check_repo(repo: str) -> None:
+    """Check the name of a repository on the hub.
+
+    Raises:
+        UserError: naming the repository.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {repo}: {one_line(error)}") from None
+    if "/" not in repo:
+        raise UserError(f"--push-to-hub {repo}: expected owner/name")
+
+
+def push(directory: Path, repo: str, *, private: bool) -> str:
+    """Upload a directory in one commit, to a repository that is made if it does not exist.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        UserError: if the hub refuses: no token, no permission, no connection.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=directory, commit_message="Upload a speculator"))
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.TransportError, OSError) as error:
+        raise UserError(f"--push-to-hub {repo}: {one_line(error)}; what was exported is in {directory}") from None

@@ -88,7 +88,7 @@ def check_base(run: RunConfig) -> Base:
     if model.hf_config_path:
         hf_config = _load(setting, AutoConfig.from_pretrained, model.hf_config_path, **options)
     else:
-        hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.reading, **options)
+        hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.read_options, **options)
     quantized = getattr(hf_config, "quantization_config", None) or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
     if method == "bitsandbytes" and form.quantization is None:  # verl would cast the weights

@@ -4,7 +4,7 @@ Outside of this folder and rl/ only `train.py`, `train_ppo.py`, `data/dataset.py
 import verl.
 """
 
-from verl_speculator.utils.import_warnings import silence_import_warnings
+from verl_speculator.utils.process import silence_import_warnings
 
 silence_import_warnings()  # before any module here imports verl
 

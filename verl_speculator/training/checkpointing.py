@@ -36,6 +36,7 @@ from verl.utils.fsdp_utils import (
     offload_fsdp_optimizer,
 )
 
+from verl_speculator.base_model.loading import load_base
 from verl_speculator.checkpoint.format import (
     BASE_DIRECTORY,
     STATE_DIRECTORY,
@@ -218,9 +219,7 @@ class RunCheckpoints:
 
 
 def _read_base(folder: Path) -> State:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder / BASE_DIRECTORY, dtype=torch.float32).state_dict()
+    return load_base(folder / BASE_DIRECTORY, device="cpu", dtype=torch.float32).state_dict()
 
 
 def _load_optimizer(engine: SpeculatorEngine, saved: dict[str, Any]) -> None:

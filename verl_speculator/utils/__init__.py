@@ -1,1 +1,1 @@
-"""Errors, files, progress and processes: what every other folder may use."""
+"""Errors, files and processes: what every other folder may import."""

@@ -1,4 +1,4 @@
-"""Writing so that nobody ever finds half a file: temporary name, fsync, rename."""
+"""Files that are either complete or absent: write to a temporary name, fsync, rename. Files of tensors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from verl_speculator.utils.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-
 TEMPORARY = ".tmp."
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or the names in a directory to the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,17 +28,17 @@ def fsync(path: Path) -> None:
 
 
 def check_writable(setting: str, directory: Path) -> None:
-    """Whether `directory` can be written to, or made where it does not exist yet.
+    """Check that files can be written to `directory`, which need not exist yet. Leaves nothing behind.
 
-    Makes a directory of the same name within a temporary one in the nearest that exists, and leaves nothing behind:
-    permissions alone do not tell of a disk that is read-only, of a name that is too long, or of what a superuser may.
+    Makes a directory of the same name within a temporary one in the nearest parent that exists: permissions alone do
+    not show a read-only disk, a name that is too long, or what the superuser may do.
 
     Args:
         setting: name and value as the user gave them, for the message.
         directory: may not exist.
 
     Raises:
-        UserError: if a file is in the way, or nothing can be made there.
+        UserError: if a file is in the way, or nothing can be written there.
     """
     directory = directory.absolute()
     try:
@@ -54,8 +53,8 @@ def check_writable(setting: str, directory: Path) -> None:
 
 
 def check_metrics_file(setting: str, project: str, experiment: str) -> None:
-    """Whether verl's file logger can open its file: one that is named, in a folder that exists, or one in a folder that
-    it makes. A file that is there stays as it is.
+    """Check that verl's file logger can open its file: $VERL_FILE_LOGGER_PATH in an existing directory, or
+    $VERL_FILE_LOGGER_ROOT/<project>/<experiment>.jsonl, whose directory verl makes.
 
     Args:
         setting: name and value as the user gave them, for the message.
@@ -79,10 +78,14 @@ def check_metrics_file(setting: str, project: str, experiment: str) -> None:
         raise UserError(f"{setting}: {path} cannot be written to")
 
 
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an exception."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
+    """Yield a temporary path beside `path`; the file replaces `path` if the block ends without an exception."""
+    temporary = _temporary_path(path)
     try:
         yield temporary
         fsync(temporary)
@@ -94,12 +97,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its place when the block ends without an exception.
-
-    A directory already at `path` is replaced as a whole.
-    """
+    """Yield a temporary directory beside `path`; it replaces `path` as a whole if the block ends without an
+    exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
+    temporary = _temporary_path(path)
+    replaced = temporary.with_name(f"{TEMPORARY}{os.getpid()}.old.{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -107,26 +109,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for entry in [*temporary.rglob("*"), temporary]:
             fsync(entry)
         if path.exists():
-            old = path.with_name(f"{TEMPORARY}{os.getpid()}.old.{path.name}")
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+            os.rename(path, replaced)
+        os.rename(temporary, path)
         fsync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that no half of it is ever found under its name."""
-    doomed = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    """Remove a directory; an interruption leaves no part of it under its name."""
+    temporary = _temporary_path(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Clear away what a killed writer left in `directory`."""
+    """Remove what interrupted writers left in `directory`."""
     for entry in directory.glob(f"{TEMPORARY}*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
@@ -134,65 +133,63 @@ def remove_temporaries(directory: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-TORCH_FILE, SAFETENSORS_FILE = "pytorch_model.bin", "model.safetensors"
-
-
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file under every one of its names, memory-mapped, without running code.
+    """Read a .safetensors file, or one of torch.save without running code: each tensor by each of its names,
+    memory-mapped.
 
     Raises:
-        UserError: if the file is missing, truncated, or none of tensors.
+        UserError: if the file is missing, truncated, or holds anything but tensors.
     """
-    try:
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if tensors is None:
+        raise UserError(f"{path}: truncated, or not a file of tensors")
+    return tensors
 
 
-def _read_torch(path: Path) -> dict[str, torch.Tensor]:
+def _read_torch(path: Path) -> dict[str, torch.Tensor] | None:
     import pickle
 
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        found = None
-    named = isinstance(found, Mapping) and all(isinstance(name, str) for name in found)
-    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise UserError(f"{path}: truncated, or not a file of tensors")
-    return dict(found)
+        return None
+    if not isinstance(content, Mapping):
+        return None
+    by_name = all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
+    return dict(content) if by_name else None
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            ties = {name: kept for name, kept in (file.metadata() or {}).items() if kept in found}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            ties = {name: first for name, first in (file.metadata() or {}).items() if first in tensors}
     except SafetensorError:
-        raise UserError(f"{path}: truncated, or not a file of tensors") from None
-    return found | {name: found[kept] for name, kept in ties.items()}
+        return None
+    return tensors | {name: tensors[first] for name, first in ties.items()}
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors; those that share their memory once, under the first of their names.
+    """Write tensors; tensors that share their memory are written once, under the first of their names.
 
-    The other names stand in the file's metadata, as Hugging Face's `save_model` has it.
+    The file's metadata maps the other names to the first, as Hugging Face's `save_model` does.
     """
     from safetensors.torch import save_file
 
-    first: dict[tuple, str] = {}
+    first_names: dict[tuple, str] = {}
     ties = {}
     for name, tensor in tensors.items():
-        kept = first.setdefault((tensor.data_ptr(), tensor.shape), name)
-        if kept != name:
-            ties[name] = kept
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in ties}
-    save_file(kept, path, metadata={"format": "pt"} | ties)
+        first = first_names.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if first != name:
+            ties[name] = first
+    untied = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in ties}
+    save_file(untied, path, metadata={"format": "pt"} | ties)
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors leaves it to its owner alone; a server may be somebody else
+    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner reads; a server may be another user

@@ -1,55 +1,102 @@
-"""How glibc treats the large tensors of a CPU process."""
+"""What a process sets up for itself: allocator, end with its parent, unwanted messages of libraries, progress bars.
+
+`python -m verl_speculator.utils.process PID COMMAND…` replaces itself by a command that ends with the process PID.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-# glibc returns large tensors to the kernel at every step and faults them in again; 32 MiB is the most it accepts.
-# What it brings is in docs/results.md.
+# glibc returns large tensors to the kernel at every step and faults them in again; 32 MiB is the largest threshold that
+# it accepts. docs/results.md has the measured effect.
 CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+PR_SET_PDEATHSIG = 1
+
+# By logger, how the messages begin that say nothing to the user of a speculator.
+UNWANTED_MESSAGES = {
+    # The platform is the one that the launcher asked for.
+    "verl.plugin.platform.platform_manager": "Platform override from VERL_PLATFORM",
+    # bitsandbytes has another kernel for 4-bit base models on a CPU.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # Addressed to callers of a function that torch itself calls.
+    "torch.fx._symbolic_trace": "is_fx_tracing will return true",
+}
+# verl tries to import each of its engines; only the one of FSDP is needed, and it is not optional.
+OPTIONAL_ENGINES = r"(torchtitan|veomni|automodel|mindspeed|megatron) engine is not available"
 
 
 def restart_with_allocator() -> None:
-    """Start this command again with the settings that glibc reads at the start of a process, unless they are there."""
+    """Start this command again with the settings that glibc reads at the start of a process, unless they are set."""
     if sys.platform == "linux" and not CPU_ALLOCATOR.keys() & os.environ.keys():
         os.execve(sys.executable, sys.orig_argv, os.environ | CPU_ALLOCATOR)
 
 
-PR_SET_PDEATHSIG = 1
-
-
 def end_with_parent() -> None:
-    """Be sent SIGTERM when the parent is gone."""
+    """Ask the kernel for a SIGTERM to this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class _MessageFilter(logging.Filter):
+    """Drops the records whose message begins with one text."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged."""
+        return not record.getMessage().startswith(self.beginning)
+
+
+def silence_import_warnings() -> None:
+    """Drop the messages above in this process. Call it before verl is imported; a second call changes nothing."""
+    for name, beginning in UNWANTED_MESSAGES.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _MessageFilter) for known in logger.filters):
+            logger.addFilter(_MessageFilter(beginning))
+    warnings.filterwarnings("ignore", message=OPTIONAL_ENGINES, category=UserWarning, module=r"verl\.workers\.engine")
+
+
+def progress_bar() -> Progress:
+    """Progress bars on stderr: description, bar, count, time elapsed and remaining."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` evenly spaced indices below `count`, so that a file sorted by category is sampled whole; all for 0."""
+    wanted = min(wanted, count) or count
+    return [i * count // wanted for i in range(wanted)]
+
+
 def main() -> None:
-    """Set the wish, look whether the parent is still there, and become the command."""
+    """Run a command that ends with the process whose id is the first argument."""
     parent, *command = sys.argv[1:]
     end_with_parent()
-    if os.getppid() != int(parent):
+    if os.getppid() != int(parent):  # the parent ended before the kernel knew
         sys.exit(128 + signal.SIGTERM)
     os.execvp(command[0], command)
 
 
 if __name__ == "__main__":
     main()
-
-
-def progress_bar() -> Progress:
-    """Bars on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` indices at even distances, so that a file sorted by category is sampled whole; 0 for all."""
-    wanted = min(wanted, count) or count
-    return [i * count // wanted for i in range(wanted)]

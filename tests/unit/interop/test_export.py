@@ -14,8 +14,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, load_speculator,
 from verl_speculator.__main__ import app
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.interop.engine_formats import FORMATS, arctic_mlp_obstacle, contract_faults
-from verl_speculator.interop.export import export_speculator
-from verl_speculator.interop.model_card import model_card
+from verl_speculator.interop.export import export_speculator, model_card
 from verl_speculator.utils.errors import UserError
 
 D, V = 20, 61
