@@ -310,7 +310,7 @@ def test_files_refused(tmp_path, tokenizer):
         "none.jsonl": (b"{}\n", "no column that can be used; it has none; expected one of"),
         "list.jsonl": (b'{"text": "one"}\n\n["one"]\n', "list.jsonl, line 3: ['one'], expected a JSON object"),
         "cut.jsonl": (b'{"text": "one"}\n{"text": "tw', "cut.jsonl, line 2: truncated, or not JSON (Unterminated"),
-        "pretty.json": (b'[\n{"text": "one"}\n]\n', "pretty.json, line 1: truncated, or not JSON"),
+        "cut.json": (b'[\n{"text": "one"}\n', "cut.json: truncated, or not JSON"),
         "bytes.jsonl": (b'{"text": "\xff"}\n', "bytes.jsonl: cannot be read as text"),
     }
     for name, (content, _) in contents.items():
