@@ -57,10 +57,8 @@ def measure(args: argparse.Namespace) -> None:
                 run = contenders[name].generate(ids, max_new_tokens=args.max_new_tokens, seed=0)
                 row = {"contender": name, "prompt": index, "trial": trial, "prompt_tokens": len(ids)}
                 row |= {"tokens": len(run.tokens), "rounds": sum(run.counts["histogram"])}
-                times = run.seconds
-                parts = {"prefill_s": times.prefill, "decode_s": times.decode, "draft_s": times.draft}
-                parts |= {"base_s": times.target}
-                row |= {part: round(seconds, 6) for part, seconds in parts.items()}
+                times = {name.replace("target", "base"): seconds for name, seconds in run.seconds.items()}
+                row |= {f"{name}_s": round(seconds, 6) for name, seconds in times.items()}
                 row |= {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
                 rows.append(row | {"max_new_tokens": args.max_new_tokens, "seed": 0} | where)
         append_rows(args.out, rows)

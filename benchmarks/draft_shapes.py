@@ -75,14 +75,12 @@ def measure(args: argparse.Namespace) -> None:
             for name, run in runs.items():
                 row = {"contender": name, "prompt": index, "trial": trial, "prompt_tokens": len(ids)}
                 row |= {"tokens": len(run.tokens), "same_text": run.tokens == runs["alone"].tokens}
-                counts, times = run.counts, run.seconds
+                counts, times = run.counts, {name.replace("target", "base"): s for name, s in run.seconds.items()}
                 row |= {"rounds": sum(counts["histogram"]), "nodes": counts["nodes"][0]}
                 row |= {"accepted": sum(j * count for j, count in enumerate(counts["histogram"]))}
                 row |= {"drafted": sum(j * count for j, count in enumerate(counts["drafted"]))}
                 row |= {"expected_tau": round(expected[name], 4) if name in expected else ""}
-                parts = {"prefill_s": times.prefill, "decode_s": times.decode, "draft_s": times.draft}
-                parts |= {"base_s": times.target}
-                rows.append(row | {part: round(seconds, 6) for part, seconds in parts.items()} | facts)
+                rows.append(row | {f"{name}_s": round(seconds, 6) for name, seconds in times.items()} | facts)
         append_rows(args.out, rows)
 
 

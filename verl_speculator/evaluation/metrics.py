@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import HiddenStateHook
-from verl_speculator.data.alignment import DraftRows, align
+from verl_speculator.data.alignment import DraftRows, align, misaligned
 from verl_speculator.models import Speculator
 
 LEVEL = 0.95
@@ -132,7 +132,7 @@ def speed(vanilla: np.ndarray, speculative: np.ndarray, weights: np.ndarray) -> 
 
 
 class Document:
-    """A text with the base model's logits and hidden states, which every speculator is then measured on.
+    """A text with the base model's logits and hidden states, on which every speculator is measured.
 
     The base model runs once for each kind of hidden state that the speculators read.
 
@@ -147,46 +147,30 @@ class Document:
         self.tokens, self.loss_mask = (torch.tensor(x, device=base.device) for x in (tokens, loss_mask))
         self._hidden_states: dict[str, Any] = {}
 
-    @torch.inference_mode()
-    def hidden_states(self, source: str) -> Any:
-        """The base model's states [1, T, D] at `Speculator.hidden_state_source`, or the block's call with them."""
+    def unroll(self, speculator: Speculator, end_token_ids: Collection[int]) -> tuple[DraftRows, Tensor]:
+        """The rows of the text, and the speculator's states [K, R, E] at all depths."""
+        source = speculator.hidden_state_source
         if source not in self._hidden_states:
             with HiddenStateHook(self.base, source) as hook:
                 self.logits = self.base(input_ids=self.tokens.unsqueeze(0), use_cache=False).logits[0]
                 self._hidden_states[source] = hook.take()
-        return self._hidden_states[source]
-
-    def align(self, speculator: Speculator, end_token_ids: Collection[int]) -> DraftRows:
-        """The rows that the speculator drafts from; `end_token_ids` end a turn."""
-        borders, offset = torch.tensor([0, len(self.tokens)]), speculator.config.first_offset
-        return align(self.tokens, self.loss_mask, borders, speculator.depths, end_token_ids, first_offset=offset)
-
-    @torch.inference_mode()
-    def unroll(self, speculator: Speculator, rows: DraftRows) -> Tensor:
-        """[K, R, E] the speculator's states at all depths."""
         speculator.attach(self.base)
-        hidden = speculator.prepare_hidden_states(self.hidden_states(speculator.hidden_state_source))[0]
-        return speculator.unroll(hidden[rows.positions].to(speculator.head(0).dtype), rows.tokens)
+        return align_and_unroll(speculator, self._hidden_states[source], self.tokens, self.loss_mask, end_token_ids)
 
     @torch.inference_mode()
     def measure(
         self, speculator: Speculator, end_token_ids: Collection[int], temperature: float
     ) -> dict[str, list[float]]:
-        """Sums of each depth over the valid pairs.
-
-        Args:
-            speculator: of this base model.
-            end_token_ids: tokens that end a turn.
-            temperature: softens both distributions of `kl_training_temperature`.
+        """Sums over the valid pairs, for each depth.
 
         Returns:
             `pairs`, the number of valid pairs, and for each name of QUALITY_METRICS [K] sums: cross-entropy with the
-            text, KL(base ‖ draft) at temperature 1 and at the given one (nats, without the factor T² of a distillation
+            text, KL(base ‖ draft) at temperature 1 and at `temperature` (nats, without the factor T² of a distillation
             loss), and whether the text's token is the draft's most likely one, or among its five most likely ones.
         """
-        rows = self.align(speculator, end_token_ids)
+        rows, states = self.unroll(speculator, end_token_ids)
         sums: dict[str, list[float]] = {name: [] for name in ("pairs", *QUALITY_METRICS)}
-        for k, state in enumerate(self.unroll(speculator, rows)):
+        for k, state in enumerate(states):
             valid = rows.valid[k]
             target = rows.targets[k][valid]
             draft = speculator.logits(k, state[valid]).float()
@@ -208,15 +192,44 @@ class Document:
     def ranks(self, speculator: Speculator, end_token_ids: Collection[int]) -> Tensor:
         """[R, K] rank of the text's own token among the draft tokens of each depth, 0 for the most likely one.
 
-        R are the rows in which all depths are valid; the draft is given the text before the token.
+        Only rows in which all depths are valid. The draft is given the text before the token.
         """
-        rows, ranks = self.align(speculator, end_token_ids), []
-        is_complete = rows.valid.all(0)
-        for k, state in enumerate(self.unroll(speculator, rows)):
+        rows, states = self.unroll(speculator, end_token_ids)
+        is_complete, ranks = rows.valid.all(0), []
+        for k, state in enumerate(states):
             draft = speculator.logits(k, state[is_complete])
             target = draft.gather(-1, rows.targets[k][is_complete][:, None])
             ranks.append((draft > target).sum(-1))
         return torch.stack(ranks, dim=1)
+
+
+def align_and_unroll(
+    speculator: Speculator,
+    hidden_states: Any,
+    tokens: Tensor,
+    loss_mask: Tensor,
+    end_token_ids: Collection[int],
+    *,
+    token_shift: int = 0,
+    target_shift: int = 0,
+) -> tuple[DraftRows, Tensor]:
+    """The rows of one text, and the speculator's states [K, R, E] at all depths.
+
+    Args:
+        speculator: attached to the base model.
+        hidden_states: what `HiddenStateHook` took while the base model read the text.
+        tokens: [T]
+        loss_mask: [T] 1 where the assistant produced the token.
+        end_token_ids: tokens that end a turn.
+        token_shift, target_shift: as in `alignment.misaligned`, for diagnosis.
+    """
+    borders, offset = torch.tensor([0, len(tokens)]), speculator.config.first_offset
+    rows = align(tokens, loss_mask, borders, speculator.depths, end_token_ids, first_offset=offset)
+    if token_shift or target_shift:
+        shifts = {"token_shift": token_shift, "target_shift": target_shift}
+        rows = misaligned(rows, tokens, first_offset=offset, **shifts)
+    hidden = speculator.prepare_hidden_states(hidden_states)[0][rows.positions]
+    return rows, speculator.unroll(hidden.to(speculator.head(0).dtype), rows.tokens)
 
 
 def _kl_divergence(teacher: Tensor, draft: Tensor) -> Tensor:

@@ -66,9 +66,9 @@ class PlotRow:
         value = self.values.get(name, math.nan)
         return value if math.isfinite(value) else math.nan
 
-    def has(self, *names: str) -> bool:
-        """Whether the table has a finite number in each of these columns."""
-        return all(math.isfinite(self.value(name)) for name in names)
+    def has(self, name: str) -> bool:
+        """Whether the table has a finite number in a column."""
+        return math.isfinite(self.value(name))
 
     def series(self, prefix: str) -> dict[int, str]:
         """Index → column of those columns `prefix`0, `prefix`1, … that have values."""

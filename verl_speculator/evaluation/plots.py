@@ -290,17 +290,6 @@ def styles_of(rows: Iterable[PlotRow]) -> list[PlotStyle]:
     return list(dict.fromkeys(row.style for row in rows))
 
 
-def arrange(panels: Panels, most: int) -> tuple[Panels, int, int]:
-    """Panels in reading order, lines and columns: prompts against policies where that fits into `most` columns."""
-    axes = [list(dict.fromkeys(panel[i] for panel in panels)) for i in (0, 1)]
-    down, across = (1, 0) if len(axes[1]) > most else (0, 1)
-    order = sorted(panels, key=lambda panel: (axes[down].index(panel[down]), axes[across].index(panel[across])))
-    columns = len(axes[across])
-    if len(axes[down]) * columns != len(panels) or not 1 < columns <= most:
-        columns = math.ceil(len(panels) / math.ceil(len(panels) / most))
-    return {panel: panels[panel] for panel in order}, math.ceil(len(panels) / columns), columns
-
-
 def sheet(lines: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure with its own canvas, which pyplot does not manage; sizes are those of a panel, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -315,17 +304,23 @@ def panel_sheet(
     panels: Panels, height: float = 2.6, most: int = 3, ylabel: str = "", **options: Any
 ) -> tuple[Figure, list[tuple[Axes, list[PlotRow]]]]:
     """A figure with one titled panel for each prompts file and policy; `ylabel` is that of the first column."""
-    panels, lines, columns = arrange(panels, most)
+    # Prompts against policies, or the other way round, where that fits into `most` columns.
+    names = [list(dict.fromkeys(panel[i] for panel in panels)) for i in (0, 1)]
+    down, across = (1, 0) if len(names[1]) > most else (0, 1)
+    order = sorted(panels, key=lambda panel: (names[down].index(panel[down]), names[across].index(panel[across])))
+    columns = len(names[across])
+    if len(names[down]) * columns != len(panels) or not 1 < columns <= most:
+        columns = math.ceil(len(panels) / math.ceil(len(panels) / most))
     is_crowded = len(styles_of(row for members in panels.values() for row in members)) > CROWD
     width = {1: 7.2 if is_crowded else 5.0, 2: 3.6}.get(columns, 3.0)
-    figure, axes = sheet(lines, columns, width, height, **options)
+    figure, axes = sheet(math.ceil(len(panels) / columns), columns, width, height, **options)
     for axis in axes[len(panels) :]:
         axis.remove()
-    for i, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
+    for i, (axis, panel) in enumerate(zip(axes, order, strict=False)):
         title = ", ".join(filter(None, panel))
         axis.set_title(title if len(title) <= round(width * 12) else "\n".join(filter(None, panel)))
         axis.set_ylabel(ylabel if i % columns == 0 else "")
-    return figure, list(zip(axes, panels.values(), strict=False))
+    return figure, [(axis, panels[panel]) for axis, panel in zip(axes, order, strict=False)]
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:

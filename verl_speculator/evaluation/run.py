@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, 
 from verl_speculator.decoding import DraftTree, Generation, SamplingPolicy, speculative_generate
 from verl_speculator.decoding.draft_length import AUTO, DraftLength, draft_length_policy
 from verl_speculator.decoding.generate import generation_settings
-from verl_speculator.decoding.outputs import Seconds
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.decoding.tree_attention import windows
 from verl_speculator.evaluation.metrics import Document
@@ -57,14 +56,15 @@ class MethodRun:
 
     Attributes:
         tokens: the new tokens.
-        seconds: wall time; draft and target are NaN where they are not measured.
+        seconds: wall time of `prefill` and `decode`, and of `draft` and `target` within the latter, NaN where they are
+            not measured.
         counts: over the counted rounds: `histogram` [γ+1], rounds that accepted j draft tokens; `overlap` [γ], sums of
             Σ_v min(p, q) at each depth; `drafted` [γ+1], rounds that drafted j tokens; `judged` [γ], rounds that
             reached the depth with a draft token there; `nodes` [1], draft tokens that the base model read.
     """
 
     tokens: list[int]
-    seconds: Seconds
+    seconds: dict[str, float]
     counts: dict[str, list[float]]
 
 
@@ -108,24 +108,23 @@ class SpeculativeMethod:
             draft_tree=self.draft_tree,
             eos_token_id=self.eos_token_ids,
         )
-        seconds = generation.seconds
+        seconds = asdict(generation.seconds)
         if self.base.device.type != "cpu":  # to tell the two apart, each would have to wait for the device
-            seconds = replace(seconds, draft=NAN, target=NAN)
+            seconds |= {"draft": NAN, "target": NAN}
         return MethodRun(generation.tokens, seconds, count_rounds(generation))
 
 
 def count_rounds(generation: Generation) -> dict[str, list[float]]:
     """`MethodRun.counts`"""
-    length = generation.draft_length
-    histogram, drafted, judged, overlap = [0] * (length + 1), [0] * (length + 1), [0] * length, [0.0] * length
-    for item in generation.counted:
-        histogram[item.accepted] += 1
-        drafted[item.drafted] += 1
-        for depth, value in enumerate(item.overlap):
-            overlap[depth] += value
-            judged[depth] += 1
-    nodes = [sum(item.nodes for item in generation.counted)]
-    return {"histogram": histogram, "overlap": overlap, "drafted": drafted, "judged": judged, "nodes": nodes}
+    rounds, depths = generation.counted, range(generation.draft_length)
+    lengths = range(generation.draft_length + 1)
+    return {
+        "histogram": [sum(r.accepted == length for r in rounds) for length in lengths],
+        "overlap": [sum(r.overlap[k] for r in rounds if len(r.overlap) > k) for k in depths],
+        "drafted": [sum(r.drafted == length for r in rounds) for length in lengths],
+        "judged": [sum(len(r.overlap) > k for r in rounds) for k in depths],
+        "nodes": [sum(r.nodes for r in rounds)],
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +160,7 @@ class HuggingFaceMethod:
             end = time.perf_counter()
         # Prompt lookup may exceed the limit by one token.
         tokens = text[0, len(prompt) :][:max_new_tokens].tolist()
-        seconds = Seconds(ends_at[0] - start, end - ends_at[0], NAN, NAN)
+        seconds = {"prefill": ends_at[0] - start, "decode": end - ends_at[0], "draft": NAN, "target": NAN}
         return MethodRun(tokens, seconds, self._count_calls(lengths))
 
     def _count_calls(self, cache_lengths: list[int]) -> dict[str, list[float]]:
@@ -423,9 +422,10 @@ class Evaluator:
             due = [row for row in rows if index not in logs[row].records]
             turns, reason = self._turns(prompts[index])
             methods = list(dict.fromkeys([self.vanilla, *(row.method for row in due)]))
-            if turns and not is_warm:
-                self._warm_up(methods, turns[0])
-                is_warm = True
+            for _ in range(self.settings.warmup_steps if turns and not is_warm else 0):
+                for method in methods:
+                    method.generate(turns[0], max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
+            is_warm = is_warm or bool(turns)
             records = self._measure_prompt(index, turns, methods, due) if turns else {}
             for row in due:
                 record = {"category": prompts[index].category, "turns": len(turns)} | records.get(row, {})
@@ -446,11 +446,6 @@ class Evaluator:
                 return turns, f"{place}{len(ids)} tokens, the base has {self.limit} positions"
             turns.append(ids)
         return turns, None
-
-    def _warm_up(self, methods: Sequence[Method], prompt: list[int]) -> None:
-        for _ in range(self.settings.warmup_steps):
-            for method in methods:
-                method.generate(prompt, max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
 
     def _measure_prompt(
         self,
@@ -473,13 +468,17 @@ class Evaluator:
                     for ids, seed in zip(turns, seeds, strict=True)
                 ]
                 peaks[method] = max(peaks[method], self.memory.read())
+
+        def same_text(runs: list[MethodRun], others: list[MethodRun]) -> bool:
+            return [run.tokens for run in runs] == [run.tokens for run in others]
+
         # A greedy text is the same in every trial: its rounds count once.
         counted = trials[:1] if self.policy.greedy else trials
         return {
             row: {
                 "alone": [_times(runs[self.vanilla]) for runs in trials],
                 "own": [_times(runs[row.method]) for runs in trials],
-                "identical": sum(_texts(runs[row.method]) == _texts(runs[self.vanilla]) for runs in trials),
+                "identical": sum(same_text(runs[row.method], runs[self.vanilla]) for runs in trials),
                 "peak_mb": peaks[row.method],
                 **_sum_counts([run.counts for runs in counted for run in runs[row.method]]),
             }
@@ -519,14 +518,10 @@ def _missing(name: str, logs: Mapping[Any, ResultsLog], scope: list[int], progre
         progress.advance(task)
 
 
-def _texts(runs: Sequence[MethodRun]) -> list[list[int]]:
-    return [run.tokens for run in runs]
-
-
 def _times(runs: Sequence[MethodRun]) -> dict[str, float]:
     """Tokens and seconds of one trial, all turns together."""
-    sums = {name: sum(getattr(run.seconds, name) for run in runs) for name in ("prefill", "decode", "draft", "target")}
-    return {"tokens": sum(len(run.tokens) for run in runs)} | {name: round(s, 6) for name, s in sums.items()}
+    seconds = {name: round(sum(run.seconds[name] for run in runs), 6) for name in runs[0].seconds}
+    return {"tokens": sum(len(run.tokens) for run in runs)} | seconds
 
 
 def _sum_counts(counts: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:

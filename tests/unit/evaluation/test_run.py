@@ -163,7 +163,7 @@ def test_every_contender_says_the_same(base):
         run = method.generate(PROMPT, max_new_tokens=30, seed=0)
         assert run.tokens == expected.tokens
         assert len(run.counts["histogram"]) == method.max_draft_length + 1
-        assert run.seconds.prefill > 0 and run.seconds.decode > 0
+        assert run.seconds["prefill"] > 0 and run.seconds["decode"] > 0
         # All but the first token and those of the last round come from counted rounds.
         counted = sum((j + 1) * count for j, count in enumerate(run.counts["histogram"]))
         assert 29 - method.max_draft_length - 1 <= counted <= 28
