@@ -23,8 +23,8 @@ from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.base_model.loading import choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
-from verl_speculator.evaluation.methods import HuggingFace, SpeculativeMethod
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
+from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod
 from verl_speculator.utils.process import restart_with_allocator, spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,9 +40,9 @@ def measure(args: argparse.Namespace) -> None:
     speculators = {name: load_speculator(name, base=base, device=device).eval() for name in args.speculators}
     length = max(s.n_predict for s in speculators.values())
     contenders = {
-        "generate": HuggingFace(base, policy, 0, ends),
+        "generate": HuggingFaceMethod(base, policy, 0, ends),
         "alone": SpeculativeMethod(base, None, policy, None, ends),
-        "prompt_lookup": HuggingFace(base, policy, length, ends),
+        "prompt_lookup": HuggingFaceMethod(base, policy, length, ends),
     } | {name: SpeculativeMethod(base, s, policy, None, ends) for name, s in speculators.items()}
     prompts = read_prompts(args.file)
     chosen = [prompt_ids(prompts[i], tokenizer) for i in spread(len(prompts), args.prompts)]
@@ -56,9 +56,9 @@ def measure(args: argparse.Namespace) -> None:
             for name in names:
                 run = contenders[name].generate(ids, max_new_tokens=args.max_new_tokens, seed=0)
                 row = {"contender": name, "prompt": index, "trial": trial, "prompt_tokens": len(ids)}
-                row |= {"tokens": len(run.tokens), "rounds": sum(run.histogram)}
-                parts = {"prefill_s": run.prefill, "decode_s": run.decode, "draft_s": run.draft, "base_s": run.target}
-                row |= {part: round(seconds, 6) for part, seconds in parts.items()}
+                row |= {"tokens": len(run.tokens), "rounds": sum(run.counts["histogram"])}
+                times = {name.replace("target", "base"): seconds for name, seconds in run.seconds.items()}
+                row |= {f"{name}_s": round(seconds, 6) for name, seconds in times.items()}
                 row |= {"threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
                 rows.append(row | {"max_new_tokens": args.max_new_tokens, "seed": 0} | where)
         append_rows(args.out, rows)

@@ -27,8 +27,8 @@ from verl_speculator.decoding import DraftTree
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.decoding.tree import most_frequent
-from verl_speculator.evaluation.methods import SpeculativeMethod
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
+from verl_speculator.evaluation.run import SpeculativeMethod
 from verl_speculator.evaluation.tree_search import sample_ranks
 from verl_speculator.utils.process import restart_with_allocator, spread
 
@@ -75,12 +75,12 @@ def measure(args: argparse.Namespace) -> None:
             for name, run in runs.items():
                 row = {"contender": name, "prompt": index, "trial": trial, "prompt_tokens": len(ids)}
                 row |= {"tokens": len(run.tokens), "same_text": run.tokens == runs["alone"].tokens}
-                row |= {"rounds": sum(run.histogram), "nodes": run.nodes}
-                row |= {"accepted": sum(j * count for j, count in enumerate(run.histogram))}
-                row |= {"drafted": sum(j * count for j, count in enumerate(run.drafted))}
+                counts, times = run.counts, {name.replace("target", "base"): s for name, s in run.seconds.items()}
+                row |= {"rounds": sum(counts["histogram"]), "nodes": counts["nodes"][0]}
+                row |= {"accepted": sum(j * count for j, count in enumerate(counts["histogram"]))}
+                row |= {"drafted": sum(j * count for j, count in enumerate(counts["drafted"]))}
                 row |= {"expected_tau": round(expected[name], 4) if name in expected else ""}
-                parts = {"prefill_s": run.prefill, "decode_s": run.decode, "draft_s": run.draft, "base_s": run.target}
-                rows.append(row | {part: round(seconds, 6) for part, seconds in parts.items()} | facts)
+                rows.append(row | {f"{name}_s": round(seconds, 6) for name, seconds in times.items()} | facts)
         append_rows(args.out, rows)
 
 

@@ -1,23 +1,24 @@
-"""From journals to tables: `results.csv`, `categories.csv`, `skipped.csv`, and the one that a person reads."""
+"""The log of measurements, the tables that are computed from it, and the table on the console."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from verl_speculator.evaluation.metrics import MEASURES, Figures, acceptance, bootstrap, quality, speed
+from verl_speculator.evaluation.metrics import QUALITY_METRICS, Figures, acceptance, bootstrap, quality, speed
 from verl_speculator.evaluation.plot_data import CATEGORIES, RESULTS
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.errors import UserError
 
 SKIPPED = "skipped.csv"
-# The columns that come first; figures per depth, intervals and bookkeeping follow.
+BASELINE_ORDER = ("none", "generate", "prompt_lookup", "random")
+# The first columns of the tables; the other figures of each depth, intervals and bookkeeping follow.
 LEADING = (
     *("base", "speculator", "method", "n_predict", "prompts", "temperature", "top_p", "top_k", "draft_length"),
     *("draft_shape", "drafts_per_round", "seed"),
@@ -30,251 +31,23 @@ NARROW, WIDE = ("speculator", "prompts", "τ", "accepted", "speedup"), 150
 Record = dict[str, Any]
 
 
-def write_results(out: Path, journals: Path) -> None:
-    """Write the three tables from all journals there are, each in one piece."""
-    import pandas as pd
-
-    found = [journal for path in sorted(journals.glob("*.jsonl")) if (journal := Journal.read(path)) is not None]
-    measured = {_place(journal): _quality_figures(journal) for journal in found if _kind(journal) == "quality"}
-    results, categories, skipped = [], [], []
-    for journal in sorted((j for j in found if _kind(j) == "behaviour"), key=_order):
-        records = [record for record in journal.measured() if "own" in record]
-        skipped += _skipped(journal)
-        if not records:
-            continue
-        common = _common(journal, records)
-        results.append(common | measured.get(_place(journal), {}) | behaviour_figures(journal, records))
-        for category in dict.fromkeys(record["category"] for record in records):
-            part = [record for record in records if record["category"] == category]
-            categories.append(_common(journal, part) | {"category": category} | behaviour_figures(journal, part))
-    for name, rows in ((RESULTS, results), (CATEGORIES, categories), (SKIPPED, skipped)):
-        columns = _columns(rows) if name != SKIPPED else ["prompts", "index", "category", "reason"]
-        with atomic_file(out / name) as path:
-            pd.DataFrame(rows, columns=columns).drop_duplicates().to_csv(path, index=False)
-
-
-def _kind(journal: Journal) -> str:
-    return journal.settings["kind"]
-
-
-def _place(journal: Journal) -> tuple[str, ...]:
-    """What quality is of: a checkpoint and its base in one dtype."""
-    return tuple(journal.settings[name] for name in ("base", "speculator", "dtype"))
-
-
-def _order(journal: Journal) -> tuple[Any, ...]:
-    """Prompt files together, then policies; within them the baselines first."""
-    row = journal.settings
-    names = ("none", "generate", "prompt_lookup", "random")
-    rank = names.index(row["speculator"]) if row["speculator"] in names else len(names)
-    return (
-        row["file"],
-        row["temperature"],
-        row["top_p"],
-        row["top_k"],
-        rank,
-        row["speculator"],
-        row.get("draft_shape", ""),
-        row["draft_length"] if rank else 0,
-    )
-
-
-def _skipped(journal: Journal) -> list[Record]:
-    return [
-        {"prompts": journal.settings["file"], "index": r["index"], "category": r["category"], "reason": r["skipped"]}
-        for r in journal.measured()
-        if "skipped" in r
-    ]
-
-
-def _common(journal: Journal, records: Sequence[Record]) -> Record:
-    """What a row says besides its figures."""
-    settings = {name: value for name, value in journal.settings.items() if name not in ("kind", "file")}
-    versions = journal.identity["versions"]
-    return {
-        "draft_shape": "chain" if settings.get("draft_length") else "",
-        **settings,
-        "prompts": journal.settings["file"],
-        "prompts_used": len(records),
-        "prompts_skipped": len(_skipped(journal)),
-        "hardware": journal.identity["hardware"],
-        **{f"version_{name}": version for name, version in versions.items()},
-        **journal.origin,
-    }
-
-
-def behaviour_figures(journal: Journal, records: Sequence[Record]) -> Record:
-    """Acceptance, speed and memory of some prompts, with their intervals."""
-    names = ("histogram", "overlap", "drafted", "judged", "nodes")
-    histogram, overlap, drafted, judged, nodes = (
-        np.array([_counts(r)[n] for r in records], dtype=float) for n in names
-    )
-    alone, own = (_rates(records, name, ("prefill", "decode")) for name in ("alone", "own"))
-
-    def figures(weights: np.ndarray) -> Figures:
-        counts = (weights @ table for table in (histogram, overlap, drafted, judged))
-        return acceptance(*counts) | speed(alone, own, weights)
-
-    found: Record = {name: float(value) for name, value in figures(np.ones(len(records))).items()}
-    found |= bootstrap(len(records), figures, seed=journal.settings["seed"])
-    pooled = histogram.sum(0)
-    found |= {f"hist_{j}": int(count) for j, count in enumerate(pooled)}
-    times = {name: _all(records, "own", name) for name in ("tokens", "prefill", "decode", "draft", "target")}
-    decode = times["decode"].sum()
-    decode_alone, decode_own = (_rates(records, name, ("decode",), first=False) for name in ("alone", "own"))
-    return found | {
-        "rounds": int(pooled.sum()),
-        "drafts_per_round": float(nodes.sum() / pooled.sum()) if pooled.sum() else np.nan,
-        "tokens": int(times["tokens"].sum()),
-        "identical": int(sum(r["identical"] for r in records)),
-        "runs": sum(len(r["own"]) for r in records),
-        "prefill_s": float(np.median(times["prefill"])),
-        "decode_s": float(np.median(times["decode"])),
-        "decode_speedup": float(np.nanmedian(decode_own / decode_alone)) if np.isfinite(decode_own).any() else np.nan,
-        "draft_share": float(times["draft"].sum() / decode) if decode else np.nan,
-        # Everything outside the base's and the speculator's forward passes.
-        "loop_share": float(1 - (times["draft"].sum() + times["target"].sum()) / decode) if decode else np.nan,
-        "peak_memory_mb": max(r["peak_mb"] for r in records),
-    }
-
-
-def _counts(record: Record) -> Record:
-    """A record's counts; older journals have rounds of one length, and counted no more than what was accepted."""
-    histogram = record["histogram"]
-    most, rounds = len(histogram) - 1, sum(histogram)
-    judged = [sum(histogram[k:]) for k in range(most)]
-    return {"drafted": [0] * most + [rounds], "judged": judged, "nodes": [rounds * most]} | record
-
-
-def _all(records: Sequence[Record], who: str, name: str) -> np.ndarray:
-    return np.array([run[name] for record in records for run in record[who]], dtype=float)
-
-
-def _rates(records: Sequence[Record], who: str, parts: Iterable[str], *, first: bool = True) -> np.ndarray:
-    """[P, R] tokens per second over these parts of the time; `first` counts the prefill's own token of every turn."""
-
-    def rate(record: Record, run: dict[str, float]) -> float:
-        tokens = run["tokens"] - (0 if first else record["turns"])
-        return tokens / sum(run[part] for part in parts) if tokens > 0 else float("nan")
-
-    return np.array([[rate(record, run) for run in record[who]] for record in records])
-
-
-def _quality_figures(journal: Journal) -> Record:
-    """CE, KL, perplexity, top-1 and top-5 on the held-out text."""
-    records = journal.measured()
-    if not records:
-        return {}
-    pairs = np.array([r["pairs"] for r in records], dtype=float)
-    sums = {name: np.array([r[name] for r in records], dtype=float) for name in MEASURES}
-
-    def figures(weights: np.ndarray) -> Figures:
-        return quality(weights @ pairs, {name: weights @ values for name, values in sums.items()})
-
-    return {
-        "text": journal.settings["file"],
-        "text_rows": len(records),
-        "text_pairs": int(pairs.sum()),
-        "training_temperature": journal.settings["training_temperature"],
-        **{name: float(value) for name, value in figures(np.ones(len(records))).items()},
-        **bootstrap(len(records), figures, seed=0),
-    }
-
-
-def _columns(rows: Sequence[Record]) -> list[str]:
-    """All columns of all rows: the leading ones, then each figure beside its depths and its interval."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    depths = sorted((n for n in names if n.startswith("accept_depth_") and not n.endswith(("_lo", "_hi"))), key=_depth)
-    at = LEADING.index("overlap")
-    leading = [*LEADING[:at], *depths, *LEADING[at:]]
-    leading += [name for name in ("category",) if name in names]
-    leading += sorted((name for name in names if name.startswith("hist_")), key=_depth)
-    return [*leading, *(name for name in names if name not in leading)]
-
-
-def _depth(name: str) -> int:
-    return int(name.rsplit("_", 1)[1])
-
-
-def print_results(out: Path, console: Any) -> None:
-    """The table that a person reads, and what was skipped. A narrow terminal gets the columns that matter most."""
-    import pandas as pd
-    from rich.table import Table
-
-    results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
-    keys = ["prompts", "base", "temperature", "top_p", "top_k", "max_new_tokens"]
-    for (prompts, base, temperature, *_, limit), rows in results.groupby(keys, sort=False):
-        told = f"temperature {temperature:g}, at most {limit} tokens"
-        cells = [_cells(row) for row in rows.to_dict("records")]
-        wide = console.width >= WIDE
-        names = [name for name in cells[0] if (wide or name in NARROW) and any(row[name] != "–" for row in cells)]
-        table = Table(title=f"{prompts}, base {base}, {told}")
-        for name in names:
-            left = name in ("speculator", "method")
-            table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-        for row in cells:
-            table.add_row(*(row[name] for name in names))
-        console.print(table)
-    for prompts, rows in skipped.groupby("prompts", sort=False):
-        names = ", ".join(str(i) for i in rows["index"])
-        console.print(
-            f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): {names}"
-        )
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """What the table shows of a row, by column; a dash for what is not known."""
-
-    def number(name: str, form: str = "{:.2f}") -> str:
-        value = row.get(name)
-        return "–" if value is None or np.isnan(value) else form.format(value)
-
-    def interval(name: str) -> str:
-        low, high = row.get(f"{name}_lo"), row.get(f"{name}_hi")
-        around = "" if low is None or np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-        return number(name) + around
-
-    notes = ["untrained"] * (row.get("untrained") is True)
-    # A chain needs no word, and what drafts nothing has none.
-    notes += [row["draft_shape"]] * (row["draft_shape"] not in ("chain", "", np.nan))
-    count = int(row["draft_length"]) if row["draft_length"] > 0 else 0
-    depths = [number(f"accept_depth_{k}", "{:.0%}") for k in range(count)]
-    return {
-        "speculator": f"{row['speculator']} ({', '.join(notes)})" if notes else str(row["speculator"]),
-        "method": str(row["method"]),
-        "γ": number("draft_length", "{:.0f}"),
-        "prompts": str(int(row["prompts_used"])),
-        "τ": interval("tau"),
-        "accepted": number("accept_rate", "{:.1%}"),
-        "by depth": " ".join(depths) or "–",
-        "speedup": interval("speedup"),
-        "tokens/s": number("speculative_tokens_per_s", "{:.0f}"),
-        "draft": number("draft_share", "{:.0%}"),
-        # Sampled texts differ from run to run.
-        "same text": f"{int(row['identical'])} of {int(row['runs'])}" if row["temperature"] == 0 else "–",
-        "CE": number("ce"),
-        "KL": number("kl"),
-        "top-1": number("top1", "{:.1%}"),
-    }
-
-
 @dataclass
-class Journal:
-    """The measurements of one row of the results.
+class ResultsLog:
+    """The measurements of one row of the results on one file, as JSON lines.
 
     Attributes:
-        path: the file.
-        settings: what makes the row this one; they name the file.
-        identity: what else must be the same for old measurements to count, such as a fingerprint of the weights.
-        records: the measurements by the index of their prompt or document.
-        origin: date and commit of the code that began it; recorded, never compared.
-        scope: the indices that are asked for. Records of others are kept for a run that asks for them again.
+        path: of the log.
+        settings: columns of the row; the log is named by their hash.
+        identity: fingerprints and versions; a log with another identity starts from nothing.
+        records: measurements by the index of their prompt or text.
+        origin: date and commit of the first run; recorded, never compared.
+        scope: the indices that are asked for. Records of other indices are kept for a run that asks for them again.
     """
 
     path: Path
     settings: dict[str, Any]
     identity: dict[str, Any]
-    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
     scope: list[int] = field(default_factory=list)
 
@@ -286,39 +59,38 @@ class Journal:
         identity: dict[str, Any],
         origin: dict[str, Any],
         scope: list[int],
-    ) -> Journal:
-        """A journal to go on with: what it already knows, or nothing if that was measured on something else."""
+    ) -> ResultsLog:
+        """The log of these settings in a directory, with its records if its identity is the same."""
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        journal = cls(directory / f"{name}.jsonl", settings, identity, origin=origin, scope=scope)
-        found = cls.read(journal.path)
-        if found is not None and found.identity == identity:
-            journal.records, journal.origin = found.records, found.origin
-        # Anew, since a killed run may have left half a last line.
-        head = {"settings": settings, "identity": identity, "origin": journal.origin, "scope": scope}
-        lines = [head, *journal.records.values()]
+        log = cls(directory / f"{name}.jsonl", settings, identity, origin=origin, scope=scope)
+        earlier = cls.read(log.path)
+        if earlier is not None and earlier.identity == identity:
+            log.records, log.origin = earlier.records, earlier.origin
+        # Rewritten, since a killed run may have left half a line at the end.
+        head = {"settings": settings, "identity": identity, "origin": log.origin, "scope": scope}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with atomic_file(journal.path) as path:
-                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            with atomic_file(log.path) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in (head, *log.records.values())))
         except OSError as error:
             raise UserError(f"out={directory.parent}: cannot be written to: {error.strerror or error}") from None
-        return journal
+        return log
 
     @classmethod
-    def read(cls, path: Path) -> Journal | None:
-        """A journal as it lies on the disk, without half a last line; None if there is none."""
-        found: list[dict[str, Any]] = []
+    def read(cls, path: Path) -> ResultsLog | None:
+        """A log from its file, without half a line at its end; None if there is none."""
+        lines: list[dict[str, Any]] = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        if not found:
+        if not lines:
             return None
-        head, records = found[0], {record["index"]: record for record in found[1:]}
+        head, records = lines[0], {record["index"]: record for record in lines[1:]}
         return cls(path, head["settings"], head["identity"], records, head["origin"], head["scope"])
 
-    def measured(self) -> list[dict[str, Any]]:
+    def measured(self) -> list[Record]:
         """The records that are asked for."""
         return [self.records[i] for i in self.scope if i in self.records]
 
@@ -327,7 +99,217 @@ class Journal:
         return [i for i in self.scope if i not in self.records]
 
     def add(self, index: int, record: Mapping[str, Any]) -> None:
-        """Keep the measurement of a prompt or document."""
+        """Append the measurement of a prompt or text."""
         self.records[index] = {"index": index} | dict(record)
         with self.path.open("a") as file:
             file.write(json.dumps(self.records[index]) + "\n")
+
+
+def write_results(out: Path, logs_directory: Path) -> None:
+    """Write the three tables from all logs of a directory."""
+    import pandas as pd
+
+    logs = [log for path in sorted(logs_directory.glob("*.jsonl")) if (log := ResultsLog.read(path)) is not None]
+    on_texts = {_checkpoint(log): _quality_figures(log) for log in logs if log.settings["kind"] == "quality"}
+    results, categories, skipped = [], [], []
+    for log in sorted((log for log in logs if log.settings["kind"] == "behaviour"), key=_order):
+        records = [record for record in log.measured() if "own" in record]
+        skipped += _skipped(log)
+        if not records:
+            continue
+        seed = log.settings["seed"]
+        on_text = on_texts.get(_checkpoint(log), {})
+        results.append(_settings_columns(log, records) | on_text | _behaviour_figures(records, seed))
+        for category in dict.fromkeys(record["category"] for record in records):
+            part = [record for record in records if record["category"] == category]
+            row = _settings_columns(log, part) | {"category": category}
+            categories.append(row | _behaviour_figures(part, seed))
+    columns = {RESULTS: _columns(results), CATEGORIES: _columns(categories)}
+    columns[SKIPPED] = ["prompts", "index", "category", "reason"]
+    for (name, names), rows in zip(columns.items(), (results, categories, skipped), strict=True):
+        with atomic_file(out / name) as path:
+            pd.DataFrame(rows, columns=names).drop_duplicates().to_csv(path, index=False)
+
+
+def _checkpoint(log: ResultsLog) -> tuple[str, ...]:
+    """What quality depends on: a checkpoint and its base model in one dtype."""
+    return tuple(log.settings[name] for name in ("base", "speculator", "dtype"))
+
+
+def _order(log: ResultsLog) -> tuple[Any, ...]:
+    """Sorts by prompt file, then policy, then method, the baselines first."""
+    row = log.settings
+    is_baseline = row["speculator"] in BASELINE_ORDER
+    rank = BASELINE_ORDER.index(row["speculator"]) if is_baseline else len(BASELINE_ORDER)
+    policy = (row["temperature"], row["top_p"], row["top_k"])
+    length = row["draft_length"] if rank else 0
+    return (row["file"], *policy, rank, row["speculator"], row.get("draft_shape", ""), length)
+
+
+def _skipped(log: ResultsLog) -> list[Record]:
+    return [
+        {"prompts": log.settings["file"], "index": r["index"], "category": r["category"], "reason": r["skipped"]}
+        for r in log.measured()
+        if "skipped" in r
+    ]
+
+
+def _settings_columns(log: ResultsLog, records: Sequence[Record]) -> Record:
+    """The columns of a row besides its figures."""
+    settings = {name: value for name, value in log.settings.items() if name not in ("kind", "file")}
+    return {
+        "draft_shape": "chain" if settings.get("draft_length") else "",
+        **settings,
+        "prompts": log.settings["file"],
+        "prompts_used": len(records),
+        "prompts_skipped": len(_skipped(log)),
+        "hardware": log.identity["hardware"],
+        **{f"version_{name}": version for name, version in log.identity["versions"].items()},
+        **log.origin,
+    }
+
+
+def _with_intervals(count: int, figures: Callable[[np.ndarray], Figures], seed: int) -> Record:
+    """The figures of all prompts or texts, and their bootstrap intervals."""
+    estimates = {name: float(value) for name, value in figures(np.ones(count)).items()}
+    return estimates | bootstrap(count, figures, seed=seed)
+
+
+def _behaviour_figures(records: Sequence[Record], seed: int) -> Record:
+    """Acceptance, speed and memory on some prompts."""
+    names = ("histogram", "overlap", "drafted", "judged")
+    tables = [np.array([record[name] for record in records], dtype=float) for name in names]
+    vanilla, speculative = (_rates(records, name) for name in ("alone", "own"))
+
+    def figures(weights: np.ndarray) -> Figures:
+        return acceptance(*(weights @ table for table in tables)) | speed(vanilla, speculative, weights)
+
+    histogram = tables[0].sum(0).astype(int)
+    rounds, nodes = int(histogram.sum()), sum(record["nodes"][0] for record in records)
+    runs = [run for record in records for run in record["own"]]
+    tokens, decode, draft, target = (sum(run[name] for run in runs) for name in ("tokens", "decode", "draft", "target"))
+    speedups = _rates(records, "own", decode_only=True) / _rates(records, "alone", decode_only=True)
+    return {
+        **_with_intervals(len(records), figures, seed),
+        **{f"hist_{j}": int(count) for j, count in enumerate(histogram)},
+        "rounds": rounds,
+        "drafts_per_round": nodes / rounds if rounds else np.nan,
+        "tokens": tokens,
+        "identical": sum(record["identical"] for record in records),
+        "runs": len(runs),
+        "prefill_s": float(np.median([run["prefill"] for run in runs])),
+        "decode_s": float(np.median([run["decode"] for run in runs])),
+        "decode_speedup": float(np.nanmedian(speedups)) if np.isfinite(speedups).any() else np.nan,
+        "draft_share": draft / decode if decode else np.nan,
+        # The time outside of the forward passes of both models.
+        "loop_share": 1 - (draft + target) / decode if decode else np.nan,
+        "peak_memory_mb": max(record["peak_mb"] for record in records),
+    }
+
+
+def _rates(records: Sequence[Record], runs: str, *, decode_only: bool = False) -> np.ndarray:
+    """[P, N] tokens per second of the `runs` "alone" or "own"; `decode_only` is without the prefill and the one token
+    that it gives in every turn."""
+
+    def rate(record: Record, run: dict[str, float]) -> float:
+        tokens = run["tokens"] - (record["turns"] if decode_only else 0)
+        seconds = run["decode"] + (0 if decode_only else run["prefill"])
+        return tokens / seconds if tokens > 0 else float("nan")
+
+    return np.array([[rate(record, run) for run in record[runs]] for record in records])
+
+
+def _quality_figures(log: ResultsLog) -> Record:
+    """Cross-entropy, KL, perplexity and accuracy on the held-out text."""
+    records = log.measured()
+    if not records:
+        return {}
+    pairs, *sums = (np.array([r[name] for r in records], dtype=float) for name in ("pairs", *QUALITY_METRICS))
+
+    def figures(weights: np.ndarray) -> Figures:
+        totals = (weights @ values for values in sums)
+        return quality(weights @ pairs, dict(zip(QUALITY_METRICS, totals, strict=True)))
+
+    return {
+        "text": log.settings["file"],
+        "text_rows": len(records),
+        "text_pairs": int(pairs.sum()),
+        "training_temperature": log.settings["training_temperature"],
+        **_with_intervals(len(records), figures, seed=0),
+    }
+
+
+def _columns(rows: Sequence[Record]) -> list[str]:
+    """The columns of all rows: the leading ones with the acceptance of each depth, the histogram, then the others."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def numbered(prefix: str) -> list[str]:
+        indices = sorted(int(n.removeprefix(prefix)) for n in names if n.removeprefix(prefix).isdigit())
+        return [f"{prefix}{index}" for index in indices]
+
+    at = LEADING.index("overlap")
+    leading = [*LEADING[:at], *numbered("accept_depth_"), *LEADING[at:]]
+    leading += [*(["category"] if "category" in names else []), *numbered("hist_")]
+    return [*leading, *(name for name in names if name not in leading)]
+
+
+def print_results(out: Path, console: Any) -> None:
+    """Print a table for each prompt file and policy, and which prompts were left out.
+
+    A narrow terminal gets the most important columns.
+    """
+    import pandas as pd
+    from rich.table import Table
+
+    results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
+    is_wide = console.width >= WIDE
+    keys = ["prompts", "base", "temperature", "top_p", "top_k", "max_new_tokens"]
+    for (prompts, base, temperature, *_, limit), rows in results.groupby(keys, sort=False):
+        cells = [_cells(row) for row in rows.to_dict("records")]
+        names = [name for name in cells[0] if (is_wide or name in NARROW) and any(row[name] != "–" for row in cells)]
+        table = Table(title=f"{prompts}, base {base}, temperature {temperature:g}, at most {limit} tokens")
+        for name in names:
+            is_text = name in ("speculator", "method")
+            table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        for row in cells:
+            table.add_row(*(row[name] for name in names))
+        console.print(table)
+    for prompts, rows in skipped.groupby("prompts", sort=False):
+        indices = ", ".join(map(str, rows["index"]))
+        console.print(
+            f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): {indices}"
+        )
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """The cells of a row by column; a dash where there is no value."""
+
+    def number(name: str, form: str = "{:.2f}") -> str:
+        value = row.get(name, np.nan)
+        return "–" if np.isnan(value) else form.format(value)
+
+    def interval(name: str) -> str:
+        low, high = number(f"{name}_lo"), number(f"{name}_hi")
+        return number(name) + ("" if low == "–" else f" [{low}, {high}]")
+
+    notes = ["untrained"] * (row.get("untrained") is True)
+    # A chain is not named; a row without drafts has no shape.
+    notes += [row["draft_shape"]] * (row["draft_shape"] not in ("chain", "", np.nan))
+    depths = range(int(row["draft_length"]) if row["draft_length"] > 0 else 0)
+    return {
+        "speculator": f"{row['speculator']} ({', '.join(notes)})" if notes else str(row["speculator"]),
+        "method": str(row["method"]),
+        "γ": number("draft_length", "{:.0f}"),
+        "prompts": str(int(row["prompts_used"])),
+        "τ": interval("tau"),
+        "accepted": number("accept_rate", "{:.1%}"),
+        "by depth": " ".join(number(f"accept_depth_{k}", "{:.0%}") for k in depths) or "–",
+        "speedup": interval("speedup"),
+        "tokens/s": number("speculative_tokens_per_s", "{:.0f}"),
+        "draft": number("draft_share", "{:.0%}"),
+        # Sampled texts differ from run to run.
+        "same text": f"{int(row['identical'])} of {int(row['runs'])}" if row["temperature"] == 0 else "–",
+        "CE": number("ce"),
+        "KL": number("kl"),
+        "top-1": number("top1", "{:.1%}"),
+    }

@@ -1,11 +1,14 @@
-"""The evaluation: every method on every prompt, in turn, each measurement kept as soon as it is made."""
+"""The evaluation loop: every method on every prompt, in turn; each measurement is logged as soon as it is made."""
 
 from __future__ import annotations
 
 import datetime
 import resource
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +27,216 @@ from verl_speculator.base_model.loading import (
 )
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
-from verl_speculator.decoding.target import position_limit
-from verl_speculator.evaluation.methods import Entries, Entry, Run, SpeculativeMethod
+from verl_speculator.decoding import DraftTree, Generation, SamplingPolicy, speculative_generate
+from verl_speculator.decoding.draft_length import AUTO, DraftLength, draft_length_policy
+from verl_speculator.decoding.generate import generation_settings
+from verl_speculator.decoding.target import position_limit, windows
 from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
-from verl_speculator.evaluation.report import Journal, write_results
+from verl_speculator.evaluation.report import ResultsLog, write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
-from verl_speculator.models import Speculator
+from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import progress_bar, spread
 
+LOGS = "journals"
 MEBIBYTE = 1024 * 1024
+NAN = float("nan")
+# Draft length of prompt lookup where no checkpoint gives one.
+LOOKUP_LENGTH = 3
+
+
+# Methods: ways to generate that are compared with each other.
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One generation of a method.
+
+    Attributes:
+        tokens: the new tokens.
+        seconds: wall time of `prefill` and `decode`, and of `draft` and `target` within the latter, NaN where they are
+            not measured.
+        counts: over the counted rounds: `histogram` [γ+1], rounds that accepted j draft tokens; `overlap` [γ], sums of
+            Σ_v min(p, q) at each depth; `drafted` [γ+1], rounds that drafted j tokens; `judged` [γ], rounds that
+            reached the depth with a draft token there; `nodes` [1], draft tokens that the base model read.
+    """
+
+    tokens: list[int]
+    seconds: dict[str, float]
+    counts: dict[str, list[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculativeMethod:
+    """This package's decoding loop.
+
+    Attributes:
+        base: in evaluation mode.
+        speculator: None for the base model alone.
+        policy: of sampling.
+        draft_length: None for the speculator's `n_predict`.
+        eos_token_ids: tokens that end a text.
+        draft_tree: drafted instead of a chain.
+    """
+
+    base: nn.Module
+    speculator: Speculator | None
+    policy: SamplingPolicy
+    draft_length: DraftLength
+    eos_token_ids: Sequence[int]
+    draft_tree: DraftTree | None = None
+
+    @property
+    def max_draft_length(self) -> int:
+        """γ, the most tokens that a round accepts; 0 for the base model alone."""
+        if self.draft_tree is not None:
+            return self.draft_tree.depth
+        return draft_length_policy(self.draft_length, self.speculator.n_predict).most if self.speculator else 0
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> MethodRun:
+        """Continue a prompt."""
+        generation = speculative_generate(
+            self.base,
+            self.speculator,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            **asdict(self.policy),
+            seed=seed,
+            draft_length=self.draft_length,
+            draft_tree=self.draft_tree,
+            eos_token_id=self.eos_token_ids,
+        )
+        seconds = asdict(generation.seconds)
+        if self.base.device.type != "cpu":  # to tell the two apart, each would have to wait for the device
+            seconds |= {"draft": NAN, "target": NAN}
+        return MethodRun(generation.tokens, seconds, count_rounds(generation))
+
+
+def count_rounds(generation: Generation) -> dict[str, list[float]]:
+    """`MethodRun.counts`"""
+    rounds, depths = generation.counted, range(generation.draft_length)
+    lengths = range(generation.draft_length + 1)
+    return {
+        "histogram": [sum(r.accepted == length for r in rounds) for length in lengths],
+        "overlap": [sum(r.overlap[k] for r in rounds if len(r.overlap) > k) for k in depths],
+        "drafted": [sum(r.drafted == length for r in rounds) for length in lengths],
+        "judged": [sum(len(r.overlap) > k for r in rounds) for k in depths],
+        "nodes": [sum(r.nodes for r in rounds)],
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceMethod:
+    """`base.generate`, plain or with prompt lookup, which drafts by copying from the text so far.
+
+    Attributes:
+        base: in evaluation mode.
+        policy: of sampling.
+        max_draft_length: number of tokens that prompt lookup copies, 0 for plain generation.
+        eos_token_ids: tokens that end a text.
+    """
+
+    base: nn.Module
+    policy: SamplingPolicy
+    max_draft_length: int
+    eos_token_ids: Sequence[int]
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> MethodRun:
+        """Continue a prompt."""
+        ids = torch.tensor([prompt], device=self.base.device)
+        if (limit := position_limit(self.base)) is not None:  # `generate` only warns, and goes on
+            max_new_tokens = min(max_new_tokens, limit - len(prompt))
+        torch.manual_seed(seed)
+        # Assisted generation cannot do without an end token; no token of the vocabulary is -1.
+        ends = list(self.eos_token_ids)
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or [-1], "pad_token_id": (ends or [0])[0]}
+        if self.max_draft_length:
+            options["prompt_lookup_num_tokens"] = self.max_draft_length
+        with generation_settings(self.base, self.policy, **options), _record_calls(self.base) as (lengths, ends_at):
+            start = time.perf_counter()
+            text = self.base.generate(ids, attention_mask=torch.ones_like(ids))
+            end = time.perf_counter()
+        # Prompt lookup may exceed the limit by one token.
+        tokens = text[0, len(prompt) :][:max_new_tokens].tolist()
+        seconds = {"prefill": ends_at[0] - start, "decode": end - ends_at[0], "draft": NAN, "target": NAN}
+        return MethodRun(tokens, seconds, self._count_calls(lengths))
+
+    def _count_calls(self, cache_lengths: list[int]) -> dict[str, list[float]]:
+        """`MethodRun.counts`, as if every round had copied the most tokens: shorter copies show in no call."""
+        histogram = [0] * (self.max_draft_length + 1)
+        # The first call is the prefill and the last one ends the text: neither counts. The tokens that a call emitted
+        # are in the cache at the next one.
+        for before, after in pairwise(cache_lengths[1:]):
+            histogram[after - before - 1] += 1
+        rounds, depths = sum(histogram), range(self.max_draft_length)
+        return {
+            "histogram": histogram,
+            # A greedy overlap is 1 for an accepted token and 0 for a rejected one; a sampled one is not known here.
+            "overlap": [sum(histogram[k + 1 :]) if self.policy.greedy else NAN for k in depths],
+            "drafted": [0] * self.max_draft_length + [rounds],
+            "judged": [sum(histogram[k:]) for k in depths],
+            "nodes": [rounds * self.max_draft_length],
+        }
+
+
+Method = SpeculativeMethod | HuggingFaceMethod
+
+
+@contextmanager
+def _record_calls(base: nn.Module) -> Iterator[tuple[list[int], list[float]]]:
+    """For each forward pass of the base model: the length of its cache before, and the time at its end."""
+    cache_lengths: list[int] = []
+    ends_at: list[float] = []
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache_lengths.append(kwargs["past_key_values"].get_seq_length())
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if module.device.type != "cpu":
+            torch.accelerator.synchronize()
+        ends_at.append(time.perf_counter())
+
+    hooks = [base.register_forward_pre_hook(before, with_kwargs=True), base.register_forward_hook(after)]
+    try:
+        yield cache_lengths, ends_at
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class MethodRow:
+    """A method and its row of the results.
+
+    Attributes:
+        speculator: the checkpoint as it was given, or the name of a baseline.
+        method: generates.
+        columns: what the row says about the method.
+        identity: fingerprints of what is measured.
+    """
+
+    speculator: str
+    method: Method
+    columns: dict[str, Any]
+    identity: dict[str, Any]
+
+
+# Measuring.
 
 
 class PeakMemory:
-    """The most memory held at once since `reset`.
+    """The largest memory in use since `reset`.
 
-    On an accelerator, what torch allocated there. On a CPU, the resident size of the process (with everything that was
-    loaded before); where the kernel does not let the mark be lowered, the peak since the process began.
+    On an accelerator, what torch allocated there. On a CPU, the resident size of the process; where the kernel does not
+    let the mark be reset, the peak since the process began.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start a new measurement."""
         if self.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats()
             return
@@ -69,11 +256,6 @@ class PeakMemory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-JOURNALS = "journals"
-# What is counted over the rounds of a run, and added over runs.
-COUNTS = ("histogram", "overlap", "drafted", "judged", "nodes")
-
-
 def evaluate(settings: EvaluationSettings) -> Path:
     """Measure, and write `results.csv`, `categories.csv` and `skipped.csv` (docs/evaluation.md).
 
@@ -81,8 +263,8 @@ def evaluate(settings: EvaluationSettings) -> Path:
         The output directory.
 
     Raises:
-        UserError: for a setting, a prompt file or a checkpoint that cannot be used; before the base is loaded wherever
-            it can be known by then.
+        UserError: for a setting, a prompt file or a checkpoint that cannot be used; before the base model is loaded
+            wherever that is possible.
     """
     settings.check_output()
     infos = settings.checkpoints()
@@ -99,26 +281,19 @@ def evaluate(settings: EvaluationSettings) -> Path:
 
     speculators = {name: _load_trained(name, settings, device, dtype) for name in infos}
     base = load_base(settings.base, device=device, dtype=dtype, form=settings.form)
-    ends = end_token_ids(tokenizer, base.generation_config)
-    found = {
-        "base": settings.form.name_of(settings.base),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-    bench = EvaluationModels(settings, base, tokenizer, ends, found)
-    entries = Entries(settings, base, ends).of(infos, speculators)
+    evaluator = Evaluator(settings, base, tokenizer, infos, speculators)
+    rows = evaluator.method_rows()
     with progress_bar() as progress:
-        for path, several in prompts.items():
-            bench.measure_behaviour(path, several, entries, progress)
+        for path, file_prompts in prompts.items():
+            evaluator.measure_behaviour(path, file_prompts, rows, progress)
         if texts:
-            bench.measure_quality(texts, infos, speculators, progress)
-    write_results(settings.out, settings.out / JOURNALS)
+            evaluator.measure_quality(settings.texts, texts, progress)
+    write_results(settings.out, settings.out / LOGS)
     return settings.out
 
 
 def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: torch.dtype) -> Speculator:
-    """A checkpoint that training has changed."""
+    """Load a checkpoint, and refuse one that training has not changed."""
     speculator = load_speculator(name, device=device, dtype=dtype).requires_grad_(False).eval()
     if speculator.is_untrained() and not settings.allow_untrained:
         raise UserError(
@@ -128,82 +303,141 @@ def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: t
     return speculator
 
 
-class EvaluationModels:
-    """A base with all that is run on it.
+class Evaluator:
+    """Runs the methods on prompts, and the speculators on texts.
 
     Args:
         settings: of the evaluation.
         base: in evaluation mode.
-        tokenizer: of the base.
-        ends: tokens that end a text.
-        found: what was settled when loading: dtype, device, threads.
+        tokenizer: of the base model.
+        infos, speculators: the checkpoints by name.
     """
 
     def __init__(
-        self, settings: EvaluationSettings, base: nn.Module, tokenizer: Any, ends: Sequence[int], found: dict[str, Any]
+        self,
+        settings: EvaluationSettings,
+        base: nn.Module,
+        tokenizer: Any,
+        infos: dict[str, CheckpointInfo],
+        speculators: dict[str, Speculator],
     ) -> None:
-        self.settings, self.base, self.tokenizer, self.ends, self.found = settings, base, tokenizer, ends, found
-        self.policy, self.limit = settings.policy, position_limit(base)
-        self.alone = SpeculativeMethod(base, None, self.policy, None, ends)
-        self.reader = SpeculativeMethod(base, None, SamplingPolicy(), None, ends)
-        self.memory = PeakMemory(base.device)
-        self.journals = settings.out / JOURNALS
-        self.base_identity = {"base": weights_fingerprint(settings.base, settings.gguf_file)}
-        if settings.quantization is not None:
-            self.base_identity["quantization"] = settings.quantization
+        self.settings, self.base, self.tokenizer = settings, base, tokenizer
+        self.infos, self.speculators = infos, speculators
+        self.ends = end_token_ids(tokenizer, base.generation_config)
+        self.policy, self.limit, self.memory = settings.policy, position_limit(base), PeakMemory(base.device)
+        self.vanilla = SpeculativeMethod(base, None, self.policy, None, self.ends)
+        self.greedy = SpeculativeMethod(base, None, SamplingPolicy(), None, self.ends)
+        device = choose_device(settings.device)
+        self.base_columns = {
+            "base": settings.form.name_of(settings.base),
+            "dtype": str(choose_dtype(settings.dtype, device)).removeprefix("torch."),
+            "device": device,
+            "threads": torch.get_num_threads(),
+        }
+        self.base_identity = {
+            "base": weights_fingerprint(settings.base, settings.gguf_file),
+            **({"quantization": settings.quantization} if settings.quantization is not None else {}),
+        }
 
-    def _journal(
-        self, kind: str, name: str, describes: dict[str, Any], identity: dict[str, Any], file: Path, scope: list[int]
-    ) -> Journal:
-        """Of one row, on one file."""
-        used = self.settings
-        row = {"kind": kind, "speculator": name, "file": str(file), **describes, **self.found}
+    def method_rows(self) -> list[MethodRow]:
+        """The rows of the results: baselines first, then each checkpoint with its draft trees.
+
+        Raises:
+            UserError: for trees with a base model that cannot read them.
+        """
+        settings, trees = self.settings, self.settings.trees()
+        if trees:
+            windows(self.base)
+        rows = []
+        first = next(iter(self.infos.values()), None)
+        if "none" in settings.baselines:
+            rows.append(MethodRow("none", self.vanilla, {"method": "none"}, {}))
+        # Prompt lookup copies as many tokens as the first checkpoint drafts at most.
+        length = first.config.n_predict if first else LOOKUP_LENGTH
+        length = settings.draft_length if isinstance(settings.draft_length, int) else length
+        for name, copied in (("generate", 0), ("prompt_lookup", length)):
+            if name in settings.baselines:
+                lookup = HuggingFaceMethod(self.base, self.policy, copied, self.ends)
+                rows.append(MethodRow(name, lookup, {"method": name, "draft_length": copied}, {}))
+        if "random" in settings.baselines and first is not None:
+            place = {"device": self.base.device, "dtype": self.base.dtype}
+            untrained = build_speculator(first.config, **first.shape, seed=settings.seed, **place)
+            untrained = untrained.requires_grad_(False).eval()
+            rows.append(self._speculator_row("random", untrained, {"shape_of": str(first.directory)}))
+        for name, info in self.infos.items():
+            for path, tree in {None: None, **trees}.items():
+                rows.append(self._speculator_row(name, self.speculators[name], _identity(info), path, tree))
+        return rows
+
+    def _speculator_row(
+        self,
+        name: str,
+        speculator: Speculator,
+        identity: dict[str, Any],
+        path: Path | None = None,
+        tree: DraftTree | None = None,
+    ) -> MethodRow:
+        """The row of a chain, or of a draft tree and its file."""
+        length = self.settings.draft_length if tree is None else None
+        method = SpeculativeMethod(self.base, speculator, self.policy, length, self.ends, tree)
+        columns = {
+            "method": speculator.config.method,
+            "n_predict": speculator.n_predict,
+            "draft_length": method.max_draft_length,
+            "untrained": speculator.is_untrained(),
+        }
+        if tree is not None:
+            columns |= {"draft_shape": f"tree of {len(tree.paths)}", "draft_tree": str(path)}
+            identity = identity | {"tree": [list(ranks) for ranks in tree.paths]}
+        elif length == AUTO:
+            columns["draft_shape"] = AUTO
+        return MethodRow(name, method, columns, identity)
+
+    def _open_log(
+        self, kind: str, name: str, columns: dict[str, Any], identity: dict[str, Any], file: Path, scope: list[int]
+    ) -> ResultsLog:
+        """The log of one row on one file; its settings become columns of the results."""
+        row = {"kind": kind, "speculator": name, "file": str(file), **columns, **self.base_columns}
         if kind == "behaviour":
-            row |= asdict(self.policy) | {
-                "seed": used.seed,
-                "num_trials": used.num_trials,
-                "warmup_steps": used.warmup_steps,
-                "max_new_tokens": used.max_new_tokens,
-            }
+            names = ("seed", "num_trials", "warmup_steps", "max_new_tokens")
+            row |= asdict(self.policy) | {name: getattr(self.settings, name) for name in names}
         identity = {**self.base_identity, **identity, "file": file_fingerprint(file), "versions": versions()}
         identity["hardware"] = hardware(self.base.device.type)
         origin = {"date": datetime.date.today().isoformat(), "commit": git_commit()}
-        return Journal.open(self.journals, row, identity, origin, scope)
+        return ResultsLog.open(self.settings.out / LOGS, row, identity, origin, scope)
 
     # Behaviour on prompts.
 
     def measure_behaviour(
-        self, path: Path, prompts: Sequence[Prompt], entries: Sequence[Entry], progress: Progress
+        self, path: Path, prompts: Sequence[Prompt], rows: Sequence[MethodRow], progress: Progress
     ) -> None:
-        """Every entry on the prompts of one file; those already measured are left out."""
+        """Run every method on the prompts of one file that its log does not have yet."""
         scope = spread(len(prompts), self.settings.num_prompts)
-        journals = {
-            e.key: self._journal("behaviour", e.speculator, e.describes, e.identity, path, scope) for e in entries
+        logs = {
+            row: self._open_log("behaviour", row.speculator, row.columns, row.identity, path, scope) for row in rows
         }
-        waiting = sorted({index for journal in journals.values() for index in journal.missing()})
-        task = progress.add_task(path.name, total=len(scope), completed=len(scope) - len(waiting))
-        warm = False
-        for prompt in (prompts[index] for index in waiting):
-            due = [e for e in entries if prompt.index not in journals[e.key].records]
-            turns, reason = self._turns(prompt)
-            if turns and not warm:
-                self._warm_up(turns[0], due)
-                warm = True
-            measured = self._measure_prompt(prompt.index, turns, due) if turns else {}
-            for entry in due:
-                record = {"category": prompt.category, "turns": len(turns)} | measured.get(entry.key, {})
-                if reason:
-                    record["skipped"] = reason
-                journals[entry.key].add(prompt.index, record)
-            progress.advance(task)
+        is_warm = False
+        for index in _missing(path.name, logs, scope, progress):
+            due = [row for row in rows if index not in logs[row].records]
+            turns, reason = self._turns(prompts[index])
+            methods = list(dict.fromkeys([self.vanilla, *(row.method for row in due)]))
+            for _ in range(self.settings.warmup_steps if turns and not is_warm else 0):
+                for method in methods:
+                    method.generate(turns[0], max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
+            is_warm = is_warm or bool(turns)
+            records = self._measure_prompt(index, turns, methods, due) if turns else {}
+            for row in due:
+                record = {"category": prompts[index].category, "turns": len(turns)} | records.get(row, {})
+                logs[row].add(index, record | ({"skipped": reason} if reason else {}))
 
     def _turns(self, prompt: Prompt) -> tuple[list[list[int]], str | None]:
-        """The tokens of every turn that fits, the base's own greedy answers between them, and why others do not."""
+        """The tokens of every turn that fits, with the base model's greedy answers to the earlier ones; and why the
+        others are left out."""
         turns: list[list[int]] = []
         replies: list[str] = []
         for turn in range(prompt.num_turns):
             if turn:
-                answer = self.reader.generate(turns[-1], max_new_tokens=self.settings.max_new_tokens, seed=0)
+                answer = self.greedy.generate(turns[-1], max_new_tokens=self.settings.max_new_tokens, seed=0)
                 replies.append(self.tokenizer.decode(answer.tokens, skip_special_tokens=True))
             ids = prompt_ids(prompt, self.tokenizer, replies)
             if self.limit is not None and len(ids) >= self.limit:
@@ -212,94 +446,82 @@ class EvaluationModels:
             turns.append(ids)
         return turns, None
 
-    def _warm_up(self, prompt: list[int], entries: Sequence[Entry]) -> None:
-        for _ in range(self.settings.warmup_steps):
-            for method in [self.alone, *(e.method for e in entries if e.method)]:
-                method.generate(prompt, max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
-
     def _measure_prompt(
-        self, index: int, turns: list[list[int]], entries: Sequence[Entry]
-    ) -> dict[tuple[str, Path | None], dict[str, Any]]:
-        """Each trial runs the base alone and every entry in turn, forwards or backwards, so that a machine that grows
-        slower favours none."""
-        records: dict[tuple[str, Path | None], dict[str, Any]] = {
-            e.key: {"alone": [], "own": [], "identical": 0, "peak_mb": 0.0} | {name: [] for name in COUNTS}
-            for e in entries
-        }
+        self,
+        index: int,
+        turns: list[list[int]],
+        methods: Sequence[Method],
+        rows: Sequence[MethodRow],
+    ) -> dict[MethodRow, dict[str, Any]]:
+        """Records of a prompt. Every other trial runs the methods backwards, so that a machine that slows down favours
+        none of them."""
+        trials: list[dict[Any, list[MethodRun]]] = []
+        peaks = dict.fromkeys(methods, 0.0)
         for trial in range(self.settings.num_trials):
             seeds = [hash((self.settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
-            running = [None, *(e for e in entries if e.method)]
-            runs: dict[Any, list[Run]] = {}
-            peaks: dict[Any, float] = {}
-            for entry in running if (index + trial) % 2 == 0 else reversed(running):
-                name, method = (entry.key, entry.method) if entry else (None, self.alone)
+            trials.append({})
+            for method in methods if (index + trial) % 2 == 0 else reversed(methods):
                 self.memory.reset()
-                runs[name] = [
+                trials[-1][method] = [
                     method.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
                     for ids, seed in zip(turns, seeds, strict=True)
                 ]
-                peaks[name] = self.memory.read()
-            for entry in entries:
-                record, name = records[entry.key], entry.key if entry.method else None
-                record["alone"].append(_times(runs[None]))
-                record["own"].append(_times(runs[name]))
-                record["peak_mb"] = max(record["peak_mb"], peaks[name])
-                same = [a.tokens == b.tokens for a, b in zip(runs[None], runs[name], strict=True)]
-                record["identical"] += all(same)
-                # A greedy text is the same in every trial: its rounds count once.
-                if trial == 0 or not self.policy.greedy:
-                    for count in COUNTS:
-                        record[count].append(_add(_count(run, count) for run in runs[name]))
-        for record in records.values():
-            record |= {count: _add(record[count]) for count in COUNTS}
-        return records
+                peaks[method] = max(peaks[method], self.memory.read())
 
-    # Quality on text.
+        def same_text(runs: list[MethodRun], others: list[MethodRun]) -> bool:
+            return [run.tokens for run in runs] == [run.tokens for run in others]
 
-    def measure_quality(
-        self,
-        texts: Sequence[tuple[list[int], list[int]]],
-        infos: dict[str, CheckpointInfo],
-        speculators: dict[str, Speculator],
-        progress: Progress,
-    ) -> None:
-        """Every checkpoint on the held-out text; each document is read once for all of them."""
-        path, scope = self.settings.texts, spread(len(texts), self.settings.num_texts)
-        journals, temperatures = {}, {}
-        for name, info in infos.items():
-            temperatures[name] = self.settings.kl_temperature or _training_temperature(info)
-            describes = {"training_temperature": temperatures[name]}
-            identity = {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
-            journals[name] = self._journal("quality", name, describes, identity, path, scope)
-        waiting = sorted({i for journal in journals.values() for i in journal.missing()})
-        task = progress.add_task(f"{path.name} (text)", total=len(scope), completed=len(scope) - len(waiting))
-        for i in waiting:
+        # A greedy text is the same in every trial: its rounds count once.
+        counted = trials[:1] if self.policy.greedy else trials
+        return {
+            row: {
+                "alone": [_times(runs[self.vanilla]) for runs in trials],
+                "own": [_times(runs[row.method]) for runs in trials],
+                "identical": sum(same_text(runs[row.method], runs[self.vanilla]) for runs in trials),
+                "peak_mb": peaks[row.method],
+                **_sum_counts([run.counts for runs in counted for run in runs[row.method]]),
+            }
+            for row in rows
+        }
+
+    # Quality on texts.
+
+    def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
+        """Measure every checkpoint on the texts of one file that its log does not have yet."""
+        scope = spread(len(texts), self.settings.num_texts)
+        logs, temperatures = {}, {}
+        for name, info in self.infos.items():
+            trained_at = info.provenance.get("training", {}).get("kl_temperature", 1.0)
+            temperatures[name] = self.settings.kl_temperature or float(trained_at)
+            columns = {"training_temperature": temperatures[name]}
+            logs[name] = self._open_log("quality", name, columns, _identity(info), path, scope)
+        for i in _missing(f"{path.name} (text)", logs, scope, progress):
             ids, mask = texts[i]
-            # A document longer than the base is measured as far as the base can read it.
+            # Of a text longer than the base model's positions, what fits is measured.
             document = Document(self.base, ids[: self.limit], mask[: self.limit])
-            for name, journal in journals.items():
-                if i not in journal.records:
-                    journal.add(i, document.measure(speculators[name], self.ends, temperatures[name]))
-            progress.advance(task)
+            for name, log in logs.items():
+                if i not in log.records:
+                    log.add(i, document.measure(self.speculators[name], self.ends, temperatures[name]))
 
 
-def _training_temperature(info: CheckpointInfo) -> float:
-    """What the checkpoint's loss softened the distributions with; 1 where none is recorded."""
-    return float(info.provenance.get("training", {}).get("kl_temperature", 1.0))
+def _identity(info: CheckpointInfo) -> dict[str, Any]:
+    return {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
 
 
-def _times(runs: Sequence[Run]) -> dict[str, float]:
+def _missing(name: str, logs: Mapping[Any, ResultsLog], scope: list[int], progress: Progress) -> Iterator[int]:
+    """The indices that a log still lacks, under a progress bar."""
+    indices = sorted({index for log in logs.values() for index in log.missing()})
+    task = progress.add_task(name, total=len(scope), completed=len(scope) - len(indices))
+    for index in indices:
+        yield index
+        progress.advance(task)
+
+
+def _times(runs: Sequence[MethodRun]) -> dict[str, float]:
     """Tokens and seconds of one trial, all turns together."""
-    sums = {name: sum(getattr(run, name) for run in runs) for name in ("prefill", "decode", "draft", "target")}
-    return {"tokens": sum(len(run.tokens) for run in runs)} | {name: round(s, 6) for name, s in sums.items()}
+    seconds = {name: round(sum(run.seconds[name] for run in runs), 6) for name in runs[0].seconds}
+    return {"tokens": sum(len(run.tokens) for run in runs)} | seconds
 
 
-def _count(run: Run, name: str) -> list[float]:
-    """One of COUNTS, as a list."""
-    value = getattr(run, name)
-    return value if isinstance(value, list) else [value]
-
-
-def _add(rows: Any) -> list[float]:
-    """Element by element."""
-    return [sum(column) for column in zip(*rows, strict=True)]
+def _sum_counts(counts: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    return {name: [sum(column) for column in zip(*(c[name] for c in counts), strict=True)] for name in counts[0]}

@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, checked before anything heavy loads."""
+"""Settings of an evaluation, checked before anything heavy loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from verl_speculator.utils.options import (
 )
 
 BASELINES = ("none", "prompt_lookup", "random")
-# Hugging Face's own loop without drafts: only by name, since the base alone is measured anyway.
+# Hugging Face's own loop without drafts runs only if it is named: the base model alone is measured anyway.
 OPTIONAL_BASELINES = ("generate",)
 
 
@@ -93,9 +93,9 @@ class EvaluationSettings:
                 raise UserError(f"draft_tree={self.draft_trees[0]}: there is no speculator to draft with")
         if not self.prompts:
             raise UserError("prompts: expected at least one file")
+        accepted = (*BASELINES, *OPTIONAL_BASELINES)
         for name in self.baselines:
-            if name not in (*BASELINES, *OPTIONAL_BASELINES):
-                accepted = (*BASELINES, *OPTIONAL_BASELINES)
+            if name not in accepted:
                 raise UserError(f"baselines={name}: expected {', '.join(accepted)}{nearest(name, accepted)}")
 
     @property
@@ -105,46 +105,41 @@ class EvaluationSettings:
 
     @property
     def form(self) -> BaseModelFormat:
-        """In which the base is held."""
+        """The format of the base model."""
         return BaseModelFormat(self.quantization, self.gguf_file)
 
     def check_output(self) -> None:
-        """Refuse an output directory that cannot be written to, without making it."""
+        """Check that the output directory can be written to, without creating it."""
         check_writable(f"out={self.out}", self.out)
 
     def trees(self) -> dict[Path, DraftTree]:
-        """Every tree under its file.
-
-        Raises:
-            UserError: if a file holds none.
-        """
+        """The draft trees by file. Raises `UserError` for a file that holds none."""
         return {path: read_tree(path) for path in self.draft_trees}
 
     def checkpoints(self) -> dict[str, CheckpointInfo]:
-        """Every checkpoint under the name it was given by; a run's folder means its latest step.
+        """The checkpoints by the name they were given by; a run directory stands for its latest step.
 
         Raises:
-            UserError: if a pattern fits none, one is no checkpoint, or drafts fewer tokens than asked for; or if a
-                file holds no tree.
+            UserError: if a pattern matches nothing, a directory is no checkpoint, a checkpoint drafts fewer tokens than
+                asked for, or a file holds no tree that it can draft.
         """
-        found, trees = {name: read_checkpoint_info(name) for name in expand(self.speculators)}, self.trees()
-        for name, info in found.items():
+        infos, trees = {name: read_checkpoint_info(name) for name in expand(self.speculators)}, self.trees()
+        for name, info in infos.items():
             if isinstance(self.draft_length, int) and self.draft_length > info.config.n_predict:
                 raise UserError(
                     f"draft_length={self.draft_length}: {name} was trained to draft {info.config.n_predict} (n_predict)"
                 )
             for tree in trees.values():
                 tree.check(info.config, info.vocab_size)
-        return found
+        return infos
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Directories that names and patterns stand for, each once, in order."""
-    found: dict[str, None] = {}
+    """The names, with each pattern replaced by the directories that it matches; each once, in order."""
+    expanded: list[str] = []
     for name in names:
-        found_here = sorted(path for path in glob.glob(str(Path(name).expanduser())) if Path(path).is_dir())
-        matches = found_here if glob.has_magic(name) else [name]
-        if not matches:
+        directories = sorted(path for path in glob.glob(str(Path(name).expanduser())) if Path(path).is_dir())
+        if glob.has_magic(name) and not directories:
             raise UserError(f"speculator={name}: no directory fits this pattern")
-        found |= dict.fromkeys(matches)
-    return list(found)
+        expanded += directories if glob.has_magic(name) else [name]
+    return list(dict.fromkeys(expanded))

@@ -1,4 +1,4 @@
-"""Choosing a draft tree: which of the draft's guesses the base's own tokens are, on a sample of its answers."""
+"""Search for a draft tree: at which ranks a speculator drafts the tokens of the base model's own answers."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from verl_speculator.models import Speculator
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import progress_bar, spread
 
-# Ranks that are told one by one; all others are one column.
-SHOWN = 4
+# Ranks with a column of their own in the report; the others share one.
+SHOWN_RANKS = 4
 
 
 @dataclass(frozen=True)
 class RankSample:
-    """What was seen on the base's answers.
+    """Ranks of the tokens of the base model's answers.
 
     Attributes:
-        answers: how many there were.
-        paths: for each position of theirs that has all depths, the ranks of the tokens that follow.
+        answers: number of answers.
+        paths: for each position of an answer at which all depths are valid, the ranks of the K tokens that follow.
     """
 
     answers: int
     paths: list[tuple[int, ...]]
 
     def tau(self, tree: DraftTree) -> float:
-        """E[accepted] + 1 of a tree, from every position alike: each node adds the share of paths that begin with it.
+        """Expected acceptance length: 1 + Σ over the nodes of the share of paths that begin with the node's ranks.
 
-        DraftAndVerify of a text begin where the one before ended, so what decoding measures differs a little.
+        All positions count alike. In decoding, rounds begin where the last one ended, so that its τ differs a little.
         """
         counts = prefix_counts(self.paths)
         return 1 + sum(counts.get(path, 0) for path in tree.paths) / len(self.paths)
 
     def shares(self) -> list[list[float]]:
-        """For each depth, the share of the ranks 0 … SHOWN − 1: what each of a head's guesses is worth."""
+        """For each depth, the shares of the ranks 0 … SHOWN_RANKS − 1."""
         depths = zip(*self.paths, strict=True)
-        return [[ranks.count(rank) / len(ranks) for rank in range(SHOWN)] for ranks in depths]
+        return [[ranks.count(rank) / len(ranks) for rank in range(SHOWN_RANKS)] for ranks in depths]
 
     def chosen(self, nodes: int) -> tuple[DraftTree, dict[str, Any]]:
-        """The best tree of so many nodes, and the figures that say so."""
-        tree, depths = most_frequent(self.paths, nodes), len(self.paths[0])
+        """The tree of `nodes` nodes with the largest τ, and the figures that led to it."""
+        tree = most_frequent(self.paths, nodes)
         return tree, {
             "answers": self.answers,
             "positions": len(self.paths),
             "rank_shares": [[round(share, 4) for share in shares] for shares in self.shares()],
-            "tau_chain": round(self.tau(DraftTree.chain(depths)), 4),
+            "tau_chain": round(self.tau(DraftTree.chain(len(self.paths[0]))), 4),
             "tau_tree": round(self.tau(tree), 4),
         }
 
@@ -68,16 +68,16 @@ def sample_ranks(
     num_prompts: int,
     max_new_tokens: int,
 ) -> RankSample:
-    """Have the base answer greedily, and see under which ranks the speculator would have guessed it.
+    """Let the base model answer greedily, and rank the tokens of its answers in the speculator's drafts.
 
     Args:
         base: in evaluation mode.
-        tokenizer: of the base.
-        speculator: of this base; it also makes the answers quicker.
-        prompts: all turns of each are answered; those that do not fit into the base's positions are left out.
+        tokenizer: of the base model.
+        speculator: of this base model; it also speeds up the answers.
+        prompts: every turn is answered, up to the first one that exceeds the base model's positions.
         ends: tokens that end an answer.
-        num_prompts: of the sample, at even distances; 0 for all.
-        max_new_tokens: the most tokens of an answer.
+        num_prompts: size of the sample, at even distances; 0 for all.
+        max_new_tokens: of an answer.
 
     Raises:
         UserError: if no answer is long enough for all depths.
@@ -90,12 +90,12 @@ def sample_ranks(
                 ids = prompt_ids(prompts[index], tokenizer, replies)
                 if limit is not None and len(ids) >= limit:
                     break
-                done = speculative_generate(
+                answer = speculative_generate(
                     base, speculator, ids, max_new_tokens=max_new_tokens, eos_token_id=tuple(ends)
-                )
-                replies.append(tokenizer.decode(done.tokens, skip_special_tokens=True))
+                ).tokens
+                replies.append(tokenizer.decode(answer, skip_special_tokens=True))
                 answers += 1
-                document = Document(base, ids + done.tokens, [0] * len(ids) + [1] * len(done.tokens))
+                document = Document(base, ids + answer, [0] * len(ids) + [1] * len(answer))
                 paths += map(tuple, document.ranks(speculator, ends).tolist())
     if not paths:
         raise UserError(

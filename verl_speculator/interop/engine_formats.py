@@ -144,7 +144,7 @@ def _medusa_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int)
 
 
 def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`emb_dim` is the base model's width here. Tied weights of a single depth fail an assertion, and change nothing."""
+    """`emb_dim` is the base model's width here. Tied weights of one depth fail an assertion, and change nothing."""
     unchanged = ("base_model_archs", "n_predict", "scale_input", "top_k_tokens_per_head", "torch_dtype", "vocab_size")
     return {
         "model_type": "mlp_speculator",

@@ -24,10 +24,9 @@ from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.data.alignment import align
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
-from verl_speculator.evaluation.methods import HuggingFace, SpeculativeMethod
 from verl_speculator.evaluation.metrics import Document, acceptance, bootstrap, quality, speed, weighted_median
-from verl_speculator.evaluation.report import Journal
-from verl_speculator.evaluation.run import evaluate
+from verl_speculator.evaluation.report import ResultsLog
+from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod, evaluate
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.losses import DraftLoss
 from verl_speculator.utils.errors import UserError
@@ -154,19 +153,20 @@ def test_every_contender_says_the_same(base):
     model = load_base(base, torch.float64)
     alone = SpeculativeMethod(model, None, SamplingPolicy(), None, ())
     expected = alone.generate(PROMPT, max_new_tokens=30, seed=0)
-    assert expected.histogram == [28] and len(expected.tokens) == 30
+    assert expected.counts["histogram"] == [28] and len(expected.tokens) == 30
     trained = train_quickly(model, [PROMPT + expected.tokens])
     for method in (
         SpeculativeMethod(model, trained, SamplingPolicy(), 2, ()),
-        HuggingFace(model, SamplingPolicy(), 0, ()),
-        HuggingFace(model, SamplingPolicy(), 4, ()),
+        HuggingFaceMethod(model, SamplingPolicy(), 0, ()),
+        HuggingFaceMethod(model, SamplingPolicy(), 4, ()),
     ):
         run = method.generate(PROMPT, max_new_tokens=30, seed=0)
         assert run.tokens == expected.tokens
-        assert len(run.histogram) == method.draft_length + 1 and run.prefill > 0 and run.decode > 0
+        assert len(run.counts["histogram"]) == method.max_draft_length + 1
+        assert run.seconds["prefill"] > 0 and run.seconds["decode"] > 0
         # All but the first token and those of the last round come from counted rounds.
-        counted = sum((j + 1) * count for j, count in enumerate(run.histogram))
-        assert 29 - method.draft_length - 1 <= counted <= 28
+        counted = sum((j + 1) * count for j, count in enumerate(run.counts["histogram"]))
+        assert 29 - method.max_draft_length - 1 <= counted <= 28
     assert model.generation_config.max_new_tokens is None
 
 
@@ -174,7 +174,7 @@ def test_the_base_keeps_its_generation_settings_when_generate_fails(base):
     model = load_base(base, torch.float64)
     before = model.generation_config
     with pytest.raises(IndexError):
-        HuggingFace(model, SamplingPolicy(), 3, ()).generate([10**6], max_new_tokens=3, seed=0)
+        HuggingFaceMethod(model, SamplingPolicy(), 3, ()).generate([10**6], max_new_tokens=3, seed=0)
     assert model.generation_config is before and not model._forward_hooks
 
 
@@ -183,20 +183,23 @@ def test_the_base_keeps_its_generation_settings_when_generate_fails(base):
 
 def test_a_journal_goes_on_behind_half_a_line(tmp_path):
     origin = {"commit": "a"}
-    journal = Journal.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 1, 2])
+    journal = ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 1, 2])
     journal.add(0, {"value": 1.5})
     journal.add(1, {"value": float("nan")})
     with journal.path.open("a") as file:
         file.write('{"index": 2, "val')
-    again = Journal.open(tmp_path, {"x": 1}, {"weights": "a"}, {"commit": "b"}, [0, 1, 2])
+    again = ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, {"commit": "b"}, [0, 1, 2])
     assert again.missing() == [2] and again.measured()[0] == {"index": 0, "value": 1.5}
     assert again.origin == origin
     again.add(2, {"value": 3})
-    assert Journal.read(journal.path).missing() == []
-    assert [r["index"] for r in Journal.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 2]).measured()] == [0, 2]
+    assert ResultsLog.read(journal.path).missing() == []
+    assert [r["index"] for r in ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 2]).measured()] == [
+        0,
+        2,
+    ]
     # Other weights under the same name: nothing old counts.
-    assert Journal.open(tmp_path, {"x": 1}, {"weights": "b"}, origin, [0, 1]).missing() == [0, 1]
-    assert Journal.open(tmp_path, {"x": 2}, {"weights": "a"}, origin, [0]).path != journal.path
+    assert ResultsLog.open(tmp_path, {"x": 1}, {"weights": "b"}, origin, [0, 1]).missing() == [0, 1]
+    assert ResultsLog.open(tmp_path, {"x": 2}, {"weights": "a"}, origin, [0]).path != journal.path
 
 
 def test_prompts_are_chosen_at_even_distances():
@@ -300,7 +303,7 @@ def test_categories(report, world):
 
 
 def test_a_further_turn_follows_the_bases_own_answer(report):
-    journals = [Journal.read(path) for path in (report / "journals").glob("*.jsonl")]
+    journals = [ResultsLog.read(path) for path in (report / "journals").glob("*.jsonl")]
     talks = [j for j in journals if j.settings["file"].endswith("turns.jsonl")]
     assert len(talks) == 5 and all(j.records[0]["turns"] == 2 and "skipped" in j.records[1] for j in talks)
 

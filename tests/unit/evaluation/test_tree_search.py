@@ -226,7 +226,7 @@ def test_evaluation_sets_chain_and_tree_side_by_side(chosen, world, base, tmp_pa
 
     from verl_speculator.evaluation.plot_data import read_tables
 
-    labels = [row.look.label for row in read_tables(tmp_path / "out")[0]]
+    labels = [row.style.label for row in read_tables(tmp_path / "out")[0]]
     assert len(set(labels)) == 4 and any("(tree of 8)" in label for label in labels)
     with pytest.raises(UserError, match=r"draft_tree: temperature=0\.5, expected 0"):
         asked(draft_trees=(chain,), temperature=0.5)
