@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import HiddenStateHook
-from verl_speculator.data.alignment import DraftRows, align
+from verl_speculator.data.alignment import DraftRows, align, misaligned
 from verl_speculator.models import Speculator
 
 LEVEL = 0.95
@@ -213,18 +213,39 @@ class Document:
 
     def _unroll(self, speculator: Speculator, end_token_ids: Collection[int]) -> tuple[DraftRows, Tensor]:
         """The document's rows, and the states [K, R, E] of all depths."""
-        borders = torch.tensor([0, len(self.tokens)])
-        rows = align(
-            self.tokens,
-            self.mask,
-            borders,
-            speculator.depths,
-            end_token_ids,
-            first_offset=speculator.config.first_offset,
-        )
         speculator.attach(self.base)
-        hidden = speculator.prepare_hidden_states(self._read(speculator.hidden_state_source))[0][rows.positions]
-        return rows, speculator.unroll(hidden.to(speculator.head(0).dtype), rows.tokens)
+        taken = self._read(speculator.hidden_state_source)
+        return align_and_unroll(speculator, taken, self.tokens, self.mask, end_token_ids)
+
+
+def align_and_unroll(
+    speculator: Speculator,
+    taken: Any,
+    tokens: Tensor,
+    mask: Tensor,
+    end_token_ids: Collection[int],
+    *,
+    token_shift: int = 0,
+    target_shift: int = 0,
+) -> tuple[DraftRows, Tensor]:
+    """The rows of one document, and the states [K, R, E] of all depths.
+
+    Args:
+        speculator: attached to the base model.
+        taken: what `HiddenStateHook` took while the base model read the document.
+        tokens: [T]
+        mask: [T] 1 where the assistant produced the token.
+        end_token_ids: tokens that end a turn.
+        token_shift, target_shift: as in `misaligned`, for diagnosis.
+    """
+    first_offset = speculator.config.first_offset
+    borders = torch.tensor([0, len(tokens)])
+    rows = align(tokens, mask, borders, speculator.depths, end_token_ids, first_offset=first_offset)
+    if token_shift or target_shift:
+        shifts = {"token_shift": token_shift, "target_shift": target_shift}
+        rows = misaligned(rows, tokens, first_offset=first_offset, **shifts)
+    hidden = speculator.prepare_hidden_states(taken)[0][rows.positions]
+    return rows, speculator.unroll(hidden.to(speculator.head(0).dtype), rows.tokens)
 
 
 def divergence(teacher: Tensor, draft: Tensor) -> Tensor:

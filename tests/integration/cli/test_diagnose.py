@@ -20,9 +20,8 @@ from helpers.planted_faults import TOKENS, build, copied, greedy, run, with_buff
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.__main__ import app
 from verl_speculator.diagnose import compare, read_trace, trace
-from verl_speculator.diagnose.replay import bisect
+from verl_speculator.diagnose.experiments import bisect, import_external
 from verl_speculator.diagnose.report import write
-from verl_speculator.diagnose.subjects import import_external
 from verl_speculator.utils.atomic_io import TEMPORARY
 from verl_speculator.utils.errors import UserError
 
@@ -279,7 +278,7 @@ def test_an_exception_leaves_no_file_and_no_hook(tmp_path):
     ("arguments", "message"),
     [
         (("--tokens", "5,x"), 'tokens=5,x: expected token ids joined by commas, such as "5,9,23"'),
-        (("--tokens", "5,99999"), "tokens: 99999 is none of the model's; expected ids below"),
+        (("--tokens", "5,99999"), "tokens: 99999 is outside of the model's vocabulary; expected ids below"),
         (("--model", "/no/such"), "base=/no/such: no such directory"),
         (("--base", "x/y"), "model: expected --model, or --base together with --speculator"),
         (("--out", "/no/such/file"), "out=/no/such/file: /no/such does not exist"),

@@ -25,8 +25,8 @@ from helpers.planted_faults import (
     with_buffers,
 )
 from verl_speculator.diagnose import compare, read_trace, trace
-from verl_speculator.diagnose.replay import solo_vs_pair
-from verl_speculator.diagnose.tensor_stats import TOLERANCES, distance, facts_of, observe
+from verl_speculator.diagnose.experiments import solo_vs_pair
+from verl_speculator.diagnose.tensor_stats import TOLERANCES, distance, stats_of
 
 MOE = MODELS[1:]
 
@@ -36,18 +36,13 @@ def verdict(a, b, **settings):
     return compare(read_trace(a), read_trace(b), **settings).verdict
 
 
-def facts(tensor):
-    found = observe("x", tensor)
-    return facts_of(found.meta, found.numbers.numpy(), int(found.hash))
-
-
 # What is kept of a tensor
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 1000, (1 << 20) + 77])
 def test_statistics_are_those_of_the_values(count):
     x = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    wide, found = x.double(), facts(x)
+    wide, found = x.double(), stats_of(x)
     assert found.mean == pytest.approx(wide.mean().item(), rel=1e-12)
     assert found.std == pytest.approx(wide.std(correction=0).item(), rel=1e-9, abs=1e-12)
     assert found.absmax == wide.abs().max() and found.norm == pytest.approx(wide.norm().item(), rel=1e-12)
@@ -56,15 +51,15 @@ def test_statistics_are_those_of_the_values(count):
 
 def test_a_hash_is_of_every_value_and_of_no_narrow_type():
     x = torch.randn(100_003, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert facts(x).hash == facts(x.float()).hash == facts(x.float().view(1, -1)).hash
-    assert distance(facts(x), facts(x.double())) == 0
-    assert facts(torch.tensor([0.0])).same_values(facts(torch.tensor([-0.0])))
+    assert stats_of(x).hash == stats_of(x.float()).hash == stats_of(x.float().view(1, -1)).hash
+    assert distance(stats_of(x), stats_of(x.double())) == 0
+    assert stats_of(torch.tensor([0.0])).same_values(stats_of(torch.tensor([-0.0])))
     for place in (0, 50_000, 100_002):
         other = x.clone()
         other[place] = other[place] + 1
-        assert facts(other).hash != facts(x).hash
-    assert facts(x.flip(0)).hash != facts(x).hash
-    assert distance(facts(torch.tensor([1, 2])), facts(torch.tensor([1, 3]))) == float("inf")
+        assert stats_of(other).hash != stats_of(x).hash
+    assert stats_of(x.flip(0)).hash != stats_of(x).hash
+    assert distance(stats_of(torch.tensor([1, 2])), stats_of(torch.tensor([1, 3]))) == float("inf")
 
 
 @pytest.mark.parametrize("change", [1e-6, 1e-3, 0.3])
@@ -73,19 +68,19 @@ def test_a_sketch_measures_the_distance(change):
     x, noise = torch.randn(2, 50_000, generator=generator, dtype=torch.float64)
     for other in (x + change * noise, x * (1 + change)):
         true = ((x - other).norm() / x.norm()).item()
-        assert distance(facts(x), facts(other)) == pytest.approx(true, rel=0.4)
+        assert distance(stats_of(x), stats_of(other)) == pytest.approx(true, rel=0.4)
     # One place of many is seen too.
     one = x.clone()
     one[777] += change * x.norm()
-    assert distance(facts(x), facts(one)) == pytest.approx(change, rel=0.4)
+    assert distance(stats_of(x), stats_of(one)) == pytest.approx(change, rel=0.4)
 
 
 def test_what_is_not_finite_is_counted_and_left_out():
     x = torch.tensor([1.0, float("nan"), 3.0, float("inf"), -float("inf")])
-    found = facts(x)
+    found = stats_of(x)
     assert (found.nan, found.inf, found.mean, found.absmax) == (1, 2, 2.0, 3.0)
-    assert distance(found, facts(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))) == float("inf")
-    assert distance(found, facts(x.clone())) == 0
+    assert distance(found, stats_of(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))) == float("inf")
+    assert distance(found, stats_of(x.clone())) == 0
 
 
 # No false alarm
@@ -294,7 +289,7 @@ def test_names_that_wrappers_changed(tmp_path):
         other.model.layers[i] = wrapped
     run(model, tmp_path / "a")
     found = compare(read_trace(tmp_path / "a"), read_trace(run(other, tmp_path / "b")))
-    assert found.agrees and {p.name for p in found.sides.pairs} >= {"model.layers.1.mlp.up_proj", "model.layers.0"}
+    assert found.agrees and {p.name for p in found.traces.calls} >= {"model.layers.1.mlp.up_proj", "model.layers.0"}
 
 
 # The case
