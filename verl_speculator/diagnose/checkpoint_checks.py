@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.base_model.hidden_states import FrozenNorm, HiddenStateHook, final_norm
@@ -161,8 +161,11 @@ class AlignedTexts:
             rows, outputs = align_and_unroll(speculator, states, tokens, mask, self.ends, **shifts)
             drafts = torch.stack([speculator.logits(k, output).argmax(-1) for k, output in enumerate(outputs)])
             correct, valid = drafts == rows.targets, rows.valid.all(0)
-            if speculator.depths < depths:
-                correct, valid = _repeat_first_depth(correct[0], valid, rows.positions, depths)
+            if speculator.depths < depths:  # it drafts every depth with its first one, at the next position
+                count = max(len(rows.positions) - depths + 1, 0)
+                starts, ends = rows.positions[:count], rows.positions[depths - 1 :][:count]
+                correct, valid = (torch.stack([x[k:][:count] for k in range(depths)]) for x in (correct[0], valid))
+                valid = valid.all(0) & (ends - starts == depths - 1)
             accepted = correct.long().cumprod(0).sum(0)[valid]
             histogram += np.bincount(accepted.cpu().numpy(), minlength=depths + 1)
         figures = acceptance(histogram, np.zeros(depths))
@@ -170,31 +173,11 @@ class AlignedTexts:
         return Acceptance(int(histogram.sum()), rate, tuple(float(figures[f"accept_depth_{k}"]) for k in range(depths)))
 
 
-def _repeat_first_depth(correct: Tensor, valid: Tensor, positions: Tensor, depths: int) -> tuple[Tensor, Tensor]:
-    """All depths of a speculator that drafts every depth with its first one, at the next position.
-
-    Args:
-        correct, valid, positions: [R] of the first depth.
-        depths: K.
-
-    Returns:
-        [K, R'] whether the drafts from each row on are correct, and [R'] whether the rows are consecutive and valid.
-    """
-    count = max(len(correct) - depths + 1, 0)
-    if not count:
-        return correct.new_zeros(depths, 0), valid.new_zeros(0)
-    consecutive = positions[depths - 1 :] - positions[:count] == depths - 1
-    return correct.unfold(0, depths, 1).T, valid.unfold(0, depths, 1).all(-1) & consecutive
-
-
 @dataclass
 class DiagnosisContext:
     """A checkpoint, its base model, and the texts that it is measured on.
 
     Attributes:
-        info: of the checkpoint.
-        speculator: loaded.
-        base: in evaluation mode.
         base_name: as the user gave it.
         answers: the base model's answers to the given prompts.
         training_answers: its answers to prompts of the training data, None where those are not available.
@@ -271,9 +254,7 @@ def serving(context: DiagnosisContext) -> Finding | None:
     if state is None:
         return f"{evidence}; the hidden state that it was given is not known", None
     source, distance_back = state
-    evidence += f"; it was given the {source} state" + (
-        f" of {distance_back} position earlier" if distance_back else ""
-    )
+    evidence += f"; it was given the {source} state{f' of {distance_back} position earlier' * bool(distance_back)}"
     if source != context.speculator.hidden_state_source:
         return evidence, f"have the engine hand over the {context.speculator.hidden_state_source} state"
     return evidence, "have the engine hand over the state that produced the newest token" if distance_back else ""

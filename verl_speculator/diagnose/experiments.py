@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from verl_speculator.decoding.drafters import SpeculatorDrafter
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import Target
 from verl_speculator.diagnose.comparison import Comparison, compare
-from verl_speculator.diagnose.tensor_stats import TOLERANCES
+from verl_speculator.diagnose.module_matching import largest_distance, matching_tensors
+from verl_speculator.diagnose.tensor_stats import TOLERANCES, stats_of
 from verl_speculator.diagnose.trace_file import Trace, from_structure, read_trace
 from verl_speculator.diagnose.tracer import named_tensors, select, trace
 from verl_speculator.models import Speculator
@@ -44,10 +44,7 @@ def parse_tokens(text: str) -> list[int]:
 
 
 def import_external(name: str | None) -> None:
-    """Import custom architectures, kernels or patches, as verl's `model.external_lib` does.
-
-    Args:
-        name: of a module, or of a Python file; None for nothing.
+    """Import a module or a Python file with custom architectures, kernels or patches, as verl's `model.external_lib`.
 
     Raises:
         UserError: if it cannot be imported.
@@ -72,12 +69,7 @@ def import_external(name: str | None) -> None:
 
 
 class BaseWithSpeculator(nn.Module):
-    """A base model and its speculator as one module, so that one trace holds both.
-
-    Args:
-        base: of Hugging Face.
-        speculator: of this base model.
-    """
+    """A Hugging Face base model and its speculator as one module, so that one trace holds both."""
 
     def __init__(self, base: nn.Module, speculator: Speculator) -> None:
         super().__init__()
@@ -151,10 +143,9 @@ class Variant:
     """One way to run a module again.
 
     Attributes:
-        module: name.
-        name: what was done.
+        module, name: what was run, and how.
         against: what the output is compared with.
-        distance: relative difference of the outputs; None if it could not run.
+        distance: `largest_distance` of the outputs; None if it could not run.
         changes: whether that is more than rounding.
         note: why it could not run, or which arguments the trace could not keep.
     """
@@ -204,17 +195,15 @@ def bisect(
     """
     modules = dict(model.named_modules())
     root = select(list(modules), [name], "module")[0]
-    kept_names = {trace.calls[kept["call"]].name for kept in trace.kept}
-    if root not in kept_names:
+    calls = [(trace.calls[kept["call"]], kept) for kept in trace.kept]
+    if root not in (kept_names := {recorded.name for recorded, _ in calls}):
         names = ", ".join(sorted(kept_names)[:3]) or "nothing"
         raise UserError(
             f"module={name}: {trace.path} kept no input of {root} (it kept {names}); expected --keep {root}"
         )
-    replays = {}
-    for kept in trace.kept:
-        recorded = trace.calls[kept["call"]]
-        if recorded.index == call and (recorded.name == root or recorded.name.startswith(f"{root}.")):
-            replays[recorded.name] = kept
+    replays = {
+        c.name: kept for c, kept in calls if c.index == call and f"{c.name}.".startswith(f"{root}." if root else "")
+    }
     if root not in replays:
         count = sum(recorded.name == root for recorded in trace.calls)
         raise UserError(f"call={call}: {root} was called {count} times; expected a number below that")
@@ -222,92 +211,82 @@ def bisect(
     variants: list[Variant] = []
     for module, kept in replays.items():
         if "outputs" in kept and module in modules:
-            replay = _Replay(modules[module], module, kept, tensors, tolerance)
-            variants += replay.variants(disturb if module == root else None)
+            disturbance = disturb if module == root else None
+            variants += _replay(modules[module], module, kept, tensors, disturbance, tolerance)
     return Bisection(_bisection_verdict(root, variants), tuple(variants))
 
 
-class _Replay:
-    """One module with the arguments and the output of one call."""
+def _replay(
+    module: nn.Module,
+    name: str,
+    kept: dict[str, Any],
+    tensors: dict[str, Tensor],
+    disturb: Callable[[], object] | None,
+    tolerance: float | None,
+) -> Iterator[Variant]:
+    """Run a module in every way with the arguments of one call."""
+    lost: list[str] = []
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    recorded = from_structure(kept["outputs"], tensors, [])
+    arguments = tree_map_only(Tensor, lambda t: t.to(device), from_structure(kept["inputs"], tensors, lost))
+    note = f"without its {', '.join(dict.fromkeys(lost))}" if lost else ""
+    types = {str(t.dtype).removeprefix("torch.") for _, t in named_tensors("", recorded)}
+    tolerance = tolerance or max((TOLERANCES.get(dtype, 0.0) for dtype in types), default=0.0)
 
-    def __init__(
-        self, module: nn.Module, name: str, kept: dict[str, Any], tensors: dict[str, Tensor], tolerance: float | None
-    ) -> None:
-        lost: list[str] = []
-        arguments = from_structure(kept["inputs"], tensors, lost)
-        self.recorded = from_structure(kept["outputs"], tensors, [])
-        self.module, self.name = module, name
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self.arguments = tree_map_only(Tensor, lambda t: t.to(device), arguments)
-        self.note = f"without its {', '.join(dict.fromkeys(lost))}" if lost else ""
-        types = {str(t.dtype).removeprefix("torch.") for _, t in named_tensors("", self.recorded)}
-        self.tolerance = tolerance or max((TOLERANCES.get(dtype, 0.0) for dtype in types), default=0.0)
+    def run_after_disturbance() -> Any:
+        disturb()
+        return _run(module, arguments)
 
-    @torch.no_grad()
-    def _run(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
-        copied = tree_map_only(Tensor, torch.clone, arguments)  # some modules write to their arguments
-        return module(*copied["args"], **copied["kwargs"])
-
-    def variants(self, disturb: Callable[[], object] | None) -> Iterator[Variant]:
-        """Run the module again in every way."""
-        alone = self._run(self.module, self.arguments)
-        yield self._compared("alone, fresh", "the recorded output", alone, self.recorded)
-        again = self._run(self.module, self.arguments)
-        yield self._compared("a second time", "the first time", again, alone)
-        yield self._attempt("in float64", "its own type", self._in_float64, alone)
-        yield self._attempt(f"in a batch of {COPIES}", "alone", self._in_batch, alone)
-        if disturb is not None:  # last, because its effect may stay
-            disturb()
-            after = self._run(self.module, self.arguments)
-            yield self._compared("after another model has run", "fresh", after, alone)
-
-    def _in_float64(self) -> Any:
-        module = copy.deepcopy(self.module).double()
-        for part in module.modules():  # transformers' grouped matrix product of experts has no float64
-            if hasattr(getattr(part, "config", None), "_experts_implementation"):
-                part.config = copy.copy(part.config)
-                part.config._experts_implementation = "eager"
-        return self._run(
-            module, tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, self.arguments)
-        )
-
-    def _in_batch(self) -> Any:
-        count = next(t.shape[0] for _, t in named_tensors("", self.arguments) if t.dim())
-
-        def repeat(tensor: Tensor) -> Tensor:
-            if not tensor.dim() or tensor.shape[0] != count:
-                return tensor
-            # With equal copies a mean over the batch would change nothing.
-            others = [tensor.roll(i, -1) if tensor.is_floating_point() else tensor for i in range(1, COPIES)]
-            return torch.cat([tensor, *others])
-
-        output = self._run(self.module, tree_map_only(Tensor, repeat, self.arguments))
-        return tree_map_only(Tensor, lambda t: t[:count] if t.dim() and t.shape[0] == COPIES * count else t, output)
-
-    def _attempt(self, name: str, against: str, run: Callable[[], Any], other: Any) -> Variant:
+    alone = _run(module, arguments)
+    attempts = [
+        ("alone, fresh", "the recorded output", lambda: alone, recorded),
+        ("a second time", "the first time", lambda: _run(module, arguments), alone),
+        ("in float64", "its own type", lambda: _run_in_float64(module, arguments), alone),
+        (f"in a batch of {COPIES}", "alone", lambda: _run_in_batch(module, arguments), alone),
+    ]
+    if disturb is not None:  # last, because its effect may stay
+        attempts.append(("after another model has run", "fresh", run_after_disturbance, alone))
+    for variant, against, attempt, reference in attempts:
         try:
-            return self._compared(name, against, run(), other)
+            output = attempt()
+        except UserError:
+            raise
         except (RuntimeError, TypeError, ValueError, LookupError, StopIteration) as error:
-            note = f"could not run: {' '.join(str(error).split())[:80]}"
-            return Variant(self.name, name, against, None, False, note)
-
-    def _compared(self, name: str, against: str, output: Any, other: Any) -> Variant:
-        pairs = zip(named_tensors("", output), named_tensors("", other), strict=False)
-        distance = max((relative_difference(x, y) for (_, x), (_, y) in pairs), default=0.0)
-        return Variant(self.name, name, against, distance, distance > self.tolerance, self.note)
+            yield Variant(name, variant, against, None, False, f"could not run: {' '.join(str(error).split())[:80]}")
+        else:
+            stats = ([stats_of(t, path) for path, t in named_tensors("", value)] for value in (output, reference))
+            difference = largest_distance(matching_tensors(*stats))
+            yield Variant(name, variant, against, difference, difference > tolerance, note)
 
 
-def relative_difference(x: Tensor, y: Tensor) -> float:
-    """‖x − y‖ / ‖y‖; infinite for integers that differ, and for different shapes."""
-    if x.shape != y.shape:
-        return math.inf
-    if torch.equal(x, y.to(x)):
-        return 0.0
-    if not (x.is_floating_point() and y.is_floating_point()):
-        return math.inf
-    x, y = x.double().cpu(), y.double().cpu()
-    difference = (x - y).norm().item()
-    return difference / max(y.norm().item(), 1e-300) if math.isfinite(difference) else math.inf
+@torch.no_grad()
+def _run(module: nn.Module, arguments: dict[str, Any]) -> Any:
+    copies = tree_map_only(Tensor, torch.clone, arguments)  # some modules write to their arguments
+    return module(*copies["args"], **copies["kwargs"])
+
+
+def _run_in_float64(module: nn.Module, arguments: dict[str, Any]) -> Any:
+    module = copy.deepcopy(module).double()
+    for part in module.modules():  # transformers' grouped matrix product of experts has no float64
+        if hasattr(getattr(part, "config", None), "_experts_implementation"):
+            part.config = copy.copy(part.config)
+            part.config._experts_implementation = "eager"
+    return _run(module, tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments))
+
+
+def _run_in_batch(module: nn.Module, arguments: dict[str, Any]) -> Any:
+    """The first rows of the output for a batch of COPIES, of which the first is the recorded one."""
+    count = next(t.shape[0] for _, t in named_tensors("", arguments) if t.dim())
+
+    def repeat(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != count:
+            return tensor
+        # With equal copies a mean over the batch would change nothing.
+        others = [tensor.roll(i, -1) if tensor.is_floating_point() else tensor for i in range(1, COPIES)]
+        return torch.cat([tensor, *others])
+
+    output = _run(module, tree_map_only(Tensor, repeat, arguments))
+    return tree_map_only(Tensor, lambda t: t[:count] if t.dim() and t.shape[0] == COPIES * count else t, output)
 
 
 def _bisection_verdict(root: str, variants: list[Variant]) -> str:
@@ -330,13 +309,7 @@ def _bisection_verdict(root: str, variants: list[Variant]) -> str:
 
 @dataclass(frozen=True)
 class IsolationResult:
-    """The result of `solo_vs_pair`.
-
-    Attributes:
-        verdict: one sentence.
-        tokens: the draft tokens of every run, `alone` first.
-        comparisons: of the run alone with every other.
-    """
+    """One sentence, the draft tokens of every run (`alone` first), and comparisons of the run alone with the others."""
 
     verdict: str
     tokens: dict[str, list[int]]

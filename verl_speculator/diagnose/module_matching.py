@@ -104,11 +104,7 @@ class CallPair:
 
 
 class TracePair:
-    """Two traces whose calls and weights are matched.
-
-    Args:
-        a, b: the traces.
-        under: the module of each trace to compare; None finds it.
+    """Two traces whose calls and weights are matched. The arguments are those of `compare`.
 
     Attributes:
         prefixes: the compared module in each; empty for the model itself.

@@ -1,13 +1,8 @@
 """A trace on disk: one safetensors file. Its header holds all text, its tensors the numbers.
 
-It needs no pickle, and its length shows whether it is complete. `header["trace"]` is JSON:
-
-    facts:    name, shape, strides, dtype and device of every tensor, one for each row of `numbers` and `hashes`
-    calls:    [{name, kind, index, parent, inside, start, end, inputs, outputs}], tensors as rows
-    weights:  rows; changed: names of weights that the run itself changed
-    model, tokens, top, environment, caches, kept, notes
-
-The tensors are `numbers` [n, 85], `hashes` [n], and `kept/…`: the arguments and outputs of modules given by `--keep`.
+It needs no pickle, and its length shows whether it is complete. `header["trace"]` is JSON: `facts` holds name, shape,
+strides, dtype and device of n tensors; all else is as in `Trace`, with indices into `facts` for tensors. The file's
+tensors are `numbers` [n, 85], `hashes` [n], and `kept/…`: arguments and outputs of the modules of `--keep`.
 """
 
 from __future__ import annotations
