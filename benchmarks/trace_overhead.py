@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from verl_speculator.base_model.loading import choose_device, choose_dtype, load_base
 from verl_speculator.diagnose import trace
-from verl_speculator.diagnose.tracer import Recorder
+from verl_speculator.diagnose.tracer import Tracer
 from verl_speculator.utils.process import restart_with_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 @torch.inference_mode()
 def measure(model: torch.nn.Module, tokens: torch.Tensor, modules: list[str] | None, pairs: int) -> dict[str, float]:
     """Ratio of the medians of pairs, and what beginning and end cost."""
-    recorder, with_hooks, without = Recorder(model, modules, (), weights=False), [], []
+    tracer, with_hooks, without = Tracer(model, modules, (), weights=False), [], []
     for _ in range(3):
         seconds(model, tokens)
     for i in range(pairs):
@@ -70,7 +70,7 @@ def measure(model: torch.nn.Module, tokens: torch.Tensor, modules: list[str] | N
             if not hooked:
                 without.append(seconds(model, tokens))
                 continue
-            with recorder.hooked():
+            with tracer.hooked():
                 with_hooks.append(seconds(model, tokens))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

@@ -27,7 +27,7 @@ IMPORTS = {
     "rl": {"utils", "config", "base_model", "checkpoint", "training", "interop", "vllm_plugin"},
     "server": {"utils", "base_model", "models", "decoding"},
     "preflight": {"utils", "config", "base_model", "models", "checkpoint", "data"},
-    "diagnose": {"utils", "config", "base_model", "models", "checkpoint", "decoding", "data", "evaluation"},
+    "diagnose": {"utils", "config", "base_model", "models", "checkpoint", "decoding", "evaluation"},
     "sweep": {"utils", "config", "base_model", "checkpoint", "decoding", "evaluation", "preflight"},
     "cli": {
         "utils",

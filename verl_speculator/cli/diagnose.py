@@ -57,7 +57,7 @@ def trace(
     device: Device = "auto",
 ) -> None:
     """Run a model, or a base with its speculator, on fixed tokens and write what every module made of them."""
-    from verl_speculator.diagnose.subjects import import_external, load_subject, parse_tokens
+    from verl_speculator.diagnose.experiments import import_external, load_traced_model, parse_tokens
     from verl_speculator.diagnose.tracer import check_out
     from verl_speculator.diagnose.tracer import trace as record
 
@@ -65,9 +65,9 @@ def trace(
     check_out(out)
     _check_drafts(num_draft)
     import_external(external_lib)
-    subject = load_subject(model=model, base=base, speculator=speculator, device=device, dtype=dtype, tokens=ids)
-    with record(subject.traced, out, modules=modules, keep=keep or ()) as recorder:
-        recorder.notes["drafts"] = subject.draft(ids, num_draft)
+    traced = load_traced_model(model=model, base=base, speculator=speculator, device=device, dtype=dtype, tokens=ids)
+    with record(traced.module, out, modules=modules, keep=keep or ()) as recorder:
+        recorder.notes["drafts"] = traced.draft(ids, num_draft)
     typer.echo(f"{out}: {len(recorder.calls)} calls, {out.stat().st_size:,} bytes; drafts {recorder.notes['drafts']}")
 
 
@@ -113,8 +113,8 @@ def bisect(
     """Replay a module's inputs: alone, twice, after another model, in float64, in a batch; and all that it calls."""
     from rich.table import Table
 
-    from verl_speculator.diagnose.replay import bisect as replay
-    from verl_speculator.diagnose.subjects import import_external, load_subject
+    from verl_speculator.diagnose.experiments import bisect as replay
+    from verl_speculator.diagnose.experiments import import_external, load_traced_model
     from verl_speculator.diagnose.trace_file import read_trace
 
     recorded = read_trace(trace)
@@ -122,15 +122,15 @@ def bisect(
         raise UserError(f"{trace}: kept no module's inputs; expected a trace made with --keep {module}")
     settings = {"device": device, "dtype": dtype, "tokens": list(recorded.tokens)}
     import_external(external_lib)
-    subject = load_subject(model=model, base=base, speculator=speculator, **settings)
+    traced = load_traced_model(model=model, base=base, speculator=speculator, **settings)
     disturb = None
     if after is not None:
-        other = load_subject(model=after, base=None, speculator=None, **settings)
+        other = load_traced_model(model=after, base=None, speculator=None, **settings)
 
         def disturb() -> None:
             other.draft(list(recorded.tokens), 1)
 
-    found = replay(recorded, subject.traced, module, call=call, disturb=disturb, tolerance=tolerance)
+    found = replay(recorded, traced.module, module, call=call, disturb=disturb, tolerance=tolerance)
     console, table = _console(), Table(box=None, pad_edge=False)
     for name in ("module", "run", "against", "difference"):
         table.add_column(name, no_wrap=True)
@@ -159,9 +159,9 @@ def solo_vs_pair(
     device: Device = "auto",
 ) -> None:
     """The draft alone, beside its own weights as target, and beside the target: is it still the same?"""
-    from verl_speculator.diagnose.replay import solo_vs_pair as experiment
+    from verl_speculator.diagnose.experiments import import_external, load_traced_model, parse_tokens
+    from verl_speculator.diagnose.experiments import solo_vs_pair as experiment
     from verl_speculator.diagnose.report import write
-    from verl_speculator.diagnose.subjects import import_external, load_subject, parse_tokens
     from verl_speculator.utils.atomic_io import check_writable
 
     ids = parse_tokens(tokens)
@@ -171,17 +171,17 @@ def solo_vs_pair(
     if draft is None and base is None:
         raise UserError("draft: expected --draft, or --base together with --speculator")
     import_external(external_lib)
-    subject = load_subject(model=draft, base=base, speculator=speculator, **settings)
+    traced = load_traced_model(model=draft, base=base, speculator=speculator, **settings)
     others = {"own": draft or base, "target": target}
     out.mkdir(parents=True, exist_ok=True)
 
     def beside(name: str) -> None:
         # Loaded when its turn comes: loading, too, may leave a mark.
-        load_subject(model=others[name], base=None, speculator=None, **settings).draft(ids, num_draft)
+        load_traced_model(model=others[name], base=None, speculator=None, **settings).draft(ids, num_draft)
 
     found = experiment(
-        subject.traced,
-        lambda: subject.draft(ids, num_draft),
+        traced.module,
+        lambda: traced.draft(ids, num_draft),
         {name: (lambda name=name: beside(name)) for name in others},
         out,
         tolerance=tolerance,
@@ -212,12 +212,12 @@ def speculator(
     """Why is it not accepted? Checks in order, each with its evidence, and one recommendation."""
     from rich.table import Table
 
-    from verl_speculator.diagnose.checkpoint_checks import FAULT, recommendation
-    from verl_speculator.diagnose.examine import examine
-    from verl_speculator.diagnose.subjects import import_external
+    from verl_speculator.diagnose.checkpoint_checks import FAULT
+    from verl_speculator.diagnose.checkpoint_checks import diagnose as run_checks
+    from verl_speculator.diagnose.experiments import import_external
 
     import_external(external_lib)
-    found = examine(
+    found = run_checks(
         checkpoint,
         base,
         prompts,
@@ -230,9 +230,9 @@ def speculator(
         dtype=dtype,
     )
     faults = [check for check in found.checks if check.status == FAULT]
-    accepted = (
-        "It does not load" if found.accepted is None else f"{found.accepted} of drafts accepted ({found.rows} places)"
-    )
+    accepted = "It does not load"
+    if found.accepted is not None:
+        accepted = f"{found.accepted} of drafts accepted ({found.accepted.positions} positions)"
     cause = f"{faults[0].name}: {faults[0].evidence}" if faults else "no check finds a fault"
     console, table = _console(), Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
@@ -242,5 +242,5 @@ def speculator(
         table.add_row(check.status, check.name, check.evidence)
     console.print(f"{accepted}; {cause}.\n", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(f"\nRecommendation: {recommendation(found.checks)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nRecommendation: {found.recommendation}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(1 if faults else 0)

@@ -1,4 +1,4 @@
-"""Where two runs part: traces of modules, and what their comparison says.
+"""Find the first place where two runs differ: traces of modules, their comparison, and checks of a checkpoint.
 
 with trace(model, "a.trace", modules=["layers.*"]):
     model(tokens)
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "read_trace", "trace"]
 
-_HOMES = {
+_MODULES = {
     "compare": "verl_speculator.diagnose.comparison",
     "read_trace": "verl_speculator.diagnose.trace_file",
     "trace": "verl_speculator.diagnose.tracer",
@@ -24,7 +24,7 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    # On first use: the command line reads this room's names without torch.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    # Imported on first use, so that the command line starts without torch.
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,8 @@
-"""The checks that explain a low acceptance, in the order in which causes hide each other."""
+"""Why a checkpoint is not accepted: checks in the order in which one cause hides another.
+
+The base model answers some prompts greedily. Acceptance is measured at every position of the answers, as the
+speculator is served and under each suspicion: a variant that accepts much more names the cause.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,19 @@ import dataclasses
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from verl_speculator.base_model.hidden_states import FrozenNorm, final_norm
+from verl_speculator.base_model.chat_template import end_token_ids
+from verl_speculator.base_model.hidden_states import FrozenNorm, HiddenStateHook, final_norm
+from verl_speculator.base_model.loading import base_shape, choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.checkpoint.format import (
     CONFIG_FILE,
     STATE_DIRECTORY,
@@ -24,424 +34,546 @@ from verl_speculator.checkpoint.format import (
 )
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.families import HIDDEN_STATES
-from verl_speculator.decoding.target import Target
-from verl_speculator.diagnose.acceptance import Acceptance, AlignedTexts
-from verl_speculator.diagnose.tensor_stats import TensorFacts, distance, facts_of, observe
-from verl_speculator.diagnose.trace_file import Trace
+from verl_speculator.decoding import speculative_generate
+from verl_speculator.decoding.target import Target, position_limit
+from verl_speculator.diagnose.tensor_stats import distance, stats_of
+from verl_speculator.diagnose.trace_file import Trace, read_trace
+from verl_speculator.evaluation.metrics import acceptance, align_and_unroll
+from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.utils.errors import UserError
-
-NAME = "serving"
-# Closer than this a state is the one meant, in whatever type; another one is about 1 away.
-NEAR = 0.1
-
-
-def facts(tensor: Tensor) -> TensorFacts:
-    """Of a tensor in this process."""
-    found = observe("", tensor)
-    return facts_of(found.meta, found.numbers.cpu().numpy(), int(found.hash))
-
-
-def check_serving(trace: Trace, speculator: Speculator, base: nn.Module) -> Check:
-    """Weights and first input of the speculator in a trace of the engine.
-
-    Args:
-        trace: of the engine, over its draft model, with weights.
-        speculator: the checkpoint.
-        base: in evaluation mode.
-    """
-    owners, found, count = _owners(trace, speculator, base)
-    if not trace.weights:
-        return Check(NAME, UNKNOWN, "its trace holds no weights (trace(…, weights=True))")
-    if not found:
-        evidence = (
-            f"none of the checkpoint's {count} tensors is among the {len(trace.weights)} weights of {trace.path.name}"
-        )
-        return Check(NAME, FAULT, evidence, "have the engine load this checkpoint: it runs with other weights")
-    evidence = f"{found} of the checkpoint's {count} tensors are in the engine, bit for bit"
-    fed = _fed(trace, owners, speculator, base)
-    if fed is None:
-        return Check(NAME, UNKNOWN, f"{evidence}; no state that it was fed could be told")
-    kind, back = fed
-    evidence += f"; it was fed the {kind} state" + (f" of {back} position earlier" if back else "")
-    if kind != speculator.hidden_state_source:
-        return Check(NAME, FAULT, evidence, f"have the engine hand over the {speculator.hidden_state_source} state")
-    if back:
-        return Check(NAME, FAULT, evidence, "have the engine hand over the state that produced the newest token")
-    return Check(NAME, FINE, evidence)
-
-
-def _owners(trace: Trace, speculator: Speculator, base: nn.Module) -> tuple[set[str], int, int]:
-    """Modules of the trace that hold a tensor of the checkpoint; how many tensors were found, and of how many. A
-    tensor that is the base's own tells nothing."""
-    state = dict(speculator.named_parameters())
-    tables = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
-    known = {facts(table).hash for table in tables}
-    slots = [slot for slot in dict.fromkeys(speculator.checkpoint_slots().values()) if slot.of(state).dim() > 1]
-    slots = [slot for slot in slots if facts(slot.of(state)).hash not in known]
-    held = {fact.hash: name for name, fact in trace.weights.items()}
-    owners, found = set(), 0
-    for slot in slots:
-        # As it stands in the file, or joined with others as it stands in memory; in the type that the engine chose.
-        forms = (slot.of(state), state[slot.parameter])
-        codes = {facts(x.to(kind)).hash for x in forms for kind in (x.dtype, torch.bfloat16, torch.float16)}
-        names = [held[code] for code in codes if code in held]
-        owners.update(name.rpartition(".")[0] for name in names)
-        found += bool(names)
-    return owners, found, len(slots)
-
-
-@torch.inference_mode()
-def _fed(trace: Trace, owners: set[str], speculator: Speculator, base: nn.Module) -> tuple[str, int] | None:
-    """Which state the first of these modules was given, and how many positions before the last token it lies."""
-    if not trace.tokens or max(trace.tokens) >= speculator.vocab_size:
-        return None
-    tokens, dtype = torch.tensor(trace.tokens, device=base.device), next(speculator.parameters()).dtype
-    expected = {}
-    for kind in HIDDEN_STATES:
-        with Target(base, kind) as target:
-            states, _ = target.read(tokens)
-        for back in range(min(3, len(tokens))):
-            row = states[len(tokens) - 1 - back][None].to(dtype)
-            expected[kind, back] = facts(speculator.start(row).output)
-    # The first call that is given a state of this width.
-    for call in trace.calls:
-        if call.name in owners:
-            given = [f for f in call.inputs if f.is_float and f.count == speculator.hidden_size]
-            apart = {key: min(distance(f, fact) for f in given) for key, fact in expected.items()} if given else {}
-            near = min(apart, key=lambda key: apart[key], default=None)
-            if near is not None and apart[near] < NEAR:
-                return near
-    return None
-
+from verl_speculator.utils.process import progress_bar, spread
 
 FAULT, FINE, UNKNOWN = "fault", "fine", "unknown"
-# A variant explains a low acceptance if it accepts this much more of all drafts, and half as much again or so much more
-# that the rejected ones become fewer by as much.
+HEADS = "n_predict and heads"
+# A variant explains a low acceptance if its rate is higher by MARGIN, and either FACTOR times the rate or so much
+# higher that the share of rejected drafts falls by FACTOR.
 MARGIN, FACTOR = 0.1, 1.5
 SHIFTS = (-1, 0, 1)
+# The chain of drafts breaks at a depth that accepts less than this share of what the depth before it accepts.
 DEPTH_DROP = 0.5
-NORM_APART = 0.02
+# Relative difference of a copied norm above which it is the norm of another model.
+NORM_DIFFERENCE = 0.02
+# Hidden states closer than this are the same, in any type; unrelated ones are about √2 apart.
+SAME_STATE = 0.1
 # What engines call the number of heads: a number, or a list with an entry for each.
-HEAD_COUNTS = {"num_heads", "top_k_tokens_per_head"}
+HEAD_COUNTS = ("num_heads", "top_k_tokens_per_head")
+
+Text = tuple[list[int], list[int]]  # token ids, and 1 where the assistant produced them
+Finding = tuple[str, str | None]  # evidence and advice, as in `Check`
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         name: of the check.
-        status: `fault`, `fine`, or `unknown` where it could not be made.
-        evidence: in a sentence.
-        advice: what to do about a fault.
+        evidence: one sentence.
+        advice: what to do about a fault; empty if there is none, None if the check could not be made.
     """
 
     name: str
-    status: str
     evidence: str
-    advice: str = ""
+    advice: str | None = ""
+
+    @property
+    def status(self) -> str:
+        """`fault`, `fine` or `unknown`."""
+        return UNKNOWN if self.advice is None else FAULT if self.advice else FINE
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How many drafts in a row are the text's own tokens, over every position of the texts.
+
+    Attributes:
+        positions: number of positions.
+        rate: share of all drafts; 0 without any position.
+        depths: [K] share accepted of the drafts that reached each depth; nan where none did.
+    """
+
+    positions: int
+    rate: float
+    depths: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%}"
+
+    def explains(self, served: Acceptance) -> bool:
+        """Whether this variant accepts so much more than the served one that it is the cause."""
+        factor = self.rate >= FACTOR * served.rate or FACTOR * (1 - self.rate) <= 1 - served.rate
+        return factor and self.rate >= served.rate + MARGIN
+
+
+def greedy_answers(base: nn.Module, prompts: Iterable[list[int]], count: int, ends: Collection[int]) -> list[Text]:
+    """Prompts with the base model's greedy answers of at most `count` tokens. Leaves out prompts that fill its
+    context."""
+    limit, texts = position_limit(base), []
+    for ids in prompts:
+        if limit is None or len(ids) + 2 <= limit:
+            answer = speculative_generate(base, None, ids, max_new_tokens=count, eos_token_id=tuple(ends)).tokens
+            texts.append(([*ids, *answer], [0] * len(ids) + [1] * len(answer)))
+    return texts
+
+
+class AlignedTexts:
+    """Texts with the base model's hidden states, which are computed once for each source.
+
+    Args:
+        base: in evaluation mode.
+        texts: what the drafts should be.
+        ends: tokens that end a turn.
+    """
+
+    def __init__(self, base: nn.Module, texts: Iterable[Text], ends: Collection[int]) -> None:
+        limit = position_limit(base)
+        self.base, self.ends = base, ends
+        self.texts = [(tokens[:limit], mask[:limit]) for tokens, mask in texts]
+        self._states: dict[str, list[Any]] = {}
+
+    @torch.inference_mode()
+    def states(self, hidden_state_source: str) -> list[Any]:
+        """What a speculator reads of every text: states [1, T, D], or the arguments of a decoder layer."""
+        if hidden_state_source not in self._states:
+            states = self._states[hidden_state_source] = []
+            for tokens, _ in self.texts:
+                with HiddenStateHook(self.base, hidden_state_source) as hook:
+                    self.base(input_ids=torch.tensor([tokens], device=self.base.device), use_cache=False)
+                    states.append(hook.take())
+        return self._states[hidden_state_source]
+
+    @torch.inference_mode()
+    def measure(self, speculator: Speculator, *, hidden_state_source: str | None = None, **shifts: int) -> Acceptance:
+        """Greedy acceptance at every position at which all depths have a target.
+
+        Args:
+            speculator: of this base model.
+            hidden_state_source: the states that it is given; its own by default.
+            shifts: `token_shift` and `target_shift` of `alignment.misaligned`.
+        """
+        depths = speculator.n_predict
+        histogram = np.zeros(depths + 1)
+        speculator.attach(self.base)
+        all_states = self.states(hidden_state_source or speculator.hidden_state_source)
+        for text, states in zip(self.texts, all_states, strict=True):
+            tokens, mask = (torch.tensor(x, device=self.base.device) for x in text)
+            rows, outputs = align_and_unroll(speculator, states, tokens, mask, self.ends, **shifts)
+            drafts = torch.stack([speculator.logits(k, output).argmax(-1) for k, output in enumerate(outputs)])
+            correct, valid = drafts == rows.targets, rows.valid.all(0)
+            if speculator.depths < depths:  # it drafts every depth with its first one, at the next position
+                count = max(len(rows.positions) - depths + 1, 0)
+                starts, ends = rows.positions[:count], rows.positions[depths - 1 :][:count]
+                correct, valid = (torch.stack([x[k:][:count] for k in range(depths)]) for x in (correct[0], valid))
+                valid = valid.all(0) & (ends - starts == depths - 1)
+            accepted = correct.long().cumprod(0).sum(0)[valid]
+            histogram += np.bincount(accepted.cpu().numpy(), minlength=depths + 1)
+        figures = acceptance(histogram, np.zeros(depths))
+        rate = float(figures["accept_rate"]) if histogram.sum() else 0.0
+        return Acceptance(int(histogram.sum()), rate, tuple(float(figures[f"accept_depth_{k}"]) for k in range(depths)))
 
 
 @dataclass
 class DiagnosisContext:
-    """A checkpoint, its base, and texts to judge it on.
+    """A checkpoint, its base model, and the texts that it is measured on.
 
     Attributes:
-        info: of the checkpoint.
-        speculator: loaded.
-        base: in evaluation mode.
-        base_name: as it was given.
-        own: the base's own answers to the prompts given.
-        trained: its answers to prompts of the training data, None where those are not at hand.
-        data: the training text itself, None likewise.
-        num_draft: how many tokens the engine drafts in a round, None where that is not known.
+        base_name: as the user gave it.
+        answers: the base model's answers to the given prompts.
+        training_answers: its answers to prompts of the training data, None where those are not available.
+        training_text: the training data itself, None likewise.
+        num_draft: number of tokens that the engine drafts in a round, None if unknown.
+        engine_trace: of the serving engine's draft model, with weights; None without one.
     """
 
     info: CheckpointInfo
     speculator: Speculator
     base: nn.Module
     base_name: str
-    own: AlignedTexts
-    trained: AlignedTexts | None = None
-    data: AlignedTexts | None = None
+    answers: AlignedTexts
+    training_answers: AlignedTexts | None = None
+    training_text: AlignedTexts | None = None
     num_draft: int | None = None
+    engine_trace: Trace | None = None
 
     def __post_init__(self) -> None:
-        self.now = self.own.measure(self.speculator)
+        self.served = self.answers.measure(self.speculator)
 
 
-def explains(variant: Acceptance, now: Acceptance) -> bool:
-    """Whether a variant accepts so much more that it is the cause."""
-    more = variant.rate >= FACTOR * now.rate or FACTOR * (1 - variant.rate) <= 1 - now.rate
-    return variant.rate >= now.rate + MARGIN and more
-
-
-def percent(found: Acceptance) -> str:
-    """An acceptance in words."""
-    return f"{found.rate:.1%}"
-
-
-def run_checks(patient: DiagnosisContext) -> Iterator[Check]:
-    """All checks that need the model, in order."""
-    checks: tuple[Callable[[DiagnosisContext], Check], ...] = (
-        initialisation,
-        base_weights,
-        hidden_state,
-        shift,
-        number_type,
-        scale_input,
-        learning_rate_check,
-        data,
-        depth,
-        heads,
-    )
-    return (check(patient) for check in checks)
-
-
-def initialisation(patient: DiagnosisContext) -> Check:
-    """Tensors that are still what `reset_parameters` gives."""
-    name, module = "trained at all", patient.speculator
-    frozen = module.frozen()
-    constants = {n: v for n, v in module.constants().items() if n not in frozen}
-    resting = [n for n, v in constants.items() if bool((module.get_parameter(n) == v).all())]
-    if constants and len(resting) == len(constants):
-        evidence = (
-            f"all {len(constants)} tensors that start as constants still are: {resting[0]} = {constants[resting[0]]:g}"
+def trained_at_all(context: DiagnosisContext) -> Finding:
+    """Tensors that still are what `reset_parameters` makes, or that are not finite."""
+    speculator = context.speculator
+    constants = {name: value for name, value in speculator.constants().items() if name not in speculator.frozen()}
+    initial = [name for name, value in constants.items() if bool((speculator.get_parameter(name) == value).all())]
+    if constants and len(initial) == len(constants):
+        first = f"{initial[0]} = {constants[initial[0]]:g}"
+        return (
+            f"all {len(constants)} tensors that start as constants still are: {first}",
+            "load the trained checkpoint: this one holds its initialisation, no training step has changed it",
         )
-        advice = "load the trained checkpoint: this one holds its initialisation, no training step has changed it"
-        return Check(name, FAULT, evidence, advice)
-    broken = [n for n, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
-    if broken:
-        return Check(name, FAULT, f"{broken[0]} holds NaN or infinite values", "train anew with a lower optim.lr")
+    for name, parameter in speculator.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"{name} holds NaN or infinite values", "train again with a lower optim.lr"
     if not constants:
-        return Check(name, UNKNOWN, "it starts as parts of the base, and none of its tensors as constants")
-    if resting:
-        evidence = f"{len(resting)} of {len(constants)} constants are as initialised: {', '.join(resting[:3])}"
-        whole = [n for n in resting if n.split(".")[1].isdigit() and n.split(".")[1] != "0"]
-        if whole:
-            return Check(
-                name, FAULT, evidence, f"load or train {whole[0].rsplit('.', 1)[0]}: it holds its initialisation"
-            )
-        return Check(name, FINE, evidence)
-    return Check(name, FINE, f"all {len(constants)} tensors that start as constants have moved")
+        return "it starts as parts of the base model, and none of its tensors as constants", None
+    if not initial:
+        return f"all {len(constants)} tensors that start as constants have changed", ""
+    # A depth that no training step reached keeps all it started with.
+    depths = [name.rpartition(".")[0] for name in initial if name.split(".")[1].lstrip("0").isdigit()]
+    evidence = f"{len(initial)} of {len(constants)} constants are as initialised: {', '.join(initial[:3])}"
+    return evidence, f"load or train {depths[0]}: it holds its initialisation" if depths else ""
 
 
-def base_weights(patient: DiagnosisContext) -> Check:
-    """The base against the one it was trained for."""
-    name = "trained for this base"
-    mine, theirs = patient.info.base_fingerprint(), weights_fingerprint(patient.base_name)
-    if mine is None or theirs is None:
-        return Check(name, UNKNOWN, f"no fingerprint of {'the training base' if mine is None else 'this base'}")
-    if mine == theirs:
-        return Check(name, FINE, f"the base's weights are those of training (fingerprint {mine[:8]})")
-    evidence = f"trained for {patient.info.base_name} (fingerprint {mine[:8]}), this base is {theirs[:8]}"
-    return Check(name, FAULT, evidence, f"serve it with {patient.info.base_name}, or train one for this base")
+def trained_for_this_base(context: DiagnosisContext) -> Finding:
+    """The base model against the one that the speculator was trained for."""
+    expected, actual = context.info.base_fingerprint(), weights_fingerprint(context.base_name)
+    if expected is None or actual is None:
+        return f"no fingerprint of {'the training base' if expected is None else 'this base'}", None
+    if expected == actual:
+        return f"the base's weights are those of training (fingerprint {actual[:8]})", ""
+    name = context.info.base_name
+    evidence = f"trained for {name} (fingerprint {expected[:8]}), this base is {actual[:8]}"
+    return evidence, f"serve it with {name}, or train one for this base"
 
 
-def hidden_state(patient: DiagnosisContext) -> Check:
-    """The state after the final norm against the one before it, and the norm's copy against the base's."""
-    name, speculator = "hidden state", patient.speculator
-    if speculator.hidden_state_source not in HIDDEN_STATES:
-        return Check(name, FINE, f"it reads {speculator.hidden_state_source}, which has no other form")
-    found = {}
-    for kind in HIDDEN_STATES:
-        try:
-            found[kind] = patient.own.measure(speculator, hidden_state_source=kind)
-        except UserError as error:
-            return Check(name, UNKNOWN, str(error))
-    reads = speculator.hidden_state_source
-    other = next(kind for kind in HIDDEN_STATES if kind != reads)
-    evidence = ", ".join(f"{percent(found[kind])} accepted when fed {kind}" for kind in (reads, other))
-    for module in speculator.modules():
-        if isinstance(module, FrozenNorm):
-            apart = _norms_apart(module, patient.base)
-            evidence += f"; its norm is {apart:.1e} from the base's"
-            if apart > NORM_APART:
-                advice = "its copy of the base's final norm is another: take it over from this base"
-                return Check(name, FAULT, evidence, advice)
-    if explains(found[other], found[reads]):
-        advice = f"it was trained on {other} states and is fed {reads}: train it on the state that is served"
-        return Check(name, FAULT, evidence, advice)
-    return Check(name, FINE, evidence)
+def serving(context: DiagnosisContext) -> Finding | None:
+    """The weights and the first hidden state of the speculator in the engine's trace."""
+    trace = context.engine_trace
+    if trace is None:
+        return None
+    if not trace.weights:
+        return "its trace holds no weights (trace(…, weights=True))", None
+    modules, loaded, count = _modules_with_weights(trace, context.speculator, context.base)
+    if not loaded:
+        return (
+            f"none of the checkpoint's {count} tensors is among the {len(trace.weights)} weights of {trace.path.name}",
+            "have the engine load this checkpoint: it runs with other weights",
+        )
+    evidence = f"{loaded} of the checkpoint's {count} tensors are in the engine, bit for bit"
+    state = _first_hidden_state(trace, modules, context.speculator, context.base)
+    if state is None:
+        return f"{evidence}; the hidden state that it was given is not known", None
+    source, distance_back = state
+    evidence += f"; it was given the {source} state{f' of {distance_back} position earlier' * bool(distance_back)}"
+    if source != context.speculator.hidden_state_source:
+        return evidence, f"have the engine hand over the {context.speculator.hidden_state_source} state"
+    return evidence, "have the engine hand over the state that produced the newest token" if distance_back else ""
 
 
-def _norms_apart(mine: FrozenNorm, base: nn.Module) -> float:
-    """Relative difference of a copied norm's weight from the base's own, as the base applies it."""
-    theirs = FrozenNorm(len(mine.weight)).requires_grad_(False).to(mine.weight.device)
-    theirs.copy_from(final_norm(base))
-    return ((mine.weight.float() - theirs.weight).norm() / theirs.weight.norm()).item()
+def _modules_with_weights(trace: Trace, speculator: Speculator, base: nn.Module) -> tuple[set[str], int, int]:
+    """Modules of the trace that hold a tensor of the checkpoint; how many tensors they hold, of how many. Tensors that
+    are the base model's own are not counted: the engine holds them anyway."""
+    state = dict(speculator.named_parameters())
+    of_base = {stats_of(m.weight).hash for m in (base.get_input_embeddings(), base.get_output_embeddings())}
+    slots = [slot for slot in dict.fromkeys(speculator.checkpoint_slots().values()) if slot.of(state).dim() > 1]
+    slots = [slot for slot in slots if stats_of(slot.of(state)).hash not in of_base]
+    names = {stats.hash: name for name, stats in trace.weights.items()}
+    modules, loaded = set(), 0
+    for slot in slots:
+        # Separate as on disk, or joined as in memory; in the type that the engine chose.
+        forms = (slot.of(state), state[slot.parameter])
+        hashes = {stats_of(x.to(dtype)).hash for x in forms for dtype in (x.dtype, torch.bfloat16, torch.float16)}
+        modules |= {names[code].rpartition(".")[0] for code in hashes & names.keys()}
+        loaded += bool(hashes & names.keys())
+    return modules, loaded, len(slots)
 
 
-def shift(patient: DiagnosisContext) -> Check:
-    """Targets one place off, and tokens where it reads any."""
-    tokens = SHIFTS if patient.speculator.reads_tokens else (0,)
-    found = {
-        (token, target): patient.own.measure(patient.speculator, token_shift=token, target_shift=target)
-        for token in tokens
+@torch.inference_mode()
+def _first_hidden_state(
+    trace: Trace, modules: set[str], speculator: Speculator, base: nn.Module
+) -> tuple[str, int] | None:
+    """Which hidden state the first of these modules was given, and how many positions before the last token's."""
+    if not trace.tokens or max(trace.tokens) >= speculator.vocab_size:
+        return None
+    tokens, dtype = torch.tensor(trace.tokens, device=base.device), next(speculator.parameters()).dtype
+    expected = {}
+    for source in HIDDEN_STATES:
+        with Target(base, source) as target:
+            states, _ = target.read(tokens)
+        for back, state in enumerate(states.flip(0)[:3]):
+            expected[source, back] = stats_of(speculator.start(state[None].to(dtype)).output)
+    for call in trace.calls:
+        given = [x for x in call.inputs if x.is_float and x.count == speculator.hidden_size]
+        if call.name in modules and given:
+            distances = {key: min(distance(x, state) for x in given) for key, state in expected.items()}
+            nearest = min(distances, key=lambda key: distances[key])
+            if distances[nearest] < SAME_STATE:
+                return nearest
+    return None
+
+
+def hidden_state(context: DiagnosisContext) -> Finding:
+    """The state after the final norm against the one before it, and a copy of the norm against the base model's."""
+    speculator, reads = context.speculator, context.speculator.hidden_state_source
+    if reads not in HIDDEN_STATES:
+        return f"it reads {reads}, which has no other form", ""
+    (other,) = set(HIDDEN_STATES) - {reads}
+    try:
+        rates = {source: context.answers.measure(speculator, hidden_state_source=source) for source in (reads, other)}
+    except UserError as error:
+        return str(error), None
+    evidence = ", ".join(f"{rate} accepted when fed {source}" for source, rate in rates.items())
+    for norm in speculator.modules():
+        if isinstance(norm, FrozenNorm):
+            expected = FrozenNorm(len(norm.weight)).requires_grad_(False).to(norm.weight.device)
+            expected.copy_from(final_norm(context.base))
+            difference = float((norm.weight.float() - expected.weight).norm() / expected.weight.norm())
+            evidence += f"; its norm is {difference:.1e} from the base's"
+            if difference > NORM_DIFFERENCE:
+                return evidence, "its copy of the base's final norm is another: copy it from this base"
+    advice = f"it was trained on {other} states and is fed {reads}: train it on the state that is served"
+    return evidence, advice if rates[other].explains(rates[reads]) else ""
+
+
+def alignment(context: DiagnosisContext) -> Finding:
+    """Targets one position off, and tokens if it reads any."""
+    token_shifts = SHIFTS if context.speculator.reads_tokens else (0,)
+    rates = {
+        (token, target): context.answers.measure(context.speculator, token_shift=token, target_shift=target)
+        for token in token_shifts
         for target in SHIFTS
     }
-    told = [f"{percent(found[0, s])} with targets shifted by {s:+d}" for s in (-1, 1)]
-    told += [f"{percent(found[s, 0])} with tokens shifted by {s:+d}" for s in tokens if s]
-    evidence = f"{percent(patient.now)} as aligned, {', '.join(told)}"
-    best = max(found, key=lambda key: found[key].rate)
-    if best != (0, 0) and explains(found[best], patient.now):
-        what = [f"{part} by {s:+d}" for part, s in zip(("tokens", "targets"), best, strict=True) if s]
-        evidence += f"; best {percent(found[best])} with {' and '.join(what)}"
-        advice = (
-            f"it was trained with its {' and its '.join(what)} off: mend the shift where it was trained, and train anew"
-        )
-        return Check("alignment", FAULT, evidence, advice)
-    return Check("alignment", FINE, evidence)
+    parts = [f"{rates[0, s]} with targets shifted by {s:+d}" for s in SHIFTS if s]
+    parts += [f"{rates[s, 0]} with tokens shifted by {s:+d}" for s in token_shifts if s]
+    evidence = f"{context.served} as aligned, {', '.join(parts)}"
+    best = max(rates, key=lambda shift: rates[shift].rate)
+    if not rates[best].explains(context.served):
+        return evidence, ""
+    shifted = [f"{part} by {s:+d}" for part, s in zip(("tokens", "targets"), best, strict=True) if s]
+    evidence += f"; best {rates[best]} with {' and '.join(shifted)}"
+    return evidence, f"it was trained with its {' and its '.join(shifted)} off: correct that shift, and train again"
 
 
-def number_type(patient: DiagnosisContext) -> Check:
-    """The types that it is served in against float32; each read anew, since a narrow type rounds the weights too."""
-    name, info = "number type", patient.info
-    own = str(next(patient.speculator.parameters()).dtype).removeprefix("torch.")
-    if patient.speculator.shared_layers is not None:
-        return Check(name, FINE, f"it runs on the base's blocks, in their type, {own}")
-    found = {own: patient.now}
-    for kind in ("float32", "bfloat16"):
-        if kind not in found:
-            other = load_speculator(info.directory, device=patient.base.device, dtype=getattr(torch, kind))
-            found[kind] = patient.own.measure(other.eval())
-    evidence = ", ".join(f"{percent(value)} in {kind}" for kind, value in found.items())
-    evidence += f"; on disk it is {info.dtype}"
-    for kind, value in found.items():
-        if explains(found["float32"], value):
-            return Check(name, FAULT, evidence, f"run it in float32: {kind} is too coarse for it")
-    return Check(name, FINE, evidence)
+def number_type(context: DiagnosisContext) -> Finding:
+    """The types that it is served in against float32. Each is loaded again: a narrow type rounds the weights too."""
+    own = str(next(context.speculator.parameters()).dtype).removeprefix("torch.")
+    if context.speculator.shared_layers is not None:
+        return f"it runs on the base's decoder layers, in their type, {own}", ""
+    rates = {own: context.served}
+    for dtype in ("float32", "bfloat16"):
+        if dtype == own:
+            continue
+        other = load_speculator(context.info.directory, device=context.base.device, dtype=getattr(torch, dtype))
+        rates[dtype] = context.answers.measure(other.eval())
+    evidence = ", ".join(f"{rate} in {dtype}" for dtype, rate in rates.items())
+    coarse = next((dtype for dtype, rate in rates.items() if rates["float32"].explains(rate)), None)
+    advice = f"run it in float32: {coarse} is too coarse for it" if coarse else ""
+    return f"{evidence}; on disk it is {context.info.dtype}", advice
 
 
-def scale_input(patient: DiagnosisContext) -> Check:
-    """The setting turned round."""
-    config, speculator = patient.info.config, patient.speculator
+def scale_input(context: DiagnosisContext) -> Finding:
+    """The opposite of the setting."""
+    config, speculator = context.info.config, context.speculator
     if "scale_input" not in config.read_settings(config.method):
-        return Check("scale_input", FINE, f"{config.method} has no such setting")
-    turned = dataclasses.replace(config, scale_input=not config.scale_input)
+        return f"{config.method} has no such setting", ""
+    opposite = dataclasses.replace(config, scale_input=not config.scale_input)
     shape = {"hidden_size": speculator.hidden_size, "vocab_size": speculator.vocab_size}
-    other = build_speculator(turned, **shape, device="meta")
+    other = build_speculator(opposite, **shape, device="meta")
     other.load_state_dict(speculator.state_dict(), assign=True)
-    found = patient.own.measure(other)
-    evidence = f"{percent(patient.now)} with {config.scale_input}, {percent(found)} with {turned.scale_input}"
-    if explains(found, patient.now):
-        advice = f"set scale_input={str(turned.scale_input).lower()} in its config.json: its weights were trained so"
-        return Check("scale_input", FAULT, evidence, advice)
-    return Check("scale_input", FINE, evidence)
+    rate = context.answers.measure(other)
+    evidence = f"{context.served} with {config.scale_input}, {rate} with {opposite.scale_input}"
+    value = str(opposite.scale_input).lower()
+    advice = f"set scale_input={value} in its config.json: its weights were trained with it"
+    return evidence, advice if rate.explains(context.served) else ""
 
 
-def learning_rate_check(patient: DiagnosisContext) -> Check:
-    """Whether training still moved when it was saved."""
-    status, evidence = learning_rate(patient.info)
-    advice = (
-        "raise optim.lr or trainer.total_training_steps, and go on from it with model.speculator.path" if status else ""
-    )
-    return Check("learning rate", {True: FAULT, False: FINE, None: UNKNOWN}[status], evidence, advice)
-
-
-def data(patient: DiagnosisContext) -> Check:
-    """Acceptance on what it was trained on against the prompts given."""
-    name, told = "data", [f"{percent(patient.now)} on the base's answers to the prompts given"]
-    if patient.trained is None or patient.data is None:
-        return Check(name, UNKNOWN, f"{told[0]}; its training data are not at hand (--train-data FILE)")
-    trained, text = (bench.measure(patient.speculator) for bench in (patient.trained, patient.data))
-    told += [f"{percent(trained)} on its answers to training prompts", f"{percent(text)} on the training text itself"]
-    if explains(trained, patient.now):
-        return Check(name, FAULT, ", ".join(told), "train on data like the prompts that are served")
-    if explains(text, trained):
-        advice = "train on the base's own answers (verl-speculator regenerate): the text is not what the base says"
-        return Check(name, FAULT, ", ".join(told), advice)
-    return Check(name, FINE, ", ".join(told))
-
-
-def depth(patient: DiagnosisContext) -> Check:
-    """The first depth at which the chain of drafts breaks."""
-    depths = patient.now.depths
-    told = ", ".join("–" if math.isnan(d) else f"{d:.0%}" for d in depths)
-    evidence = f"accepted of what reached each depth: {told}"
-    if depths[0] < MARGIN:
-        advice = "even the first draft is wrong: train longer, or with a larger optim.lr (train/depth0_accuracy)"
-        return Check("depths", FAULT, evidence, advice)
-    for k in range(1, len(depths)):
-        if not math.isnan(depths[k]) and depths[k] < DEPTH_DROP * depths[k - 1]:
-            evidence += f"; the chain breaks at depth {k}"
-            advice = (
-                f"draft {k} tokens (--draft-length {k}), and look at what only depth {k} has: its head, its projection"
-            )
-            return Check("depths", FAULT, evidence, advice)
-    return Check("depths", FINE, evidence)
-
-
-def heads(patient: DiagnosisContext) -> Check:
-    """The depths of the checkpoint against what engines read elsewhere in its config.json, and what is asked of it."""
-    name, count = "n_predict and heads", patient.info.config.n_predict
-    evidence = f"n_predict={count}, and the file's tensors are those of {count} depths"
-    content = json.loads((patient.info.directory / CONFIG_FILE).read_text())
-    for key in HEAD_COUNTS & content.keys():
-        said = content[key] if isinstance(content[key], int) else len(content[key])
-        if said != count:
-            told = f"{evidence}; its {key} speaks of {said}, and that is what serving engines read"
-            return Check(name, FAULT, told, f"have {key} in its config.json speak of {count}")
-    if patient.num_draft is None:
-        return Check(name, FINE, evidence)
-    evidence += f"; {patient.num_draft} tokens are drafted a round"
-    if patient.num_draft > count:
-        more = f"train with n_predict={patient.num_draft}"
-        advice = f"have the engine draft {count} tokens (num_speculative_tokens), or {more}"
-        return Check(name, FAULT, evidence, advice)
-    return Check(name, FINE, evidence)
-
-
-def recommendation(checks: list[Check]) -> str:
-    """One thing to do: about the first fault."""
-    first = next((check for check in checks if check.status == FAULT), None)
-    if first is not None:
-        return f"{first.name}: {first.advice}."
-    return "Nothing is wrong with the checkpoint: more training, or more data like what is served, is what is left."
-
-
-def learning_rate(info: CheckpointInfo) -> tuple[bool | None, str]:
-    """Whether training stood still, None where that is not known, and the evidence."""
+def learning_rate(context: DiagnosisContext) -> Finding:
+    """Whether training still changed the weights when it saved the checkpoint."""
+    info = context.info
+    advice = "raise optim.lr or trainer.total_training_steps, and continue from it with model.speculator.path"
     training = info.provenance.get("training", {})
     step, total = training.get("step"), training.get("total_steps")
     if training.get("lr") == 0:
-        return True, "optim.lr was 0"
-    before = _before(info)
-    if before is not None:
-        mine, theirs = read_weights(info), read_weights(before)
-        if mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine):
-            return (
-                True,
-                f"{before.directory.name} and {info.directory.name} hold the same weights: no step between moved one",
-            )
-    rate = _last_rate(info)
-    if rate is None:
-        told = f", step {step} of {total}" if step is not None else ""
-        return None, f"no {STATE_DIRECTORY} beside it{told}"
-    evidence = f"the learning rate was {rate:.1e} at step {step} of {total}"
-    return rate == 0 and step is not None and total is not None and step < total, evidence
-
-
-def _before(info: CheckpointInfo) -> CheckpointInfo | None:
-    """The run's checkpoint before this one."""
-    match = STEP_DIRECTORY.match(info.directory.resolve().name)
-    if match is None:
-        return None
-    steps = {
-        int(found[1]): path
-        for path in info.directory.resolve().parent.iterdir()
-        if (found := STEP_DIRECTORY.match(path.name)) and int(found[1]) < int(match[1])
-    }
+        return "optim.lr was 0", advice
+    previous = _previous_checkpoint(info)
+    if previous is not None:
+        before, after = read_weights(previous), read_weights(info)
+        if before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in after):
+            names = f"{previous.directory.name} and {info.directory.name}"
+            return f"{names} hold the same weights: no step between them changed one", advice
     try:
-        return read_checkpoint_info(steps[max(steps)]) if steps else None
+        state = torch.load(info.directory / STATE_DIRECTORY / "lr_scheduler.pt", weights_only=True)
+        rate = max(float(rate) for rate in state["_last_lr"])
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
+        return f"no {STATE_DIRECTORY} beside it" + (f", step {step} of {total}" if step is not None else ""), None
+    stopped = rate == 0 and step is not None and total is not None and step < total
+    return f"the learning rate was {rate:.1e} at step {step} of {total}", advice if stopped else ""
+
+
+def _previous_checkpoint(info: CheckpointInfo) -> CheckpointInfo | None:
+    """The run's checkpoint before this one."""
+    directory = info.directory.resolve()
+    steps = {int(m[1]): path for path in directory.parent.iterdir() if (m := STEP_DIRECTORY.match(path.name))}
+    step = next((step for step, path in steps.items() if path == directory), 0)
+    earlier = [other for other in steps if other < step]
+    try:
+        return read_checkpoint_info(steps[max(earlier)]) if earlier else None
     except UserError:
         return None
 
 
-def _last_rate(info: CheckpointInfo) -> float | None:
+def data(context: DiagnosisContext) -> Finding:
+    """Acceptance on the training data against the given prompts."""
+    evidence = f"{context.served} on the base's answers to the prompts given"
+    if context.training_answers is None or context.training_text is None:
+        return f"{evidence}; its training data are not available (--train-data FILE)", None
+    texts = (context.training_answers, context.training_text)
+    answers, text = (aligned.measure(context.speculator) for aligned in texts)
+    evidence += f", {answers} on its answers to training prompts, {text} on the training text itself"
+    if answers.explains(context.served):
+        return evidence, "train on data like the prompts that are served"
+    advice = "train on the base's own answers (verl-speculator regenerate): the base would not write this text"
+    return evidence, advice if text.explains(answers) else ""
+
+
+def depths(context: DiagnosisContext) -> Finding:
+    """The first depth at which the chain of drafts breaks."""
+    rates = context.served.depths
+    shares = ", ".join("–" if math.isnan(rate) else f"{rate:.0%}" for rate in rates)
+    evidence = f"accepted of what reached each depth: {shares}"
+    if rates[0] < MARGIN:
+        return (
+            evidence,
+            "even the first draft is wrong: train longer, or with a larger optim.lr (train/depth0_accuracy)",
+        )
+    for k, (before, rate) in enumerate(pairwise(rates), 1):
+        if rate < DEPTH_DROP * before:
+            return (
+                f"{evidence}; the chain breaks at depth {k}",
+                f"draft {k} tokens (--draft-length {k}), and look at what only depth {k} has: its head, its projection",
+            )
+    return evidence, ""
+
+
+def heads(context: DiagnosisContext) -> Finding:
+    """The checkpoint's depths against other keys that engines read in its config.json, and against the draft length."""
+    count, num_draft = context.info.config.n_predict, context.num_draft
+    evidence = f"n_predict={count}, and the file's tensors are those of {count} depths"
+    content = json.loads((context.info.directory / CONFIG_FILE).read_text())
+    for key in HEAD_COUNTS:
+        value = content.get(key, count)
+        number = value if isinstance(value, int) else len(value)
+        if number != count:
+            return (
+                f"{evidence}; its {key} says {number}, and serving engines read that",
+                f"set {key} in its config.json for {count}",
+            )
+    if num_draft is None:
+        return evidence, ""
+    advice = f"have the engine draft {count} tokens (num_speculative_tokens), or train with n_predict={num_draft}"
+    return f"{evidence}; {num_draft} tokens are drafted a round", advice if num_draft > count else ""
+
+
+CHECKS: dict[str, Callable[[DiagnosisContext], Finding | None]] = {
+    "trained at all": trained_at_all,
+    "trained for this base": trained_for_this_base,
+    "serving": serving,
+    "hidden state": hidden_state,
+    "alignment": alignment,
+    "number type": number_type,
+    "scale_input": scale_input,
+    "learning rate": learning_rate,
+    "data": data,
+    "depths": depths,
+    HEADS: heads,
+}
+
+
+def run_checks(context: DiagnosisContext) -> Iterator[Check]:
+    """All checks that apply, in order."""
+    for name, check in CHECKS.items():
+        finding = check(context)
+        if finding is not None:
+            yield Check(name, *finding)
+
+
+@dataclass(frozen=True)
+class DiagnosisReport:
+    """All checks, and the acceptance as served; None if the checkpoint does not load."""
+
+    accepted: Acceptance | None
+    checks: list[Check]
+
+    @property
+    def recommendation(self) -> str:
+        """What to do about the first fault."""
+        for check in self.checks:
+            if check.status == FAULT:
+                return f"{check.name}: {check.advice}."
+        return "Nothing is wrong with the checkpoint: train longer, or on more data like what is served."
+
+
+def diagnose(
+    checkpoint: str,
+    base: str,
+    prompts: Path,
+    *,
+    rollout_trace: Path | None,
+    train_data: Path | None,
+    num_prompts: int,
+    max_new_tokens: int,
+    num_draft: int | None,
+    device: str,
+    dtype: str,
+) -> DiagnosisReport:
+    """Load a checkpoint and its base model, and run every check. The arguments are the command's options.
+
+    Raises:
+        UserError: for a file, a base model or a setting that cannot be used; before the base model is loaded.
+    """
+    numbers = {"num-prompts": num_prompts, "max-new-tokens": max_new_tokens, "num-draft": num_draft}
+    for setting, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"{setting}={value}: expected a number ≥ 1")
+    info = read_checkpoint_info(checkpoint)
+    info.check_base(*base_shape(base))
+    engine_trace = read_trace(rollout_trace) if rollout_trace else None
+    if num_draft is None and engine_trace is not None and "drafts" in engine_trace.notes:
+        num_draft = len(engine_trace.notes["drafts"])
+    given_prompts = _sample_prompts(prompts, num_prompts)
+    train_data = train_data or _training_file(info)
+    training_prompts = _sample_prompts(train_data, num_prompts) if train_data else []
+    device = choose_device(device)
+    torch_dtype = choose_dtype(dtype, device)
     try:
-        state = torch.load(info.directory / STATE_DIRECTORY / "lr_scheduler.pt", weights_only=True)
-        return max(float(rate) for rate in state["_last_lr"])
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
-        return None
+        read_weights(info)
+    except UserError as error:
+        if "does not fit its" not in str(error):
+            raise
+        advice = "take both files from the same checkpoint: its heads are not those that n_predict calls for"
+        return DiagnosisReport(None, [Check(HEADS, str(error), advice)])
+    tokenizer, model = load_tokenizer(base), load_base(base, device=device, dtype=torch_dtype)
+    speculator = load_speculator(checkpoint, device=device, dtype=torch_dtype).requires_grad_(False).eval()
+    ends = end_token_ids(tokenizer, model.generation_config)
+    training_answers = training_text = None
+    with progress_bar() as progress:
+
+        def answer(prompts: list[Prompt], description: str) -> AlignedTexts:
+            ids = (prompt_ids(prompt, tokenizer) for prompt in progress.track(prompts, description=description))
+            return AlignedTexts(model, greedy_answers(model, ids, max_new_tokens, ends), ends)
+
+        answers = answer(given_prompts, "prompts")
+        if training_prompts:
+            training_answers = answer(training_prompts, "training prompts")
+            texts = read_texts(train_data, tokenizer)
+            training_text = AlignedTexts(model, [texts[i] for i in spread(len(texts), num_prompts)], ends)
+    context = DiagnosisContext(
+        info, speculator, model, base, answers, training_answers, training_text, num_draft, engine_trace
+    )
+    if not context.served.positions:
+        raise UserError(
+            f"prompts={prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, so there is no "
+            "position to draft from; expected other prompts, or a larger --max-new-tokens"
+        )
+    return DiagnosisReport(context.served, list(run_checks(context)))
+
+
+def _training_file(info: CheckpointInfo) -> Path | None:
+    """The first of the files that it was trained on that still exists."""
+    files = [Path(file).expanduser() for file in info.provenance.get("data", {}).get("train_files", [])]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _sample_prompts(path: Path, count: int) -> list[Prompt]:
+    prompts = read_prompts(path)
+    return [prompts[i] for i in spread(len(prompts), count)]

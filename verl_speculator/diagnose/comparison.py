@@ -1,49 +1,36 @@
-"""Two traces, walked side by side until something is no longer the same; what it is, is the verdict.
+"""Finds the first place where two traced runs differ by more than rounding, and says what the cause is.
 
-Walked in the order in which calls end, so that of modules inside of each other the innermost comes first. A call is to
-blame when what it was given agrees, its weights agree, and what it made of them does not.
+The traces are walked in the order in which calls end, so of nested modules the innermost comes first. A call is the
+culprit if its inputs and its weights agree and its output does not.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from verl_speculator.diagnose.module_matching import (
-    Pair,
-    Sides,
-    about_output,
-    below,
-    coarsest,
-    common_name,
-    name_of,
-    same_elsewhere,
-    some,
-    tensor_pairs,
-    values_of,
-    without_places,
-)
-from verl_speculator.diagnose.tensor_stats import TOLERANCES, TensorFacts, distance
-from verl_speculator.diagnose.trace_file import Trace
+from verl_speculator.diagnose.module_matching import CallPair, TensorPair, TracePair, is_inside
+from verl_speculator.diagnose.tensor_stats import TOLERANCES, TensorStats, distance
+from verl_speculator.diagnose.trace_file import Call, Trace
 from verl_speculator.utils.errors import UserError
 
-# A jump is so many times what came before it; less is what rounding grows by.
+# See `_Search.jump`.
 JUMP = 10.0
-BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)$")
-NAMES = {"input_ids": "the tokens", "tokens": "the tokens", "positions": "the positions"}
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)$")
+INPUT_NAMES = {"input_ids": "the tokens", "tokens": "the tokens"}
+MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found.
+    """The cause of a difference.
 
     Attributes:
         kind: `same`, `accumulation`, `drift` (past the tolerance, without a jump), `inputs`, `weights`, `type`,
             `module`, or `between` (a module's own code, between the modules that it calls).
-        sentence: the answer.
-        evidence: what it rests on.
+        sentence, evidence: the answer, and what it is based on.
         module: the culprit's name, None without one.
     """
 
@@ -55,233 +42,331 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two traces say together.
+    """The result of comparing two traces. `tolerance` is the largest relative difference that rounding may explain."""
 
-    Attributes:
-        sides: the two traces, matched.
-        verdict: the first cause.
-        tolerance: the largest relative difference that rounding may explain.
-    """
-
-    sides: Sides
+    traces: TracePair
     verdict: Verdict
     tolerance: float
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing but rounding tells the runs apart."""
+        """Whether the runs differ by rounding alone."""
         return self.verdict.kind in ("same", "accumulation")
 
     @property
     def notes(self) -> list[str]:
-        """What else is not the same, whether it matters or not."""
-        sides, told = self.sides, []
-        if sides.unlike and self.verdict.kind not in ("weights", "type"):
-            told.append(f"weights differ: {some(sides.unlike)}")
-        shared = sides.matching.shared
-        only = zip("AB", sides.matching.only, strict=True)
-        return [
-            *told,
-            *sides.surroundings(),
-            *([f"left out, for something else called it too: {some(list(shared))}"] if shared else []),
-            *(f"called only in {x}: {some(list(names))}" for x, names in only if names),
-        ]
+        """Other differences, whether they matter or not: weights, environment, cache layout, modules of one run."""
+        traces = self.traces
+        a, b = traces.a, traces.b
+        notes = []
+        if traces.differing_weights and self.verdict.kind not in ("weights", "type"):
+            notes.append(f"weights differ: {_first_names(traces.differing_weights)}")
+        for key, value in a.environment.items():
+            if value != b.environment.get(key):
+                notes.append(f"{key}: {value} in A, {b.environment.get(key)} in B")
+        if a.caches and b.caches and a.caches != b.caches:
+            notes.append(f"KV caches: {_cache_layout(a)} in A, {_cache_layout(b)} in B")
+        if traces.left_out:
+            notes.append(f"left out, for something else called it too: {_first_names(traces.left_out)}")
+        only = zip("AB", traces.only, strict=True)
+        return notes + [f"called only in {letter}: {_first_names(names)}" for letter, names in only if names]
 
 
 def compare(
     a: Trace, b: Trace, *, tolerance: float | None = None, under: tuple[str | None, str | None] = (None, None)
 ) -> Comparison:
-    """Find the first place where two runs part.
+    """Find the first place where two runs differ.
 
     Args:
         a, b: the traces.
         tolerance: the largest relative difference that rounding explains; by default `TOLERANCES` of the coarsest type
             in either run.
-        under: the module of each that is the same thing; None finds it.
+        under: the module of each trace to compare; None finds it.
 
     Raises:
-        UserError: if they share no module.
+        UserError: if the traces share no module, or the tolerance is not above 0.
     """
     if tolerance is None:
-        tolerance = TOLERANCES[coarsest(a, b)]
+        stats = (s for t in (a, b) for s in (*t.weights.values(), *(s for call in t.calls for s in call.outputs)))
+        tolerance = max((TOLERANCES.get(s.dtype, 0.0) for s in stats), default=0.0) or TOLERANCES["float32"]
     elif not (math.isfinite(tolerance) and tolerance > 0):
         raise UserError(f"tolerance={tolerance}: expected a number above 0, such as {TOLERANCES['float32']:g}")
-    sides = Sides(a, b, under)
-    return Comparison(sides, _Walk(sides, tolerance).verdict(), tolerance)
+    traces = TracePair(a, b, under)
+    return Comparison(traces, _Search(traces, tolerance).verdict(), tolerance)
 
 
-class _Walk:
+class _Search:
     """The search for the first cause."""
 
-    def __init__(self, sides: Sides, tolerance: float) -> None:
-        self.sides, self.tolerance = sides, tolerance
-        self.ties: list[Pair] = []
+    def __init__(self, traces: TracePair, tolerance: float) -> None:
+        self.traces, self.tolerance = traces, tolerance
+        self.ties: list[CallPair] = []
 
     def verdict(self) -> Verdict:
-        """The first cause, in the order in which causes work."""
-        return self._jump() or self._type() or self._weights() or self._rounding()
+        """The first cause; a jump explains everything after it, so it comes before what all of the run shows."""
+        return self.jump() or self.types() or self.weights() or self.rounding()
 
-    def _events(self) -> Iterator[tuple[bool, Pair]]:
-        """(whether it is an end, pair) in the first run's order; calls that never ended have no end."""
-        found = [(p.a.start, False, p) for p in self.sides.pairs]
-        found += [(p.a.end, True, p) for p in self.sides.pairs if p.a.end]
-        return ((is_end, pair) for _, is_end, pair in sorted(found, key=lambda event: event[0]))
+    def events(self) -> Iterator[tuple[bool, CallPair]]:
+        """(whether the call ends, call) in the order of the first run. Calls that raised do not end."""
+        events = [(call.a.start, False, call) for call in self.traces.calls]
+        events += [(call.a.end, True, call) for call in self.traces.calls if call.a.end]
+        return ((is_end, call) for _, is_end, call in sorted(events, key=lambda event: event[0]))
 
-    def _jump(self) -> Verdict | None:
-        """The first call, or place between calls, that makes a difference out of none."""
-        noise, grown, last, silent = 0.0, False, None, None
-        for is_end, pair in self._events():
+    def jump(self) -> Verdict | None:
+        """The first call, or place between calls, at which a difference arises that its inputs do not explain.
+
+        A correct module hands on the rounding errors of its inputs, multiplied by its condition number. Between float32
+        and bfloat16 the outputs of a module differ by 1.1 times its inputs in the median and 3.9 times at most (random
+        Llama and Qwen2-MoE models): only the sum over many layers makes a difference large. A fault makes a large
+        difference out of a small one or none. So the output of a call jumps if its inputs agree within the tolerance
+        and its output differs by more than the tolerance *and* by more than JUMP times its inputs. The first condition
+        alone would blame the module in which smooth growth happens to cross the tolerance; the second alone would blame
+        rounding after inputs that are equal. JUMP = 10 is above 3.9 even if both estimates are wrong by a fifth.
+        A router that chooses another expert jumps 30-fold without a fault; `is_tie` tells this case.
+
+        Arguments are tested when a call starts, against the largest difference of all earlier outputs (`noise`): the
+        code between two calls gets its values from those outputs. Once growth has passed the tolerance (`has_grown`),
+        or a tie was decided differently, differing arguments are consequences, and only a call whose own inputs agree
+        can still be blamed.
+        """
+        noise, has_grown, last = 0.0, False, None
+        # Integers that differ (positions, cache lengths) may change no output yet, and show much later in what they
+        # made a module write to the cache. The first such place is the cause of any later jump.
+        unseen: tuple[CallPair, CallPair | None, CallPair] | None = None
+        for is_end, call in self.events():
             if not is_end:
-                if pair.inputs <= max(self.tolerance, JUMP * noise) or grown:
+                if call.inputs <= max(self.tolerance, JUMP * noise) or has_grown:
                     continue
-                outer = self.sides.outer(pair)
+                outer = self.traces.enclosing(call)
                 if outer is None:
-                    return self._inputs(pair)
+                    return self.differing_inputs(call)
                 if outer.inputs > self.tolerance:
-                    continue  # told where that call began
+                    continue  # judged where the outer call started
                 if outer.outputs > self.tolerance:
-                    return self._between(*(silent or (outer, last, pair)))
-                if silent is None and not self._first_unlike(pair)[0].is_float:
-                    silent = outer, last, pair  # other positions may show much later, in what the cache holds
-            elif pair.inputs > self.tolerance:
+                    return self.between(*(unseen or (outer, last, call)))
+                if unseen is None and not self.first_differing_input(call)[0].is_float:
+                    unseen = outer, last, call
+            elif call.inputs > self.tolerance:
                 continue
-            elif pair.outputs > max(self.tolerance, JUMP * pair.inputs):
-                if self._is_tie(pair, noise):
-                    self.ties.append(pair)
-                    grown = True
-                elif not self._holds_a_tie(pair):
-                    return self._between(*silent) if silent else self._culprit(pair)
+            elif call.outputs > max(self.tolerance, JUMP * call.inputs):
+                if self.is_tie(call, noise):
+                    self.ties.append(call)
+                    has_grown = True
+                elif not any(call.a.start <= tie.a.start and tie.a.end <= call.a.end for tie in self.ties):
+                    return self.between(*unseen) if unseen else self.culprit(call)
             else:
-                grown = grown or pair.outputs > self.tolerance
-                noise, last = max(noise, pair.outputs), pair
-        return self._inputs(silent[2], "no output shows it") if silent else None
+                has_grown = has_grown or call.outputs > self.tolerance
+                noise, last = max(noise, call.outputs), call
+        return self.differing_inputs(unseen[2], "no output shows it") if unseen else None
 
-    def _is_tie(self, pair: Pair, noise: float) -> bool:
-        """Whether only choices differ (of experts, of tokens), and rounding alone can have made them."""
-        numbers = [distance(x, y) for x, y in tensor_pairs(pair.a.outputs, pair.b.outputs) if x.is_float and y.is_float]
-        rounds = max(pair.inputs, noise, *numbers, 0.0) > 0
-        return rounds and bool(numbers) and max(numbers) <= self.tolerance
+    def is_tie(self, call: CallPair, noise: float) -> bool:
+        """Whether only integers differ (chosen experts or tokens), while the scores agree to within rounding.
 
-    def _holds_a_tie(self, pair: Pair) -> bool:
-        return any(pair.a.start <= tie.a.start and tie.a.end <= pair.a.end for tie in self.ties)
+        A choice between scores that nearly tie is decided by rounding. Without any rounding before it, it is a fault.
+        """
+        scores = [distance(x, y) for x, y in call.output_pairs() if x.is_float and y.is_float]
+        return bool(scores) and max(scores) <= self.tolerance and max(call.inputs, noise, *scores) > 0
 
-    def _first_unlike(self, pair: Pair) -> tuple[TensorFacts, TensorFacts]:
-        """What it was given that differs; integers first, since numbers often follow from them."""
-        given = (without_places(call.inputs) for call in (pair.a, pair.b))
-        unlike = [xy for xy in tensor_pairs(*given) if distance(*xy) > self.tolerance]
-        return min(unlike, key=lambda xy: xy[0].is_float)
+    def first_differing_input(self, call: CallPair) -> TensorPair:
+        """An argument that differs; integers first, because floating point arguments often follow from them."""
+        differing = [pair for pair in call.input_pairs() if distance(*pair) > self.tolerance]
+        return min(differing, key=lambda pair: pair[0].is_float)
 
-    def _inputs(self, pair: Pair, *evidence: str) -> Verdict:
-        x, y = self._first_unlike(pair)
-        where = f"{name_of(pair.name, pair.a)} (call {pair.a.index})"
+    def differing_inputs(self, call: CallPair, *evidence: str) -> Verdict:
+        """The runs got different data."""
+        x, y = self.first_differing_input(call)
+        where = f"{call.label} (call {call.a.index})"
         if x.name.startswith("cache."):
             what = f"the KV cache that {where} finds, its {x.name.removeprefix('cache.')}"
+        elif name := INPUT_NAMES.get(x.name) or ("the positions" if "position" in x.name else None):
+            what = f"{name} of {where}"
         else:
-            default = "the positions" if "position" in x.name else f"{x.name}, given to"
-            what = f"{NAMES.get(x.name, default)} of {where}".replace("to of", "to")
-        sentence = f"The inputs already differ at the start: {what}: {values_of(x, y)}."
-        return Verdict("inputs", sentence, (*evidence, self.sides.weights_sentence()), pair.name)
+            what = f"{x.name}, given to {where}"
+        weights = f"all {len(self.traces.weights)} shared weights are the same"
+        if differing := self.traces.differing_weights:
+            weights = f"weights differ: {_first_names(differing)}"
+        sentence = f"The inputs already differ at the start: {what}: {describe_difference(x, y)}."
+        return Verdict("inputs", sentence, (*evidence, weights), call.name)
 
-    def _culprit(self, pair: Pair) -> Verdict:
-        sides, name = self.sides, f"{name_of(pair.name, pair.a)} (call {pair.a.index})"
-        outputs = tensor_pairs(pair.a.outputs, pair.b.outputs)
-        evidence = (
-            f"its inputs agree: {_amount(pair.inputs)}",
-            *about_output(sides.a, sides.b, pair.a, pair.b, outputs),
-        )
-        odd = sides.odd_modules()
-        if any(below(o, pair.name) is not None or below(pair.name, o) is not None for o in odd):
-            return self._type(evidence)
-        if pair.weights:
-            late = [w for w in pair.weights if w not in sides.unlike]
-            if len(late) == len(pair.weights):
-                what = f"Weights were overwritten while run {sides.changed[late[0]]} was under way"
-            else:
-                what = "Weights differ"
-            sentence = f"{what}: {some(list(pair.weights))}; {name} is the first module whose output shows it."
-            return Verdict("weights", sentence, (*evidence, *sides.about_weights(pair.weights)), pair.name)
-        if places := sides.places(pair):
+    def culprit(self, call: CallPair) -> Verdict:
+        """One call makes the difference: by its type, its weights, its cache places, or its own code."""
+        traces, name = self.traces, f"{call.label} (call {call.a.index})"
+        evidence = (f"its inputs agree: {_amount(call.inputs)}", *self.output_evidence(call))
+        if any(is_inside(m, call.name) or is_inside(call.name, m) for m in traces.retyped_modules()):
+            return self.types(evidence)
+        if call.weights:
+            overwritten = [w for w in call.weights if w not in traces.differing_weights]
+            what = "Weights differ"
+            if len(overwritten) == len(call.weights):
+                what = f"Weights were overwritten while run {traces.overwritten[overwritten[0]]} was under way"
+            sentence = f"{what}: {_first_names(call.weights)}; {name} is the first module whose output shows it."
+            return Verdict("weights", sentence, (*evidence, *self.weights_evidence(call.weights)), call.name)
+        places = [
+            f"{x.name.removeprefix('cache.')}: {describe_difference(x, y)}"
+            for x, y in call.input_pairs(cache_places=True)
+            if not x.same_values(y)
+        ]
+        if places:
             sentence = (
-                f"{name} is given other places in the KV cache: {places[0]}; everything else that it is given and its "
-                f"weights agree, and it is the first module whose output does not."
+                f"{name} is given other places in the KV cache: {places[0]}; its other inputs and its weights agree, "
+                "and it is the first module whose output does not."
             )
-            return Verdict("inputs", sentence, (*evidence, *places[1:]), pair.name)
-        count = sides.count_weights(pair.name)
+            return Verdict("inputs", sentence, (*evidence, *places[1:]), call.name)
+        count = traces.count_weights(call.name)
         sentence = (
             f"{name} is the first module whose inputs and weights agree and whose output does not: "
-            f"{_amount(pair.inputs)} at its inputs, {_amount(pair.outputs)} at its output."
+            f"{_amount(call.inputs)} at its inputs, {_amount(call.outputs)} at its output."
         )
         weights = f"its {count} weights are the same" if count else "it has no weights"
-        return Verdict("module", sentence, (*evidence, weights), pair.name)
+        return Verdict("module", sentence, (*evidence, weights), call.name)
 
-    def _between(self, outer: Pair, last: Pair | None, pair: Pair) -> Verdict:
-        """What a module computes itself, between the modules that it calls."""
-        x, y = self._first_unlike(pair)
+    def between(self, outer: CallPair, last: CallPair | None, call: CallPair) -> Verdict:
+        """A module's own code makes the difference: after its call `last` and before its call `call`."""
+        x, y = self.first_differing_input(call)
         if x.name.startswith("cache."):
-            return self._inputs(pair)
+            return self.differing_inputs(call)
         what = f"other {'positions, ' if 'position' in x.name else ''}{x.name}"
-        after = f"between {name_of(last.name, last.a)} and" if last else "before"
+        after = f"between {last.label} and" if last else "before"
         sentence = (
-            f"{name_of(outer.name, outer.a)} (call {outer.a.index}) is the first module whose inputs and weights agree "
-            f"and whose output does not, by its own code, {after} {name_of(pair.name, pair.a)}, which is given {what}: "
-            f"{values_of(x, y)}."
+            f"{outer.label} (call {outer.a.index}) is the first module whose inputs and weights agree and whose output "
+            f"does not, by its own code, {after} {call.label}, which is given {what}: {describe_difference(x, y)}."
         )
-        a, b = self.sides.a, self.sides.b
-        evidence = same_elsewhere(a, b, pair.a, pair.b, x, y)
-        evidence += about_output(a, b, outer.a, outer.b, tensor_pairs(outer.a.outputs, outer.b.outputs))
-        if last:
-            evidence.insert(0, f"up to {name_of(last.name, last.a)} all agree: {_amount(last.outputs)} at its output")
-        given = [{fact.name for fact in call.inputs} for call in (outer.a, outer.b)]
-        for letter, names in zip("AB", (given[0] - given[1], given[1] - given[0]), strict=True):
+        evidence = [f"up to {last.label} all agree: {_amount(last.outputs)} at its output"] if last else []
+        for letter, trace, one, stats in (("A", self.traces.a, call.a, x), ("B", self.traces.b, call.b, y)):
+            if source := _source(trace, one, stats):
+                evidence.append(f"in {letter} it is {source}, bit for bit")
+        evidence += self.output_evidence(outer)
+        names_a, names_b = ({stats.name for stats in one.inputs} for one in (outer.a, outer.b))
+        for letter, names in (("A", names_a - names_b), ("B", names_b - names_a)):
             if names:
-                evidence.append(f"given to {name_of(outer.name, outer.a)} in {letter} alone: {some(sorted(names))}")
-        return Verdict("between", sentence, (*evidence, *self.sides.about_weights(outer.weights)), outer.name)
+                evidence.append(f"given to {outer.label} in {letter} alone: {_first_names(sorted(names))}")
+        return Verdict("between", sentence, (*evidence, *self.weights_evidence(outer.weights)), outer.name)
 
-    def _type(self, evidence: tuple[str, ...] = ()) -> Verdict | None:
-        odd = self.sides.odd_modules()
-        if not odd:
+    def types(self, evidence: tuple[str, ...] = ()) -> Verdict | None:
+        """One part of the model has another type than in the other run."""
+        modules = self.traces.retyped_modules()
+        if not modules:
             return None
-        whole = common_name(odd)
-        told = ", ".join(f"{x} in A, {y} in B" for x, y in self.sides.types_in(whole))
-        sentence = f"{whole or some(odd)} runs in another type: {told}; most of the model has the same types in both."
-        return Verdict("type", sentence, (*evidence, f"modules of another type: {some(odd)}"), whole or odd[0])
+        common = _common_prefix(modules)
+        types = ", ".join(f"{x} in A, {y} in B" for x, y in self.traces.types_in(common))
+        names = _first_names(modules)
+        sentence = f"{common or names} runs in another type: {types}; most of the model has the same types in both."
+        return Verdict("type", sentence, (*evidence, f"modules of another type: {names}"), common or modules[0])
 
-    def _weights(self) -> Verdict | None:
-        sides = self.sides
-        if sides.unlike:
-            names, what = sides.unlike, "Weights differ"
-        elif sides.changed:
-            names, what = sorted(sides.changed), "Weights were overwritten while a run was under way"
-        else:
+    def weights(self) -> Verdict | None:
+        """Weights differ, and no output by more than rounding."""
+        names, what = self.traces.differing_weights, "Weights differ"
+        if not names:
+            names, what = sorted(self.traces.overwritten), "Weights were overwritten while a run was under way"
+        if not names:
             return None
-        sentence = f"{what}: {some(names)}; no output shows more than rounding."
-        return Verdict("weights", sentence, tuple(sides.about_weights(names)), names[0].rpartition(".")[0])
+        sentence = f"{what}: {_first_names(names)}; no output shows more than rounding."
+        return Verdict("weights", sentence, tuple(self.weights_evidence(names)), names[0].rpartition(".")[0])
 
-    def _rounding(self) -> Verdict:
-        pairs = self.sides.pairs
-        evidence = (f"compared: {len(pairs)} calls and {len(self.sides.weights)} weights",)
-        if all(pair.inputs == pair.outputs == 0 for pair in pairs):
+    def rounding(self) -> Verdict:
+        """Nothing is to blame: equal runs, rounding, or rounding that grew past the tolerance."""
+        calls = self.traces.calls
+        evidence = (f"compared: {len(calls)} calls and {len(self.traces.weights)} weights",)
+        if all(call.inputs == call.outputs == 0 for call in calls):
             return Verdict("same", "The runs are the same, bit for bit.", evidence)
-        largest = max((p for p in pairs if math.isfinite(p.outputs)), key=lambda pair: pair.outputs)
-        most = f"up to {largest.outputs:.1e} in {name_of(largest.name, largest.a)}{self._growth()}"
+        largest = max((c for c in calls if math.isfinite(c.outputs)), key=lambda call: call.outputs)
+        amount = f"up to {largest.outputs:.1e} in {largest.label}{self.growth()}"
         if largest.outputs > self.tolerance and not self.ties:
-            sentence = f"Accumulation past the tolerance of {self.tolerance:g}, without a jump: {most}."
+            sentence = f"Accumulation past the tolerance of {self.tolerance:g}, without a jump: {amount}."
             return Verdict("drift", sentence, evidence, largest.name)
         if self.ties:
-            names = list(dict.fromkeys(pair.name for pair in self.ties))
-            most += f"; where scores nearly tie, rounding chose otherwise in {some(names)}"
-        sentence = f"Accumulation, no divergence: rounding alone, {most}, tolerance {self.tolerance:g}."
+            names = list(dict.fromkeys(call.name for call in self.ties))
+            amount += f"; where scores nearly tie, rounding chose otherwise in {_first_names(names)}"
+        sentence = f"Accumulation, no divergence: rounding alone, {amount}, tolerance {self.tolerance:g}."
         return Verdict("accumulation", sentence, evidence)
 
-    def _growth(self) -> str:
-        """How it grows from layer to layer, over one pass."""
-        blocks = [p for p in self.sides.pairs if BLOCK.search(p.name) and 0 < p.outputs < math.inf and not p.a.index]
-        if len(blocks) < 2:
+    def growth(self) -> str:
+        """How the difference grows from layer to layer in one forward pass."""
+        layers = [c for c in self.traces.calls if LAYER.search(c.name) and 0 < c.outputs < math.inf and not c.a.index]
+        if len(layers) < 2:
             return ""
-        first, last = blocks[0], blocks[-1]
-        rate = (last.outputs / first.outputs) ** (1 / (len(blocks) - 1))
+        first, last = layers[0], layers[-1]
+        rate = (last.outputs / first.outputs) ** (1 / (len(layers) - 1))
         ends = f"{first.outputs:.1e} after {first.name} to {last.outputs:.1e} after {last.name}"
         return f", growing from {ends} ({rate:.2f}-fold a layer)"
+
+    def weights_evidence(self, names: Iterable[str]) -> list[str]:
+        """How the first few of these weights differ."""
+        lines = []
+        for name in list(names)[:MAX_NAMES]:
+            x, y = self.traces.weights[name]
+            how = describe_difference(x, y)
+            if x.shape == y.shape and x.same_values(y):
+                run = self.traces.overwritten.get(name)
+                how = f"the same at the start, and overwritten while run {run} was under way"
+            lines.append(f"{name}: {how}")
+        return lines
+
+    def output_evidence(self, call: CallPair) -> list[str]:
+        """How the outputs of a call differ, and whether either repeats an earlier output of the module."""
+        lines = [f"{x.name}: {describe_difference(x, y)}" for x, y in call.output_pairs() if distance(x, y) > 0]
+        for letter, trace, one in (("A", self.traces.a, call.a), ("B", self.traces.b, call.b)):
+            for stats in one.outputs:
+                earlier = None if stats.name.startswith("cache.") else _earlier_call(trace, one, stats)
+                if earlier is not None:
+                    lines.append(f"in {letter} its {stats.name} is bit for bit that of its call {earlier}: stale state")
+        return lines
+
+
+def describe_difference(x: TensorStats, y: TensorStats) -> str:
+    """Where two tensors differ, with their values."""
+    if x.count != y.count:
+        return f"shape {list(x.shape)} in A, {list(y.shape)} in B"
+    if (x.nan, x.inf) != (y.nan, y.inf):
+        return f"{x.nan} NaN and {x.inf} infinite in A, {y.nan} and {y.inf} in B"
+    if x.is_float:
+        values = f"mean {x.mean:.4g} in A, {y.mean:.4g} in B; std {x.std:.4g}, {y.std:.4g}"
+        return f"{values}; relative difference {distance(x, y):.1e}"
+    differing = (i for i, (p, q) in enumerate(zip(x.samples, y.samples, strict=True)) if p != q)
+    if (i := next(differing, None)) is None:
+        return f"other values behind the first {len(x.samples)}"
+    return f"{int(x.samples[i])} in A and {int(y.samples[i])} in B at place {i}"
+
+
+def _earlier_call(trace: Trace, call: Call, stats: TensorStats) -> int | None:
+    """Index of an earlier call of the same module that made the same output from other inputs."""
+    for other in trace.calls:
+        if other.name != call.name or other.index >= call.index:
+            continue
+        inputs_differ = [s.hash for s in other.inputs] != [s.hash for s in call.inputs]
+        same_output = any(s.name == stats.name and s.same_values(stats) for s in other.outputs)
+        if inputs_differ and stats.norm > 0 and same_output:
+            return other.index
+    return None
+
+
+def _source(trace: Trace, call: Call, stats: TensorStats) -> str | None:
+    """The first earlier output or input that holds exactly these values."""
+    for earlier in trace.calls:
+        if stats.norm > 0 and 0 < earlier.end < call.start:
+            for kind, tensors in (("output", earlier.outputs), ("input", earlier.inputs)):
+                if any(tensor.same_values(stats) for tensor in tensors):
+                    return f"the {kind} of {earlier.name or 'the model'}"
+    return None
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The innermost module that contains all of these."""
+    parts = [name.split(".") for name in names]
+    differing = (i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1)
+    return ".".join(parts[0][: next(differing, min(map(len, parts)))])
+
+
+def _first_names(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def _cache_layout(trace: Trace) -> str:
+    groups = [group for cache in trace.caches for group in cache["groups"]]
+    return ", ".join(f"{len(g['layers'])} × {g['kind']} {g['shape']} {g['dtype']}, {g['slots']} slots" for g in groups)
 
 
 def _amount(value: float) -> str:

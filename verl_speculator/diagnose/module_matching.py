@@ -1,416 +1,273 @@
-"""Which call of one run is which call of the other, where names are wrapped and one run has more modules."""
+"""Which call of one trace is which call of another, where wrappers changed names and one run has more modules."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
-from verl_speculator.diagnose.tensor_stats import ROUNDING, TOLERANCES, TensorFacts, distance
-from verl_speculator.diagnose.trace_file import Call, Trace
-from verl_speculator.diagnose.tracer import PLACES
+from verl_speculator.diagnose.tensor_stats import ROUNDING, TensorStats, distance
+from verl_speculator.diagnose.trace_file import CACHE_PLACES, Call, Trace
 from verl_speculator.utils.errors import UserError
 
-# What wrappers put into names.
+# Parts that wrappers add to module names.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "base_layer"})
+# Names are taken to mean the same module where this many of their last parts are the same.
 TAIL = 3
+# A tensor of this many values counts √½ of its distance, see `largest_distance`.
+FEW_VALUES = 64
+
+TensorPair = tuple[TensorStats, TensorStats]
 
 
+@functools.cache
 def canonical(name: str) -> str:
-    """A module's name without what wrappers put into it."""
+    """A module's name without the parts that wrappers added."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def below(name: str, prefix: str) -> str | None:
-    """A name as seen from a module above it; None outside of that module."""
+def relative_name(name: str, prefix: str) -> str | None:
+    """The canonical name relative to a module, empty for the module itself; None outside of it."""
+    name = canonical(name)
     if not prefix or name == prefix:
         return name[len(prefix) :]
     return name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else None
 
 
-@dataclass(frozen=True)
-class Matching:
-    """Two runs side by side.
+def is_inside(name: str, module: str) -> bool:
+    """Whether a name is that of the module or of something inside it."""
+    return relative_name(name, module) is not None
 
-    Attributes:
-        prefixes: the module in each that is the same thing; empty for the model itself.
-        pairs: positions of the same call in both, in the first one's order.
-        only: names of modules that were called in one run alone.
-        shared: names of modules that something else called too, outside of the traced model, in a run; engines let
-            models share what has no weights. Those calls are left out.
-        weights: (name as seen from the shared module, name in the first run, name in the second).
+
+def matching_tensors(a: Iterable[TensorStats], b: Iterable[TensorStats]) -> list[TensorPair]:
+    """Tensors of both runs with the same name; where there are none, those of the same size at the same place."""
+    a, b = list(a), list(b)
+    by_name = {stats.name: stats for stats in b}
+    pairs = [(stats, by_name[stats.name]) for stats in a if stats.name in by_name]
+    return pairs or [(x, y) for x, y in zip(a, b, strict=False) if x.count == y.count]
+
+
+def largest_distance(pairs: Iterable[TensorPair]) -> float:
+    """The largest distance of any pair, weighted by 1/√(1 + 64/count).
+
+    All values of a small tensor, such as one gate of one token, may be near zero by chance. Rounding is then large
+    relative to them, and means nothing.
     """
-
-    prefixes: tuple[str, str]
-    pairs: tuple[tuple[int, int], ...]
-    only: tuple[tuple[str, ...], tuple[str, ...]]
-    shared: tuple[str, ...]
-    weights: tuple[tuple[str, str, str], ...]
-
-
-def match(a: Trace, b: Trace, under: tuple[str | None, str | None] = (None, None)) -> Matching:
-    """Pair the calls of two runs by name, size of their inputs and order.
-
-    Args:
-        a, b: the runs.
-        under: the module of each run to look at; None finds it.
-
-    Raises:
-        UserError: if no module has the same name in both, or there is none called `under`.
-    """
-    for trace, prefix, letter in zip((a, b), under, "ab", strict=True):
-        names = {canonical(call.name) for call in trace.calls}
-        if prefix and not any(below(name, canonical(prefix)) is not None for name in names):
-            close = difflib.get_close_matches(prefix, sorted(names), n=3, cutoff=0.4)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise UserError(f"under-{letter}={prefix}: no module of {trace.path} is called so{hint}")
-    prefixes = _prefixes(a, b, under)
-    ours, theirs = (_calls_below(trace, prefix) for trace, prefix in zip((a, b), prefixes, strict=True))
-    outside = {canonical(call.name) for trace in (a, b) for call in trace.calls if _is_foreign(trace, call)}
-    pairs = sorted((ours[i][0], theirs[j][0]) for i, j in _align(a, b, ours, theirs))
-    names = tuple({name for _, name in calls} for calls in (ours, theirs))
-    mine, other = (_weights_below(trace, prefix) for trace, prefix in zip((a, b), prefixes, strict=True))
-    return Matching(
-        prefixes,
-        tuple(pairs),
-        (tuple(sorted(names[0] - names[1])), tuple(sorted(names[1] - names[0]))),
-        tuple(sorted(outside)),
-        tuple((name, mine[name], other[name]) for name in mine if name in other),
-    )
-
-
-def _calls_below(trace: Trace, prefix: str) -> list[tuple[int, str]]:
-    """(position, name as seen from the prefix) of every call in it."""
-    calls = ((i, call) for i, call in enumerate(trace.calls) if not _is_foreign(trace, call))
-    named = ((i, below(canonical(call.name), prefix)) for i, call in calls)
-    return [(i, name) for i, name in named if name is not None]
-
-
-def _weights_below(trace: Trace, prefix: str) -> dict[str, str]:
-    named = ((below(canonical(name), prefix), name) for name in trace.weights)
-    return {short: name for short, name in named if short is not None}
-
-
-def _is_foreign(trace: Trace, call: Call) -> bool:
-    """Whether something other than the traced model made this call, of a module that the model calls itself."""
-    return not call.inside and call.name in trace.called_inside
-
-
-def _prefixes(a: Trace, b: Trace, under: tuple[str | None, str | None]) -> tuple[str, str]:
-    """The modules of both runs below which most names are the same; of equals the ones with the same weights, then
-    those that were given the same, then the outermost."""
-    if None not in under:
-        return tuple(canonical(u) for u in under)
-    mine, theirs = ({canonical(call.name): call.kind for call in trace.calls} for trace in (a, b))
-    ends: dict[tuple[str, ...], list[str]] = {}
-    for name in filter(None, theirs):
-        for length in range(1, TAIL + 1):
-            if len(parts := name.split(".")) >= length:
-                ends.setdefault(tuple(parts[-length:]), []).append(name)
-    votes: Counter[tuple[str, str]] = Counter()
-    for name, kind in mine.items():
-        parts = name.split(".") if name else []
-        for same in ends.get(tuple(parts[-TAIL:]), ()):
-            other = same.split(".")
-            # A short name says little: then it should be the same thing too.
-            if min(len(parts), len(other)) < TAIL and theirs[same] != kind:
-                continue
-            shared = sum(1 for _ in _common(reversed(parts), reversed(other)))
-            votes[".".join(parts[:-shared]), ".".join(other[:-shared])] += 1
-    wanted = [None if name is None else canonical(name) for name in under]
-    votes = Counter({k: n for k, n in votes.items() if all(w in (None, p) for w, p in zip(wanted, k, strict=True))})
-    if not votes:
-        alone = not any(mine) and not any(theirs) and {c.kind for c in a.calls} == {c.kind for c in b.calls}
-        if alone and mine and theirs:
-            return "", ""
-        raise UserError(
-            f"{a.path} and {b.path} share no module: {_sample(list(mine))} against {_sample(list(theirs))}; expected "
-            "two traces of the same model, or of one inside of another"
-        )
-    most = max(votes.values())
-    likely = [pair for pair, count in votes.items() if count > most / 2]
-    return max(
-        likely, key=lambda pair: (_same_weights(a, b, pair), votes[pair], _same_inputs(a, b, pair), pair[1] == "")
-    )
-
-
-def _common(a: Iterable[str], b: Iterable[str]) -> Iterator[str]:
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            return
-        yield x
-
-
-def _same_weights(a: Trace, b: Trace, prefixes: tuple[str, str]) -> int:
-    mine, theirs = (_weights_below(trace, prefix) for trace, prefix in zip((a, b), prefixes, strict=True))
-    shared = [name for name in mine if name in theirs]
-    return sum(a.weights[mine[name]].same_values(b.weights[theirs[name]]) for name in shared)
-
-
-def _same_inputs(a: Trace, b: Trace, prefixes: tuple[str, str]) -> bool:
-    first = [_calls_below(trace, prefix)[0][0] for trace, prefix in zip((a, b), prefixes, strict=True)]
-    hashes = [{fact.hash for fact in trace.calls[i].inputs} for trace, i in zip((a, b), first, strict=True)]
-    return bool(hashes[0] & hashes[1])
-
-
-def _sample(names: list[str]) -> str:
-    named = [name or "the model" for name in names]
-    return ", ".join(named[:3]) + (", …" if len(named) > 3 else "") if named else "no call"
-
-
-def _align(a: Trace, b: Trace, ours: list[tuple[int, str]], theirs: list[tuple[int, str]]) -> Iterator[tuple[int, int]]:
-    """Places in `ours` and `theirs` of the same calls: by name and size first, what is left between by name alone."""
-
-    def key(trace: Trace, place: tuple[int, str]) -> tuple[str, tuple[int, ...]]:
-        call: Call = trace.calls[place[0]]
-        return place[1], tuple(fact.count for fact in call.inputs if not fact.name.startswith("cache."))
-
-    exact = [key(a, place) for place in ours], [key(b, place) for place in theirs]
-    matcher = difflib.SequenceMatcher(None, *exact, autojunk=False)
-    for kind, i1, i2, j1, j2 in matcher.get_opcodes():
-        if kind == "equal":
-            yield from zip(range(i1, i2), range(j1, j2), strict=True)
-        elif kind == "replace":
-            names = [name for _, name in ours[i1:i2]], [name for _, name in theirs[j1:j2]]
-            for block in difflib.SequenceMatcher(None, *names, autojunk=False).get_matching_blocks():
-                yield from ((i1 + block.a + k, j1 + block.b + k) for k in range(block.size))
-
-
-FEW = 64
+    return max((distance(x, y) / math.sqrt(1 + FEW_VALUES / max(x.count, 1)) for x, y in pairs), default=0.0)
 
 
 @dataclass(frozen=True)
-class Pair:
+class CallPair:
     """One call in both runs.
 
     Attributes:
-        name: of the module, as seen from the shared one.
+        name: of the module, relative to the module that both runs share.
         a, b: the calls.
-        inputs, outputs: the largest distance of what was given (slots and blocks aside) and made; infinite where no
-            number says it.
-        weights: names of the module's own and inner weights that differ or were overwritten.
+        weights: names of weights of the module and its submodules that differ or were overwritten.
     """
 
     name: str
     a: Call
     b: Call
-    inputs: float
-    outputs: float
     weights: tuple[str, ...]
 
+    @property
+    def label(self) -> str:
+        """The module's name; for the model itself its class."""
+        return self.name or f"the model ({self.a.kind})"
 
-def tensor_pairs(a: tuple[TensorFacts, ...], b: tuple[TensorFacts, ...]) -> list[tuple[TensorFacts, TensorFacts]]:
-    """Tensors of both runs under the same name; under their place, where no name is the same."""
-    theirs = {fact.name: fact for fact in b}
-    found = [(fact, theirs[fact.name]) for fact in a if fact.name in theirs]
-    return found or [(x, y) for x, y in zip(a, b, strict=False) if x.count == y.count]
+    @functools.cached_property
+    def inputs(self) -> float:
+        """`largest_distance` of the arguments without cache slots and blocks."""
+        return largest_distance(self.input_pairs())
+
+    @functools.cached_property
+    def outputs(self) -> float:
+        """`largest_distance` of the outputs."""
+        return largest_distance(self.output_pairs())
+
+    def input_pairs(self, *, cache_places: bool = False) -> list[TensorPair]:
+        """The arguments other than cache slots and blocks; with `cache_places` those alone."""
+
+        def chosen(call: Call) -> Iterator[TensorStats]:
+            return (stats for stats in call.inputs if stats.name.startswith(CACHE_PLACES) == cache_places)
+
+        return matching_tensors(chosen(self.a), chosen(self.b))
+
+    def output_pairs(self) -> list[TensorPair]:
+        """The outputs, and what the module left in the cache."""
+        return matching_tensors(self.a.outputs, self.b.outputs)
 
 
-def without_places(given: tuple[TensorFacts, ...]) -> tuple[TensorFacts, ...]:
-    """What a call was given, but not where in the cache it stands: that is the allocator's choice."""
-    return tuple(fact for fact in given if not fact.name.startswith(PLACES))
+class TracePair:
+    """Two traces whose calls and weights are matched. The arguments are those of `compare`.
 
-
-def farthest(a: tuple[TensorFacts, ...], b: tuple[TensorFacts, ...]) -> float:
-    """The largest distance of any two. That of few values counts less: all of them may be near zero by chance, as one
-    gate of one token, and rounding is then large beside them."""
-    return max((distance(x, y) / math.sqrt(1 + FEW / max(x.count, 1)) for x, y in tensor_pairs(a, b)), default=0.0)
-
-
-def coarsest(*traces: Trace) -> str:
-    """The floating point type with the largest roundoff that a run has anywhere."""
-    facts = [f for t in traces for f in (*t.weights.values(), *(f for c in t.calls for f in c.outputs))]
-    return max({f.dtype for f in facts} & TOLERANCES.keys(), key=lambda kind: TOLERANCES[kind], default="float32")
-
-
-class Sides:
-    """Two traces and what can be said of them without walking.
-
-    Args:
-        a, b: the traces.
-        under: the module of each that is the same thing; None finds it.
+    Attributes:
+        prefixes: the compared module in each; empty for the model itself.
+        calls: calls that both runs have, in the order of the first run.
+        only: names of modules that one run alone called.
+        left_out: names of modules that were also called from outside of the traced model. Serving engines let models
+            share modules without weights; calls from outside are not compared.
+        weights: by relative name.
+        differing_weights: names of weights that differ by more than a conversion between types.
+        overwritten: by name of a weight, the letter of the only run that changed it while it was traced.
 
     Raises:
-        UserError: if they share no module.
+        UserError: if no module has the same name in both, or `under` names no module.
     """
 
     def __init__(self, a: Trace, b: Trace, under: tuple[str | None, str | None]) -> None:
         self.a, self.b = a, b
-        self.matching = matching = match(a, b, under)
-        self.weights = {short: (a.weights[x], b.weights[y]) for short, x, y in matching.weights}
-        self.unlike = sorted(short for short, (x, y) in self.weights.items() if not _same_weight(x, y))
-        sets = [
-            {short for name in trace.changed if (short := below(canonical(name), prefix)) is not None}
-            for trace, prefix in zip((a, b), matching.prefixes, strict=True)
-        ]
-        # What both runs change they change by design, as running statistics do.
-        self.changed = {name: "AB"[i] for i, names in enumerate(sets) for name in sorted(names - sets[1 - i])}
-        self.pairs = [self._pair(i, j) for i, j in matching.pairs]
-        self._by_place = {i: pair for (i, _), pair in zip(matching.pairs, self.pairs, strict=True)}
+        for trace, prefix, letter in zip((a, b), under, "ab", strict=True):
+            _check_prefix(trace, prefix, letter)
+        self.prefixes = _shared_prefixes(a, b, under)
+        both = list(zip((a, b), self.prefixes, strict=True))
+        weights_a, weights_b = (_weights_below(*one) for one in both)
+        self.weights = {name: (weights_a[name], weights_b[name]) for name in weights_a if name in weights_b}
+        self.differing_weights = sorted(name for name, pair in self.weights.items() if not _same_weight(*pair))
+        changed = [{relative_name(name, prefix) for name in trace.changed} - {None} for trace, prefix in both]
+        # A weight that both runs change is meant to change, as running statistics are.
+        self.overwritten = {name: "AB"[i] for i in (0, 1) for name in sorted(changed[i] - changed[1 - i])}
+        calls_a, calls_b = (_calls_below(*one) for one in both)
+        positions = sorted((calls_a[i][0], calls_b[j][0]) for i, j in _align(a, b, calls_a, calls_b))
+        self._by_position = {i: self._pair(i, j) for i, j in positions}
+        self.calls = list(self._by_position.values())
+        names_a, names_b = ({name for _, name in calls} for calls in (calls_a, calls_b))
+        self.only = sorted(names_a - names_b), sorted(names_b - names_a)
+        self.left_out = sorted({canonical(c.name) for trace in (a, b) for c in trace.calls if _is_foreign(trace, c)})
 
-    def _pair(self, i: int, j: int) -> Pair:
+    def _pair(self, i: int, j: int) -> CallPair:
         a, b = self.a.calls[i], self.b.calls[j]
-        name = below(canonical(a.name), self.matching.prefixes[0])
-        mine = sorted(w for w in {*self.unlike, *self.changed} if below(w, name) is not None)
-        return Pair(
-            name,
-            a,
-            b,
-            farthest(*map(without_places, (a.inputs, b.inputs))),
-            farthest(a.outputs, b.outputs),
-            tuple(mine),
-        )
+        name = relative_name(a.name, self.prefixes[0]) or ""
+        weights = tuple(sorted(w for w in {*self.differing_weights, *self.overwritten} if is_inside(w, name)))
+        return CallPair(name, a, b, weights)
 
-    def outer(self, pair: Pair) -> Pair | None:
+    def enclosing(self, pair: CallPair) -> CallPair | None:
         """The innermost call around this one that both runs have."""
-        place = pair.a.parent
-        while place is not None and place not in self._by_place:
-            place = self.a.calls[place].parent
-        return None if place is None else self._by_place[place]
-
-    def places(self, pair: Pair) -> list[str]:
-        """Which slots or blocks of the KV cache a call was given that are others in the other run."""
-        both = tensor_pairs(pair.a.inputs, pair.b.inputs)
-        unlike = [(x, y) for x, y in both if x.name.startswith(PLACES) and not x.same_values(y)]
-        return [f"{x.name.removeprefix('cache.')}: {values_of(x, y)}" for x, y in unlike]
+        position = pair.a.parent
+        while position is not None and position not in self._by_position:
+            position = self.a.calls[position].parent
+        return None if position is None else self._by_position[position]
 
     def count_weights(self, name: str) -> int:
-        """Shared weights in a module."""
-        return sum(below(short, name) is not None for short in self.weights)
+        """Number of shared weights in a module."""
+        return sum(is_inside(weight, name) for weight in self.weights)
 
-    def about_weights(self, names: Iterable[str]) -> list[str]:
-        """How the first few of these differ."""
-        told = []
-        for name in list(names)[:3]:
-            x, y = self.weights[name]
-            same = x.shape == y.shape and x.same_values(y)
-            late = f"the same at the start, and overwritten while run {self.changed.get(name)} was under way"
-            told.append(f"{name}: {late if same else values_of(x, y)}")
-        return told
-
-    def weights_sentence(self) -> str:
-        """Whether all weights are the same."""
-        if self.unlike:
-            return f"weights differ: {some(self.unlike)}"
-        return f"all {len(self.weights)} shared weights are the same"
-
-    def odd_modules(self) -> list[str]:
-        """Modules whose type is another in the second run while most have the same in both."""
-        kinds = {name: (x.dtype, y.dtype) for name, (x, y) in self.weights.items()}
-        owners = {name: name.rpartition(".")[0] for name in kinds}
-        for pair in self.pairs:
-            for x, y in tensor_pairs(pair.a.outputs, pair.b.outputs):
-                if x.is_float and y.is_float:
-                    key = f"{pair.name}:{x.name}"
-                    kinds[key], owners[key] = (x.dtype, y.dtype), pair.name
-        unlike = [key for key, (x, y) in kinds.items() if x != y]
-        if len(unlike) > len(kinds) / 2:
+    def retyped_modules(self) -> list[str]:
+        """The outermost modules that have another type in the second run while most have the same in both."""
+        types = {(name.rpartition(".")[0], name): pair for name, pair in self.weights.items()}
+        for call in self.calls:
+            types |= {(call.name, f":{x.name}"): (x, y) for x, y in call.output_pairs() if x.is_float and y.is_float}
+        owners = [owner for (owner, _), (x, y) in types.items() if x.dtype != y.dtype]
+        if len(owners) > len(types) / 2:
             return []
-        found = dict.fromkeys(owners[key] for key in unlike)
-        return [name for name in found if not any(name != other and below(name, other) is not None for other in found)]
+        return [name for name in dict.fromkeys(owners) if not any(name != o and is_inside(name, o) for o in owners)]
 
-    def types_in(self, name: str) -> list[tuple[str, str]]:
-        """The pairs of types that are not the same in a module."""
-        tensors = [pair for short, pair in self.weights.items() if below(short, name) is not None]
-        for pair in self.pairs:
-            if below(pair.name, name) is not None:
-                tensors += tensor_pairs(pair.a.outputs, pair.b.outputs)
+    def types_in(self, module: str) -> list[tuple[str, str]]:
+        """The types of both runs in a module, where they differ."""
+        tensors = [pair for name, pair in self.weights.items() if is_inside(name, module)]
+        tensors += [pair for call in self.calls if is_inside(call.name, module) for pair in call.output_pairs()]
         return sorted({(x.dtype, y.dtype) for x, y in tensors if x.dtype != y.dtype})
 
-    def surroundings(self) -> list[str]:
-        """Flags, versions and caches that are not the same."""
-        keys = [key for key in self.a.environment if self.a.environment[key] != self.b.environment.get(key)]
-        told = [f"{key}: {self.a.environment[key]} in A, {self.b.environment.get(key)} in B" for key in keys]
-        if self.a.caches and self.b.caches and self.a.caches != self.b.caches:
-            told.append(f"KV caches: {_layout(self.a)} in A, {_layout(self.b)} in B")
-        return told
 
-
-def common_name(names: list[str]) -> str:
-    """The innermost module that holds all of these."""
-    parts = [name.split(".") for name in names]
-    unlike = (i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1)
-    return ".".join(parts[0][: next(unlike, min(map(len, parts)))])
-
-
-def _same_weight(x: TensorFacts, y: TensorFacts) -> bool:
+def _same_weight(x: TensorStats, y: TensorStats) -> bool:
     if x.dtype == y.dtype or not (x.is_float and y.is_float):
         return x.same_values(y)
     return distance(x, y) <= max(ROUNDING.get(kind, 0.1) for kind in (x.dtype, y.dtype))
 
 
-def _layout(trace: Trace) -> str:
-    groups = [group for cache in trace.caches for group in cache["groups"]]
-    return ", ".join(f"{len(g['layers'])} × {g['kind']} {g['shape']} {g['dtype']}, {g['slots']} slots" for g in groups)
+def _check_prefix(trace: Trace, prefix: str | None, letter: str) -> None:
+    names = {canonical(call.name) for call in trace.calls}
+    if prefix and not any(is_inside(name, canonical(prefix)) for name in names):
+        close = difflib.get_close_matches(prefix, sorted(names), n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UserError(f"under-{letter}={prefix}: no module of {trace.path} has this name{hint}")
 
 
-MOST = 3
+def _is_foreign(trace: Trace, call: Call) -> bool:
+    """Whether something other than the traced model called a module that the model calls itself."""
+    return not call.inside and call.name in trace.called_inside
 
 
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(names[:MOST]) + more
+def _calls_below(trace: Trace, prefix: str) -> list[tuple[int, str]]:
+    """(position, relative name) of every call in a module."""
+    calls = ((i, call) for i, call in enumerate(trace.calls) if not _is_foreign(trace, call))
+    names = ((i, relative_name(call.name, prefix)) for i, call in calls)
+    return [(i, name) for i, name in names if name is not None]
 
 
-def name_of(name: str, call: Call) -> str:
-    """A module's name; the model itself by its class."""
-    return name or f"the model ({call.kind})"
+def _weights_below(trace: Trace, prefix: str) -> dict[str, TensorStats]:
+    names = ((relative_name(name, prefix), stats) for name, stats in trace.weights.items())
+    return {name: stats for name, stats in names if name is not None}
 
 
-def values_of(x: TensorFacts, y: TensorFacts) -> str:
-    """Where two tensors differ, with their values."""
-    if x.count != y.count:
-        return f"shape {list(x.shape)} in A, {list(y.shape)} in B"
-    if (x.nan, x.inf) != (y.nan, y.inf):
-        return f"{x.nan} NaN and {x.inf} infinite in A, {y.nan} and {y.inf} in B"
-    place = next((i for i, (p, q) in enumerate(zip(x.samples, y.samples, strict=True)) if p != q), None)
-    if not x.is_float:
-        if place is None:
-            return "other values behind the first 16"
-        return f"{int(x.samples[place])} in A and {int(y.samples[place])} in B at place {place}"
-    told = f"mean {x.mean:.4g} in A, {y.mean:.4g} in B; std {x.std:.4g}, {y.std:.4g}"
-    return f"{told}; relative difference {distance(x, y):.1e}"
+def _shared_prefixes(a: Trace, b: Trace, under: tuple[str | None, str | None]) -> tuple[str, str]:
+    """The modules of both runs below which the most names are the same. Near the top of that vote, the order is: most
+    equal weights, most names, equal first inputs, the outermost module."""
+    prefixes = tuple(None if name is None else canonical(name) for name in under)
+    if None not in prefixes:
+        return prefixes
+    kinds_a, kinds_b = ({canonical(call.name): call.kind for call in trace.calls} for trace in (a, b))
+    by_tail: dict[tuple[str, ...], list[str]] = {}
+    for name in filter(None, kinds_b):
+        parts = name.split(".")
+        for length in range(1, min(TAIL, len(parts)) + 1):
+            by_tail.setdefault(tuple(parts[-length:]), []).append(name)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name, kind in kinds_a.items():
+        parts = name.split(".") if name else []
+        for other in by_tail.get(tuple(parts[-TAIL:]), ()):
+            other_parts = other.split(".")
+            # A short name is weak evidence: then the class has to be the same too.
+            if min(len(parts), len(other_parts)) < TAIL and kinds_b[other] != kind:
+                continue
+            common = takewhile(lambda xy: xy[0] == xy[1], zip(parts[::-1], other_parts[::-1], strict=False))
+            count = sum(1 for _ in common)
+            pair = ".".join(parts[:-count]), ".".join(other_parts[:-count])
+            if all(p in (None, q) for p, q in zip(prefixes, pair, strict=True)):
+                votes[pair] += 1
+    if not votes:
+        # A model without submodules has no name but the empty one.
+        if kinds_a == kinds_b and set(kinds_a) == {""}:
+            return "", ""
+        raise UserError(
+            f"{a.path} and {b.path} share no module: {_sample(kinds_a)} against {_sample(kinds_b)}; expected two "
+            "traces of the same model, or of one inside of another"
+        )
+
+    def evidence(pair: tuple[str, str]) -> tuple[int, int, bool, bool]:
+        weights_a, weights_b = (_weights_below(trace, prefix) for trace, prefix in zip((a, b), pair, strict=True))
+        equal = sum(x.same_values(weights_b[name]) for name, x in weights_a.items() if name in weights_b)
+        first = [trace.calls[_calls_below(trace, p)[0][0]] for trace, p in zip((a, b), pair, strict=True)]
+        same_inputs = bool(set.intersection(*({stats.hash for stats in call.inputs} for call in first)))
+        return equal, votes[pair], same_inputs, pair[1] == ""
+
+    return max((pair for pair, count in votes.items() if count > max(votes.values()) / 2), key=evidence)
 
 
-def about_output(a: Trace, b: Trace, x: Call, y: Call, pairs: list[tuple[TensorFacts, TensorFacts]]) -> list[str]:
-    """What differs in the outputs of a call, and where else B's output was seen."""
-    told = [f"{p.name}: {values_of(p, q)}" for p, q in pairs if distance(p, q) > 0]
-    for letter, trace, call, facts in (("A", a, x, x.outputs), ("B", b, y, y.outputs)):
-        for fact in facts:
-            before = _earlier_output(trace, call, fact)
-            if before is not None and not fact.name.startswith("cache."):
-                told.append(f"in {letter} its {fact.name} is bit for bit that of its call {before}: stale state")
-    return told
+def _sample(names: Iterable[str]) -> str:
+    names = [name or "the model" for name in names]
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "no call"
 
 
-def _earlier_output(trace: Trace, call: Call, fact: TensorFacts) -> int | None:
-    """The earlier call of the same module with the same output from other inputs."""
-    for other in trace.calls:
-        if other.name != call.name or other.index >= call.index:
-            continue
-        given = [f.hash for f in other.inputs] != [f.hash for f in call.inputs]
-        if given and fact.norm > 0 and any(f.name == fact.name and f.same_values(fact) for f in other.outputs):
-            return other.index
-    return None
+def _align(
+    a: Trace, b: Trace, calls_a: list[tuple[int, str]], calls_b: list[tuple[int, str]]
+) -> Iterator[tuple[int, int]]:
+    """Indices into both lists of the same calls: by name and sizes first, then what is left between by name alone."""
 
+    def key(trace: Trace, position: int, name: str) -> tuple[str, tuple[int, ...]]:
+        inputs = trace.calls[position].inputs
+        return name, tuple(stats.count for stats in inputs if not stats.name.startswith("cache."))
 
-def same_elsewhere(a: Trace, b: Trace, x: Call, y: Call, given: TensorFacts, other: TensorFacts) -> list[str]:
-    """Which module's output each run hands over at this place, where it is one's bit for bit."""
-    told = []
-    for letter, trace, call, fact in (("A", a, x, given), ("B", b, y, other)):
-        source = _source(trace, call, fact)
-        if source:
-            told.append(f"in {letter} it is {source}, bit for bit")
-    return told
-
-
-def _source(trace: Trace, call: Call, fact: TensorFacts) -> str | None:
-    for before in trace.calls:
-        if before.end and before.end < call.start:
-            for kind, facts in (("output", before.outputs), ("input", before.inputs)):
-                if fact.norm > 0 and any(f.same_values(fact) for f in facts):
-                    return f"the {kind} of {before.name or 'the model'}"
-    return None
+    keys = [key(a, *call) for call in calls_a], [key(b, *call) for call in calls_b]
+    for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+        if kind == "equal":
+            yield from zip(range(i1, i2), range(j1, j2), strict=True)
+        elif kind == "replace":
+            names = [name for _, name in calls_a[i1:i2]], [name for _, name in calls_b[j1:j2]]
+            for block in difflib.SequenceMatcher(None, *names, autojunk=False).get_matching_blocks():
+                yield from ((i1 + block.a + k, j1 + block.b + k) for k in range(block.size))

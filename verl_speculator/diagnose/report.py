@@ -1,4 +1,4 @@
-"""A comparison as a table, a CSV and a picture."""
+"""A comparison as a table, a CSV file and a picture."""
 
 from __future__ import annotations
 
@@ -6,108 +6,104 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.diagnose.comparison import BLOCK, Comparison
-from verl_speculator.diagnose.module_matching import Pair, tensor_pairs
-from verl_speculator.diagnose.tensor_stats import TensorFacts
+from verl_speculator.diagnose.comparison import LAYER, Comparison
+from verl_speculator.diagnose.module_matching import CallPair, TensorPair
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-METRICS = ("mean", "std", "absmax", "norm")
+METRICS = ("mean", "std", "absmax")
+CSV_METRICS = (*METRICS, "norm", "nan", "inf")
 CSV_FILE, PICTURE = "comparison.csv", "divergence"
+# Calls before and after the culprit that the table shows.
 NEIGHBOURS = 2
-# Where a picture draws "no difference".
-FLOOR = 1e-17
+# The picture's logarithmic axis draws smaller differences here, and larger ones at the top.
+FLOOR, TOP = 1e-17, 10.0
 
 
-def main_output(pair: Pair) -> tuple[TensorFacts, TensorFacts] | None:
-    """The output that stands for a call: its first floating point one that is not the cache."""
-    found = tensor_pairs(pair.a.outputs, pair.b.outputs)
-    numbers = [xy for xy in found if xy[0].is_float and not xy[0].name.startswith("cache.")]
-    return (numbers or found or [None])[0]
+def main_output(call: CallPair) -> TensorPair | None:
+    """The output that stands for a call: the first floating point one that is not the cache."""
+    pairs = call.output_pairs()
+    floats = [pair for pair in pairs if pair[0].is_float and not pair[0].name.startswith("cache.")]
+    return next(iter(floats or pairs), None)
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """A line for each call that both runs have, in execution order."""
-    found = []
-    for order, pair in enumerate(comparison.sides.pairs):
-        block = BLOCK.search(pair.name)
+    """One CSV row for each call that both runs have, in execution order."""
+    table = []
+    for order, call in enumerate(comparison.traces.calls):
+        layer = LAYER.search(call.name)
         row = {
             "order": order,
-            "module": pair.name,
-            "class": pair.a.kind,
-            "call": pair.a.index,
-            "layer": block.group(1) if block else "",
-            "input_difference": pair.inputs,
-            "output_difference": pair.outputs,
-            "weights": "differ" if pair.weights else "same" if comparison.sides.count_weights(pair.name) else "none",
-            "culprit": pair.name == comparison.verdict.module,
+            "module": call.name,
+            "class": call.a.kind,
+            "call": call.a.index,
+            "layer": layer.group(1) if layer else "",
+            "input_difference": call.inputs,
+            "output_difference": call.outputs,
+            "weights": "differ" if call.weights else "same" if comparison.traces.count_weights(call.name) else "none",
+            "culprit": call.name == comparison.verdict.module,
         }
-        both = main_output(pair)
-        for letter, fact in zip("ab", both or (None, None), strict=True):
-            shape = "" if fact is None else "x".join(map(str, fact.shape))
-            row |= {f"shape_{letter}": shape, f"dtype_{letter}": fact.dtype if fact else ""}
-            row |= {f"{m}_{letter}": getattr(fact, m) if fact else math.nan for m in (*METRICS, "nan", "inf")}
-        found.append(row)
-    return found
+        for letter, stats in zip("ab", main_output(call) or (None, None), strict=True):
+            row[f"shape_{letter}"] = "x".join(map(str, stats.shape)) if stats else ""
+            row[f"dtype_{letter}"] = stats.dtype if stats else ""
+            row |= {f"{metric}_{letter}": getattr(stats, metric, math.nan) for metric in CSV_METRICS}
+        table.append(row)
+    return table
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """`comparison.csv` and `divergence.png` and `.pdf`.
-
-    Returns:
-        The files.
+    """Write `comparison.csv`, `divergence.png` and `divergence.pdf`, and return their paths.
 
     Raises:
         UserError: if they cannot be written.
     """
     import pandas as pd
 
-    written = [folder / CSV_FILE, *(folder / f"{PICTURE}.{suffix}" for suffix in ("png", "pdf"))]
+    csv, *pictures = [folder / CSV_FILE, *(folder / f"{PICTURE}.{suffix}" for suffix in ("png", "pdf"))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(written[0]) as path:
+        with atomic_file(csv) as path:
             pd.DataFrame(rows(comparison)).to_csv(path, index=False)
         figure = draw(comparison)
-        for file in written[1:]:
+        for file in pictures:
             with atomic_file(file) as path:
                 metadata = {"CreationDate": None} if file.suffix == ".pdf" else {}
                 figure.savefig(path, format=file.suffix[1:], dpi=150, metadata=metadata)
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written: {error.strerror or error}") from None
-    return written
+    return [csv, *pictures]
 
 
 def draw(comparison: Comparison) -> Any:
-    """Divergence of inputs and outputs against depth, with the tolerance and the culprit."""
+    """A figure of the differences of inputs and outputs over the calls, with the tolerance and the culprit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Inner calls end before outer ones: so nothing that ends before the culprit differs.
-    pairs = sorted(comparison.sides.pairs, key=lambda pair: pair.a.end)
+    # In the order of their ends, so that no call before the culprit differs.
+    calls = sorted(comparison.traces.calls, key=lambda call: call.a.end)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    top = 10.0
-    for key, style, colour, label in (
-        ("inputs", ".", "#9A9A9A", "given to a module"),
-        ("outputs", "o-", "#0072B2", "made by it"),
-    ):
-        values = [min(max(getattr(pair, key), FLOOR), top) for pair in pairs]
-        axis.plot(range(len(pairs)), values, style, color=colour, label=label, markersize=3, linewidth=0.8)
+
+    def height(difference: float) -> float:
+        return min(max(difference, FLOOR), TOP)
+
+    style = {"markersize": 3, "linewidth": 0.8}
+    axis.plot([height(c.inputs) for c in calls], ".", color="#9A9A9A", label="inputs of a module", **style)
+    axis.plot([height(c.outputs) for c in calls], "o-", color="#0072B2", label="its outputs", **style)
     axis.axhline(comparison.tolerance, color="#333333", linestyle="--", linewidth=0.8, label="tolerance")
-    places = [i for i, pair in enumerate(pairs) if pair.name == comparison.verdict.module]
+    places = [i for i, call in enumerate(calls) if call.name == comparison.verdict.module]
     if places:
-        first = next((i for i in places if pairs[i].outputs > comparison.tolerance), places[0])
-        mark = min(max(pairs[first].outputs, FLOOR), top)
-        axis.plot([first], [mark], "D", color="#D55E00", label=pairs[first].name or "the model")
-    ticks = [i for i, pair in enumerate(pairs) if BLOCK.search(pair.name)]
+        first = next((i for i in places if calls[i].outputs > comparison.tolerance), places[0])
+        culprit = calls[first]
+        axis.plot([first], [height(culprit.outputs)], "D", color="#D55E00", label=culprit.name or "the model")
+    ticks = [(i, layer.group(1)) for i, call in enumerate(calls) if (layer := LAYER.search(call.name))]
     ticks = ticks[:: max(1, len(ticks) // 16)]
-    labels = [f"{BLOCK.search(pairs[i].name).group(1)}" for i in ticks]
-    axis.set(yscale="log", ylim=(FLOOR / 2, top * 3), ylabel="relative difference (floor: none)")
-    axis.set_xticks(ticks, labels)
+    axis.set(yscale="log", ylim=(FLOOR / 2, TOP * 3), ylabel="relative difference (floor: none)")
+    axis.set_xticks([i for i, _ in ticks], [layer for _, layer in ticks])
     axis.set_xlabel("calls in the order in which they end; numbers are layers")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -115,40 +111,40 @@ def draw(comparison: Comparison) -> Any:
 
 
 def show(comparison: Comparison, console: Console, *, everything: bool = False) -> None:
-    """The verdict, its evidence, and metric | A | B | difference, layer by layer."""
+    """Print the verdict, its evidence, and metric | A | B | difference, layer by layer."""
     from rich.table import Table
 
     verdict = comparison.verdict
-    console.print(verdict.sentence, markup=False, highlight=False, soft_wrap=True)
+    text = {"markup": False, "highlight": False, "soft_wrap": True}
+    console.print(verdict.sentence, **text)
     for line in (*verdict.evidence, *comparison.notes):
-        console.print(f"  · {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  · {line}", **text)
     table = Table(box=None, pad_edge=False)
     for name in ("module", "call", "metric", "A", "B", "difference"):
-        table.add_column(name, justify="right" if name in ("A", "B", "difference", "call") else "left", no_wrap=True)
-    for pair in _shown(comparison, everything):
-        mark = " ←" if pair.name == verdict.module else ""
-        table.add_row(f"{pair.name or pair.a.kind}{mark}", str(pair.a.index), "given", "", "", f"{pair.inputs:.1e}")
-        for metric in METRICS[:3]:
-            if both := main_output(pair):
-                x, y = (getattr(fact, metric) for fact in both)
+        table.add_column(name, justify="left" if name in ("module", "metric") else "right", no_wrap=True)
+    for call in _shown(comparison, everything):
+        mark = " ←" if call.name == verdict.module else ""
+        table.add_row(f"{call.name or call.a.kind}{mark}", str(call.a.index), "input", "", "", f"{call.inputs:.1e}")
+        for metric in METRICS:
+            if pair := main_output(call):
+                x, y = (getattr(stats, metric) for stats in pair)
                 table.add_row("", "", metric, f"{x:.6g}", f"{y:.6g}", f"{y - x:.1e}")
-        table.add_row("", "", "made", "", "", f"{pair.outputs:.1e}")
+        table.add_row("", "", "output", "", "", f"{call.outputs:.1e}")
     console.print()
     console.print(table)
-    a, b = comparison.sides.a.top, comparison.sides.b.top
-    if a and b:
-        console.print(f"\ntop tokens: {_top(a)} in A; {_top(b)} in B", markup=False, highlight=False, soft_wrap=True)
+    top_a, top_b = (
+        ", ".join(f"{token} ({logit:.3f})" for token, logit in trace.top)
+        for trace in (comparison.traces.a, comparison.traces.b)
+    )
+    if top_a and top_b:
+        console.print(f"\ntop tokens: {top_a} in A; {top_b} in B", **text)
 
 
-def _shown(comparison: Comparison, everything: bool) -> list[Pair]:
-    """All calls, or the layers and what lies around the culprit."""
-    pairs = comparison.sides.pairs
+def _shown(comparison: Comparison, everything: bool) -> list[CallPair]:
+    """All calls, or the first call of each layer and the calls around the culprit."""
+    calls = comparison.traces.calls
     if everything:
-        return pairs
-    culprit = next((i for i, p in enumerate(pairs) if p.name == comparison.verdict.module), None)
+        return calls
+    culprit = next((i for i, call in enumerate(calls) if call.name == comparison.verdict.module), None)
     near = range(culprit - NEIGHBOURS, culprit + NEIGHBOURS + 1) if culprit is not None else ()
-    return [p for i, p in enumerate(pairs) if i in near or (BLOCK.search(p.name) and p.a.index == 0)]
-
-
-def _top(top: tuple[tuple[int, float], ...]) -> str:
-    return ", ".join(f"{token} ({logit:.3f})" for token, logit in top)
+    return [call for i, call in enumerate(calls) if i in near or (LAYER.search(call.name) and call.a.index == 0)]

@@ -1,46 +1,44 @@
-"""What is kept of a tensor: its statistics, a hash that says "the same", and a sketch that says how far apart.
+"""What a trace keeps of a tensor: statistics, a hash for equality, and a sketch for the distance to another tensor.
 
-A sketch is 64 sums of all values with fixed random signs (Charikar, Chen and Farach-Colton 2002): the distance of two
-sketches estimates that of the two tensors without bias, most often within a fifth, and no value is left out.
+The sketch is 64 sums of all values with fixed random signs: a count sketch (Charikar, Chen and Farach-Colton 2002).
+‖sketch(a) − sketch(b)‖² is an unbiased estimate of ‖a − b‖² with a relative standard deviation of at most √(2/64), so
+the distance is usually within a fifth. No value is left out, as it would be by sampling.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 SKETCH = 64
 SAMPLES = 16
 CHUNK = 1 << 20
 NUMBERS = 5 + SKETCH + SAMPLES
-# The largest relative difference that rounding explains, for the coarsest type of a run: what a stack of layers makes
-# of its unit roundoff (1e-16, 6e-8, 5e-4, 4e-3), with a margin.
+# The largest relative difference that rounding explains, by the coarsest type of a run: the unit roundoff (1e-16,
+# 6e-8, 5e-4, 4e-3) times what a stack of layers makes of it, with a margin.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
-# What converting a weight alone explains.
+# The same for the conversion of a weight alone.
 ROUNDING = {"float64": 1e-14, "float32": 1e-6, "float16": 1e-3, "bfloat16": 6e-3}
 
 
 @dataclass(frozen=True)
-class TensorFacts:
-    """A tensor as a trace remembers it. Statistics are of its finite values, in float64.
+class TensorStats:
+    """Statistics of a tensor's finite values, computed in float64.
 
     Attributes:
-        name: of the argument or output, or of the parameter.
-        shape, strides, dtype, device: as it was given.
-        nan, inf: how many values are not finite.
-        mean, std, absmax, norm: norm is the root of the sum of squares.
-        hash: of every value; equal for equal values of types of at most 32 bits, and of types of 64.
+        name: of the argument, output or parameter.
+        nan, inf: number of values that are not finite.
+        norm: root of the sum of squares.
+        hash: of every value: equal for equal values of types of at most 32 bits, and of 64-bit types.
         sketch: [64]
-        samples: the first values of integers, values spread over the tensor otherwise; at most 16.
+        samples: at most 16 values: the first ones of integers, otherwise values spread over the tensor.
     """
 
     name: str
@@ -58,24 +56,48 @@ class TensorFacts:
     sketch: np.ndarray
     samples: np.ndarray
 
+    @classmethod
+    def from_numbers(cls, meta: dict[str, Any], numbers: np.ndarray, code: int) -> TensorStats:
+        """Statistics from `DeviceStats` as a trace file holds them: numbers [NUMBERS]."""
+        nan, inf, total, squares, absmax = (float(x) for x in numbers[:5])
+        count = math.prod(meta["shape"])
+        finite = max(count - nan - inf, 1)
+        mean = total / finite
+        return cls(
+            **meta | {"shape": tuple(meta["shape"]), "strides": tuple(meta["strides"])},
+            nan=int(nan),
+            inf=int(inf),
+            mean=mean,
+            std=math.sqrt(max(squares / finite - mean**2, 0.0)),
+            absmax=absmax,
+            norm=math.sqrt(squares),
+            hash=int(code),
+            sketch=numbers[5 : 5 + SKETCH],
+            samples=numbers[5 + SKETCH :][: min(count, SAMPLES)],
+        )
+
     @property
     def count(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:
-        """Whether its values round."""
+        """Whether it is of a floating point type, whose values round."""
         return "float" in self.dtype
 
-    def same_values(self, other: TensorFacts) -> bool:
-        """Whether every value is known to be the same, whatever the shapes."""
+    def same_values(self, other: TensorStats) -> bool:
+        """Whether all values are equal by their hash, whatever the shapes."""
         return (self.count, self.nan, self.inf, self.hash) == (other.count, other.nan, other.inf, other.hash)
 
 
-def distance(a: TensorFacts, b: TensorFacts) -> float:
-    """‖a − b‖ over the root mean square of their norms: 0 for equal values, about √2 for unrelated ones, and infinite
-    where no number says it: other sizes, other NaN, or integers that are not the same."""
+def distance(a: TensorStats, b: TensorStats) -> float:
+    """‖a − b‖ divided by the root mean square of both norms.
+
+    Returns:
+        0 for equal values, about √2 for unrelated ones. Infinite where no number is meaningful: for different sizes,
+        different counts of NaN or infinity, or integers that differ.
+    """
     if a.same_values(b):
         return 0.0
     if (a.count, a.nan, a.inf) != (b.count, b.nan, b.inf) or not (a.is_float and b.is_float):
@@ -84,48 +106,12 @@ def distance(a: TensorFacts, b: TensorFacts) -> float:
     return float(np.linalg.norm(a.sketch - b.sketch)) / scale if scale else 0.0
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64: [n] counters to [n] random 64-bit numbers, the same in every version of every library."""
-    with np.errstate(over="ignore"):
-        x = (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-@functools.cache
-def _multipliers(device: torch.device) -> tuple[Tensor, Tensor]:
-    """[CHUNK] odd multipliers of the hash, and [CHUNK] signs of the sketch."""
-    random = _mix(np.arange(CHUNK))
-    odd = torch.from_numpy((random | np.uint64(1)).view(np.int64))
-    signs = torch.from_numpy(1.0 - 2.0 * ((random >> np.uint64(40)) & np.uint64(1)).astype(np.float64))
-    return odd.to(device), signs.to(device)
-
-
-@functools.lru_cache(4096)
-def _of_chunk(number: int, device: torch.device) -> tuple[int, Tensor]:
-    """What sets a chunk apart from the others: a factor of its hash, and [SKETCH] signs."""
-    random = _mix(np.arange(SKETCH + 1) + (number + 1) * CHUNK)
-    signs = 1.0 - 2.0 * (random[1:] >> np.uint64(63)).astype(np.float64)
-    return int((random[:1] | np.uint64(1)).view(np.int64)[0]), torch.from_numpy(signs).to(device)
-
-
-@functools.lru_cache(4096)
-def _places(count: int, is_float: bool, device: torch.device) -> Tensor:
-    """Which values are kept as samples."""
-    if count <= SAMPLES or not is_float:
-        return torch.arange(min(count, SAMPLES), device=device)
-    stride = count // SAMPLES
-    places = np.arange(SAMPLES) * stride + (_mix(np.arange(SAMPLES)) % np.uint64(stride)).astype(np.int64)
-    return torch.from_numpy(places).to(device)
-
-
 @dataclass
-class Observation:
-    """Facts whose numbers still lie on the device: reading them one by one would wait for it each time.
+class DeviceStats:
+    """Statistics whose numbers are still on the device: reading them one by one would synchronise each time.
 
     Attributes:
-        meta: name, shape, strides, dtype and device, for `TensorFacts`.
+        meta: name, shape, strides, dtype and device, for `TensorStats`.
         numbers: [NUMBERS] nan, inf, sum, sum of squares, absmax, sketch, samples.
         hash: []
     """
@@ -136,13 +122,8 @@ class Observation:
 
 
 @torch.no_grad()
-def observe(name: str, tensor: Tensor) -> Observation:
-    """Take down a tensor. Nothing of it is kept.
-
-    Args:
-        name: for the facts.
-        tensor: any type but those without values.
-    """
+def device_stats(name: str, tensor: Tensor) -> DeviceStats:
+    """Compute the statistics of a tensor without synchronising an accelerator. Keeps no reference to the tensor."""
     meta = {
         "name": name,
         "shape": list(tensor.shape),
@@ -151,168 +132,90 @@ def observe(name: str, tensor: Tensor) -> Observation:
         "device": str(tensor.device),
     }
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1)
-    if flat.device.type == "mps":  # knows no float64
+    if flat.device.type == "mps":  # has no float64
         flat = flat.cpu()
-    device = flat.device
     if not flat.numel():
-        return Observation(meta, *(torch.zeros(n, dtype=t) for n, t in ((NUMBERS, torch.float64), ((), torch.int64))))
-    total, code = None, None
-    for number, piece in enumerate(flat.split(CHUNK)):
-        numbers, part = _numbers(piece, number)
-        if total is None:
-            total, code = numbers, part
-        else:
-            absmax = torch.maximum(total[4], numbers[4])
-            total, code = total + numbers, code + part
-            total[4] = absmax
-    places = _places(flat.numel(), tensor.is_floating_point(), device)
-    samples = flat[places].to(torch.float64)
-    if len(samples) < SAMPLES:
-        samples = torch.nn.functional.pad(samples, (0, SAMPLES - len(samples)))
-    return Observation(meta, torch.cat([total, samples]), code)
+        return DeviceStats(meta, torch.zeros(NUMBERS, dtype=torch.float64), torch.zeros((), dtype=torch.int64))
+    chunks, codes = zip(*(_chunk_stats(chunk, i) for i, chunk in enumerate(flat.split(CHUNK))), strict=True)
+    numbers = torch.stack(chunks)
+    total = numbers.sum(0)
+    total[4] = numbers[:, 4].amax()
+    samples = flat[_sample_index(flat.numel(), tensor.is_floating_point(), flat.device)].to(torch.float64)
+    return DeviceStats(meta, torch.cat([total, _pad(samples, SAMPLES)]), torch.stack(codes).sum())
 
 
-def _numbers(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """[5 + SKETCH] sums over a chunk of at most CHUNK values in float64, and its part of the hash."""
+def stats_of(tensor: Tensor, name: str = "") -> TensorStats:
+    """Statistics of a tensor, at once."""
+    stats = device_stats(name, tensor)
+    return TensorStats.from_numbers(stats.meta, stats.numbers.cpu().numpy(), int(stats.hash))
+
+
+def _chunk_stats(values: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """[5 + SKETCH] sums in float64 over the chunk's values [at most CHUNK], and its part [] of the hash."""
     x = values.to(torch.float64)
     count, total = x.numel(), x.sum()
     nan = inf = total.new_zeros(())
-    # On a CPU a look costs nothing; elsewhere it would wait for the device.
+    # On a CPU reading the sum is free; an accelerator would have to synchronise.
     if x.device.type != "cpu" or not math.isfinite(total.item()):
         nan, inf = x.isnan().sum(), x.isinf().sum()
         x = x.nan_to_num(0.0, 0.0, 0.0)
         total, values = x.sum(), x.to(values.dtype) if values.is_floating_point() else values
-    odd, signs = _multipliers(x.device)
-    factor, own = _of_chunk(number, x.device)
+    multipliers, signs = _chunk_constants(x.device)
+    factor, chunk_signs = _constants_of_chunk(chunk, x.device)
     bits = _bits(values)
-    code = (bits * odd[: len(bits)]).sum() * factor
-    signed = x * signs[:count]
-    if count % SKETCH:
-        signed = torch.nn.functional.pad(signed, (0, -count % SKETCH))
-    sketch = signed.view(-1, SKETCH).sum(0) * own
+    # A sum of products with odd multipliers modulo 2⁶⁴ depends on the place of every value, and adds up over chunks.
+    code = (bits * multipliers[: len(bits)]).sum() * factor
+    sketch = _pad(x * signs[:count], SKETCH).view(-1, SKETCH).sum(0) * chunk_signs
     least, most = torch.aminmax(x)
     return torch.cat([torch.stack([nan, inf, total, torch.dot(x, x), torch.maximum(-least, most)]), sketch]), code
 
 
 def _bits(values: Tensor) -> Tensor:
-    """[at most n] 64-bit numbers that hold all of n values; of narrow floating point types two in one."""
+    """[at most n] 64-bit integers that hold all n values; two values of a narrow floating point type in each."""
     if not values.is_floating_point():
         return values.to(torch.int64)
     if values.dtype == torch.float64:
-        bits = (values + 0.0).view(torch.int64)  # makes -0 a 0
-        return bits ^ (bits >> 32)  # narrow values in a wide type have zeros at their low bits
-    if values.numel() % 2:
-        values = torch.nn.functional.pad(values, (0, 1))
-    return (values.to(torch.float32) + 0.0).view(torch.int64)
+        bits = (values + 0.0).view(torch.int64)  # turns -0 into 0
+        return bits ^ (bits >> 32)  # values of a narrow type have zeros in their low bits
+    return (_pad(values.to(torch.float32), 2) + 0.0).view(torch.int64)
 
 
-def facts_of(meta: dict[str, Any], numbers: np.ndarray, code: int) -> TensorFacts:
-    """Facts from the numbers as they lie in a file: [NUMBERS]."""
-    nan, inf, total, squares, absmax = (float(x) for x in numbers[:5])
-    count = math.prod(meta["shape"])
-    finite = max(count - nan - inf, 1)
-    mean = total / finite
-    return TensorFacts(
-        name=meta["name"],
-        shape=tuple(meta["shape"]),
-        strides=tuple(meta["strides"]),
-        dtype=meta["dtype"],
-        device=meta["device"],
-        nan=int(nan),
-        inf=int(inf),
-        mean=mean,
-        std=math.sqrt(max(squares / finite - mean**2, 0.0)),
-        absmax=absmax,
-        norm=math.sqrt(squares),
-        hash=int(code),
-        sketch=numbers[5 : 5 + SKETCH],
-        samples=numbers[5 + SKETCH :][: min(count, SAMPLES)],
-    )
+def _pad(values: Tensor, multiple: int) -> Tensor:
+    missing = -len(values) % multiple
+    return F.pad(values, (0, missing)) if missing else values
+
+
+def _random_bits(counters: np.ndarray) -> np.ndarray:
+    """splitmix64: [n] counters to [n] random 64-bit integers, the same in every version of every library."""
+    with np.errstate(over="ignore"):
+        x = (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+@functools.cache
+def _chunk_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every chunk: [CHUNK] odd multipliers of the hash, and [CHUNK] signs of the sketch."""
+    random = _random_bits(np.arange(CHUNK))
+    multipliers = torch.from_numpy((random | np.uint64(1)).view(np.int64))
+    signs = torch.from_numpy(1.0 - 2.0 * ((random >> np.uint64(40)) & np.uint64(1)).astype(np.float64))
+    return multipliers.to(device), signs.to(device)
 
 
 @functools.lru_cache(4096)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the positional arguments of a class's forward."""
-    try:
-        found = inspect.signature(kind.forward).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+def _constants_of_chunk(chunk: int, device: torch.device) -> tuple[int, Tensor]:
+    """For one chunk: a factor of its hash, and [SKETCH] signs."""
+    random = _random_bits(np.arange(SKETCH + 1) + (chunk + 1) * CHUNK)
+    signs = 1.0 - 2.0 * (random[1:] >> np.uint64(63)).astype(np.float64)
+    return int((random[:1] | np.uint64(1)).view(np.int64)[0]), torch.from_numpy(signs).to(device)
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments under the names that the module's forward has for them."""
-    names = _parameters(type(module))
-    placed = {names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(args)}
-    return placed | dict(kwargs)
-
-
-def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a value with its path."""
-    if isinstance(value, Tensor):
-        if value.device.type != "meta":
-            yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(f"{name}.{key}", item)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from leaves(f"{name}.{i}", item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for one in dataclasses.fields(value):
-            yield from leaves(f"{name}.{one.name}", getattr(value, one.name, None))
-
-
-def to_structure(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON; tensors go to `tensors`, as copies, and anything else becomes the name of its class."""
-    if isinstance(value, Tensor):
-        key = f"{prefix}/{len(tensors)}"
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": key}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return {"value": value}
-    if isinstance(value, Mapping):
-        return {"dict": {str(k): to_structure(v, prefix, tensors) for k, v in value.items()}}
-    if isinstance(value, (list, tuple)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [to_structure(v, prefix, tensors) for v in value]}
-    return {"object": type(value).__name__}
-
-
-def from_structure(structure: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """The value again; what was an object is None."""
-    ((kind, value),) = structure.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {key: from_structure(item, tensors) for key, item in value.items()}
-    if kind in ("tuple", "list"):
-        items = [from_structure(item, tensors) for item in value]
-        return tuple(items) if kind == "tuple" else items
-    return value if kind == "value" else None
-
-
-def objects_in(structure: Mapping[str, Any]) -> list[str]:
-    """Classes of what could not be kept."""
-    ((kind, value),) = structure.items()
-    if kind == "object":
-        return [value]
-    items = value.values() if kind == "dict" else value if kind in ("tuple", "list") else ()
-    return [name for item in items for name in objects_in(item)]
-
-
-def map_tensors(value: Any, change: Any) -> Any:
-    """The same structure with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [map_tensors(item, change) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    return value
-
-
-def floats_to(value: Any, dtype: torch.dtype) -> Any:
-    """The same structure with its floating point tensors in another type."""
-    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+@functools.lru_cache(4096)
+def _sample_index(count: int, is_float: bool, device: torch.device) -> Tensor:
+    """[at most SAMPLES] which of `count` values are the samples."""
+    if count <= SAMPLES or not is_float:
+        return torch.arange(min(count, SAMPLES), device=device)
+    stride = count // SAMPLES
+    offsets = (_random_bits(np.arange(SAMPLES)) % np.uint64(stride)).astype(np.int64)
+    return torch.from_numpy(np.arange(SAMPLES) * stride + offsets).to(device)

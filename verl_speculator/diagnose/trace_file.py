@@ -1,35 +1,31 @@
-"""A trace on disk: one safetensors file, whose header holds what is text and whose tensors hold the numbers.
+"""A trace on disk: one safetensors file. Its header holds all text, its tensors the numbers.
 
-No pickle, and a file that was cut off is known by its length. `header["trace"]` is JSON:
-
-    calls:    [{name, kind, index, parent, inside, start, end, inputs, outputs}], facts as rows of the two tensors
-    weights:  [facts], changed: names of those that the run itself changed
-    tokens, top, environment, caches, kept, notes
-    numbers [n, 85] and hashes [n]; kept/<i>/<j>: the tensors that --keep asked for
+It needs no pickle, and its length shows whether it is complete. `header["trace"]` is JSON: `facts` holds name, shape,
+strides, dtype and device of n tensors; all else is as in `Trace`, with indices into `facts` for tensors. The file's
+tensors are `numbers` [n, 85], `hashes` [n], and `kept/…`: arguments and outputs of the modules of `--keep`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import platform
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from verl_speculator.diagnose.tensor_stats import NUMBERS, Observation, TensorFacts, facts_of
+from verl_speculator.diagnose.tensor_stats import NUMBERS, DeviceStats, TensorStats
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.errors import UserError
 
 FORMAT = "verl_speculator.trace"
 VERSION = "1"
+# Arguments of a call that tell an attention layer which cache slots and blocks to use. The allocator chooses them, so
+# different ones in two runs are no fault by themselves.
+CACHE_PLACES = ("cache.slot_mapping", "cache.block_table")
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ class Call:
     Attributes:
         name: of the module, empty for the model itself.
         kind: the module's class.
-        index: how many calls of this module came before.
-        parent: position in the trace of the call that this one was made in, None for an outermost one.
-        start, end: when it began and ended, on a clock that counts beginnings and ends.
+        index: number of earlier calls of this module.
+        parent: index into `Trace.calls` of the enclosing call, None for an outermost one.
+        start, end: times on a clock that counts starts and ends of calls; `end` is 0 if the call raised.
         inputs, outputs: every tensor, by the name of its argument.
         inside: whether the traced model itself was running.
     """
@@ -52,33 +48,33 @@ class Call:
     parent: int | None
     start: int
     end: int
-    inputs: tuple[TensorFacts, ...]
-    outputs: tuple[TensorFacts, ...]
+    inputs: tuple[TensorStats, ...]
+    outputs: tuple[TensorStats, ...]
     inside: bool = True
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What `read_trace` gives.
+    """The content of a trace file.
 
     Attributes:
         path: of the file.
         model: class of the traced model.
-        calls: in the order in which they began.
+        calls: in the order in which they started.
         weights: parameters and buffers by name, as they were when the trace began.
-        changed: names of weights that were others when it ended.
+        changed: names of weights that had other values when it ended.
         tokens: the integers that the first call was given.
         top: [(token, logit)] of the last logits, the five largest.
         environment: versions, flags, threads, attention implementation.
-        caches: layout of every KV cache that was seen.
-        kept: [{call, structure}] of the modules of `--keep`; structures name tensors of the file.
-        notes: whatever the writer added.
+        caches: layout of every KV cache.
+        kept: [{call, inputs, outputs}] of the modules of `--keep`; the structures name tensors of the file.
+        notes: what the writer added.
     """
 
     path: Path
     model: str
     calls: tuple[Call, ...]
-    weights: dict[str, TensorFacts]
+    weights: dict[str, TensorStats]
     changed: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     top: tuple[tuple[int, float], ...] = ()
@@ -100,29 +96,7 @@ class Trace:
             return {key: file.get_tensor(key) for key in file.keys() if key.startswith("kept/")}  # noqa: SIM118
 
 
-class StatsBuffer:
-    """Collects observations, and gives each the number of its row."""
-
-    def __init__(self) -> None:
-        self.rows: list[Observation] = []
-
-    def add(self, observation: Observation) -> int:
-        """Its row."""
-        self.rows.append(observation)
-        return len(self.rows) - 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All rows on the CPU, in one transfer for each device."""
-        numbers = torch.zeros(len(self.rows), NUMBERS, dtype=torch.float64)
-        hashes = torch.zeros(len(self.rows), dtype=torch.int64)
-        for device in {row.numbers.device for row in self.rows}:
-            places = [i for i, row in enumerate(self.rows) if row.numbers.device == device]
-            numbers[places] = torch.stack([self.rows[i].numbers for i in places]).cpu()
-            hashes[places] = torch.stack([self.rows[i].hash for i in places]).cpu()
-        return {"numbers": numbers, "hashes": hashes}
-
-
-def write_trace(path: Path, content: dict[str, Any], ledger: StatsBuffer, kept: dict[str, Tensor]) -> None:
+def write_trace(path: Path, content: dict[str, Any], stats: Sequence[DeviceStats], kept: dict[str, Tensor]) -> None:
     """Write a whole trace, or nothing.
 
     Raises:
@@ -130,15 +104,23 @@ def write_trace(path: Path, content: dict[str, Any], ledger: StatsBuffer, kept: 
     """
     from safetensors.torch import save
 
-    content = content | {"facts": [row.meta for row in ledger.rows]}
-    data = save(ledger.tensors() | kept, metadata={"format": FORMAT, "version": VERSION, "trace": json.dumps(content)})
+    tensors = {
+        "numbers": torch.zeros(len(stats), NUMBERS, dtype=torch.float64),
+        "hashes": torch.zeros(len(stats), dtype=torch.int64),
+    }
+    for device in {row.numbers.device for row in stats}:  # one transfer for each device
+        rows = [i for i, row in enumerate(stats) if row.numbers.device == device]
+        tensors["numbers"][rows] = torch.stack([stats[i].numbers for i in rows]).cpu()
+        tensors["hashes"][rows] = torch.stack([stats[i].hash for i in rows]).cpu()
+    content = content | {"facts": [row.meta for row in stats]}
+    data = save(tensors | kept, metadata={"format": FORMAT, "version": VERSION, "trace": json.dumps(content)})
     try:
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
         raise UserError(
             f"out={path}: a trace of {len(data):,} bytes cannot be written: {error.strerror or error}; nothing is left "
-            "behind; expected a disk with room (fewer modules, or no --keep, make a smaller trace)"
+            "behind; expected a disk with free space (fewer modules, or no --keep, make a smaller trace)"
         ) from None
 
 
@@ -146,7 +128,7 @@ def read_trace(path: str | Path) -> Trace:
     """Read a trace.
 
     Raises:
-        UserError: if there is none, it was cut off, or it is something else.
+        UserError: if there is no such file, it was cut off, or it is no trace.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -163,83 +145,51 @@ def read_trace(path: str | Path) -> Trace:
             numbers, hashes = file.get_tensor("numbers"), file.get_tensor("hashes")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cut off, or no trace ({' '.join(str(error).split())[:120]})") from None
-    return _trace(path, json.loads(header["trace"]), numbers, hashes)
-
-
-def _trace(path: Path, content: dict[str, Any], numbers: np.ndarray, hashes: np.ndarray) -> Trace:
-    facts = [facts_of(meta, numbers[i], hashes[i]) for i, meta in enumerate(content.pop("facts"))]
-    calls = tuple(
-        Call(**one | {key: tuple(facts[i] for i in one[key]) for key in ("inputs", "outputs")})
-        for one in content.pop("calls")
+    content = json.loads(header["trace"])
+    metas = content.pop("facts")
+    stats = [TensorStats.from_numbers(*row) for row in zip(metas, numbers, hashes, strict=True)]
+    calls = (
+        call | {key: tuple(stats[i] for i in call[key]) for key in ("inputs", "outputs")} for call in content["calls"]
     )
-    weights = {facts[i].name: facts[i] for i in content.pop("weights")}
-    top = tuple((int(token), float(logit)) for token, logit in content.pop("top"))
-    tokens, changed = tuple(content.pop("tokens")), tuple(content.pop("changed"))
-    return Trace(path, calls=calls, weights=weights, top=top, tokens=tokens, changed=changed, **content)
+    return Trace(
+        **content
+        | {
+            "path": path,
+            "calls": tuple(Call(**call) for call in calls),
+            "weights": {stats[i].name: stats[i] for i in content["weights"]},
+            "top": tuple((int(token), float(logit)) for token, logit in content["top"]),
+            "tokens": tuple(content["tokens"]),
+            "changed": tuple(content["changed"]),
+        }
+    )
 
 
-PACKAGES = ("torch", "transformers", "vllm", "verl", "flash-attn")
-VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "VLLM_ATTENTION_BACKEND", "VLLM_BATCH_INVARIANT")
+def to_structure(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON. Copies of its tensors go to `tensors`; any other object becomes the name of its class."""
+    if isinstance(value, Tensor):
+        key = f"kept/{len(tensors)}"
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": key}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if isinstance(value, Mapping):
+        return {"dict": {str(k): to_structure(v, tensors) for k, v in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [to_structure(v, tensors) for v in value]}
+    return {"object": type(value).__name__}
 
 
-def environment(model: nn.Module) -> dict[str, Any]:
-    """Everything that can make the same weights give other numbers."""
-    found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    attention = set()
-    for module in model.modules():
-        attention.add(getattr(getattr(module, "config", None), "_attn_implementation", None))
-        if hasattr(backend := getattr(module, "attn_backend", None), "get_name"):  # as vLLM's layers have it
-            attention.add(backend.get_name())
-    return found | {
-        "attention": ", ".join(sorted(map(str, attention - {None}))) or "unknown",
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
-        "reduced_precision_bf16": bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
-        "cudnn": {"benchmark": torch.backends.cudnn.benchmark, "deterministic": torch.backends.cudnn.deterministic},
-        "sdpa": {
-            "flash": torch.backends.cuda.flash_sdp_enabled(),
-            "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-            "math": torch.backends.cuda.math_sdp_enabled(),
-        },
-        "autocast": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
-        "training": model.training,
-        "devices": sorted({str(p.device) for p in model.parameters()}),
-        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
-    }
-
-
-def is_cache(value: Any) -> bool:
-    """Whether this is a KV cache as transformers has them: layers with keys and values."""
-    return isinstance(getattr(value, "layers", None), list) and hasattr(value, "get_seq_length")
-
-
-def cached_tensors(cache: Any, layer: int) -> Iterator[tuple[str, Tensor]]:
-    """Keys and values of one layer, where there are any yet."""
-    if layer < len(cache.layers):
-        for name in ("keys", "values"):
-            tensor = getattr(cache.layers[layer], name, None)
-            if isinstance(tensor, Tensor):
-                yield f"cache.{name}", tensor
-
-
-def cache_layout(cache: Any) -> dict[str, Any]:
-    """Layers of one layout are a group; `slots` is how many tokens a layer holds."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, layer in enumerate(cache.layers):
-        keys = getattr(layer, "keys", None)
-        shape = tuple(keys.shape) if isinstance(keys, Tensor) else ()
-        kind = (type(layer).__name__, shape, str(getattr(keys, "dtype", "")), getattr(layer, "sliding_window", None))
-        groups.setdefault((*kind, int(layer.get_seq_length())), []).append(i)
-    return {
-        "kind": type(cache).__name__,
-        "groups": [
-            {"layers": layers, "kind": kind, "shape": list(shape), "dtype": dtype, "window": window, "slots": slots}
-            for (kind, shape, dtype, window, slots), layers in groups.items()
-        ],
-    }
+def from_structure(structure: Mapping[str, Any], tensors: Mapping[str, Tensor], lost: list[str]) -> Any:
+    """The value of `to_structure`. Objects become None; their classes are appended to `lost`."""
+    ((kind, value),) = structure.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: from_structure(item, tensors, lost) for key, item in value.items()}
+    if kind in ("tuple", "list"):
+        items = [from_structure(item, tensors, lost) for item in value]
+        return tuple(items) if kind == "tuple" else items
+    if kind == "object":
+        lost.append(value)
+        return None
+    return value

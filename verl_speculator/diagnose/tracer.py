@@ -1,79 +1,38 @@
-"""`with trace(model, path):` writes what every module was given and what it made of it."""
+"""`with trace(model, path):` writes statistics of every module's inputs and outputs."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
+import functools
+import inspect
+import os
+import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.diagnose.tensor_stats import leaves, named_arguments, observe, to_structure
-from verl_speculator.diagnose.trace_file import (
-    StatsBuffer,
-    cache_layout,
-    cached_tensors,
-    environment,
-    is_cache,
-    write_trace,
-)
+from verl_speculator.diagnose.tensor_stats import DeviceStats, device_stats
+from verl_speculator.diagnose.trace_file import CACHE_PLACES, to_structure, write_trace
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError
 
-# Which slots and blocks a request gets is the allocator's choice, and another one in another run is no fault by itself.
-PLACES = ("cache.slot_mapping", "cache.block_table")
-NAMES = (*PLACES, "cache.seq_lens")
-
-
-def _metadata() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Attention metadata by layer, one mapping for each micro-batch, and the layers themselves."""
-    module = sys.modules.get("vllm.forward_context")
-    if module is None or not module.is_forward_context_available():
-        return [], {}
-    context = module.get_forward_context()
-    batches = context.attn_metadata if isinstance(context.attn_metadata, list) else [context.attn_metadata]
-    # A run that only measures memory has none.
-    return [batch for batch in batches if isinstance(batch, dict)], context.no_compile_layers
-
-
-def paged_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Slots, blocks and lengths that an attention layer is handed beside its arguments; nothing for other modules."""
-    layer = getattr(module, "layer_name", None)
-    batches = _metadata()[0] if isinstance(layer, str) else []
-    for number, batch in enumerate(batches):
-        for name in NAMES:
-            tensor = getattr(batch.get(layer), name.removeprefix("cache."), None)
-            if isinstance(tensor, Tensor):
-                yield name + (f".{number}" if len(batches) > 1 else ""), tensor
-
-
-def paged_layout() -> dict[str, Any] | None:
-    """The layout of the running engine's cache, in the words of `surroundings.cache_layout`: layers that share a block
-    table and a layout are a group; `slots` is how many tokens the longest request holds. None without an engine."""
-    batches, layers = _metadata()
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, one in (batches[0] if batches else {}).items():
-        layer, table = layers.get(name), getattr(one, "block_table", None)
-        cache = getattr(layer, "kv_cache", None)
-        shape, dtype = (tuple(cache.shape), str(cache.dtype)) if isinstance(cache, Tensor) else ((), "")
-        kind = (type(layer).__name__, shape, dtype, getattr(layer, "sliding_window", None))
-        groups.setdefault((id(table), *kind, getattr(one, "max_seq_len", None)), []).append(name)
-    words = ("kind", "shape", "dtype", "window", "slots")
-    told = [{"layers": sorted(names)} | dict(zip(words, key[1:], strict=True)) for key, names in groups.items()]
-    return {"kind": "vLLM", "groups": told} if groups else None
-
-
-MOST_TOKENS = 1 << 16
+# More integers than this are no prompt.
+MAX_TOKENS = 1 << 16
 TOP = 5
+PACKAGES = ("torch", "transformers", "vllm", "verl", "flash-attn")
+VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "VLLM_ATTENTION_BACKEND", "VLLM_BATCH_INVARIANT")
 
 
 def check_out(path: Path) -> None:
-    """Whether a trace can be written there, before anything runs.
+    """Check that a trace can be written to `path`, before anything runs.
 
     Raises:
         UserError: if not.
@@ -86,19 +45,19 @@ def check_out(path: Path) -> None:
 
 
 def select(names: Sequence[str], patterns: Sequence[str], setting: str) -> list[str]:
-    """The modules that patterns name: whole names, ends of names (`mlp.router`), or with `*`.
+    """The module names that match any pattern: a whole name, the end of a name (`mlp.router`), or one with `*`.
 
     Raises:
         UserError: for a pattern that matches nothing, with the nearest names.
     """
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"*.{pattern}")]
-        if not found:
+        matches = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"*.{pattern}")]
+        if not matches:
             close = difflib.get_close_matches(pattern, [n for n in names if n], n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(close)}?" if close else f"it has {', '.join(n for n in names[1:5])}, …"
             raise UserError(f"{setting}={pattern}: matches no module of the model; {hint}")
-        chosen.update(found)
+        chosen.update(matches)
     return [name for name in names if name in chosen]
 
 
@@ -111,96 +70,84 @@ def trace(
     keep: Sequence[str] = (),
     weights: bool = True,
     notes: Mapping[str, Any] | None = None,
-) -> Iterator[Recorder]:
-    """Trace every call of a model's modules while the block lasts, and write the trace when it ends.
+) -> Iterator[Tracer]:
+    """Trace every call of a model's modules inside the block, and write the trace at its end.
 
-    Numbers stay on the device until then, so that nothing waits for it. An exception leaves no file. Modules inside of
-    a compiled graph or a captured CUDA graph are not called one by one and do not appear: run eagerly.
+    Numbers stay on the device until then, so an accelerator is not synchronised. An exception leaves no file. Modules
+    inside a compiled graph or a captured CUDA graph do not appear, because their hooks do not run: run eagerly.
 
     Args:
         model: any module.
         path: of the trace.
-        modules: names, ends of names or patterns with `*`; None for all. A few cost a few percent of a run.
-        keep: modules whose arguments and outputs are kept whole, for `bisect`, with all that they call.
-        weights: take the fingerprint of every weight of the traced modules, at the beginning and at the end.
-        notes: anything that JSON can hold, kept in the trace; the recorder's `notes` can be added to in the block.
+        modules: names, ends of names or patterns with `*`; None for all. A few modules cost a few percent of a run.
+        keep: modules whose arguments and outputs are kept whole, with those of all their submodules, for `bisect`.
+        weights: record every weight of the traced modules, and whether the run changed it.
+        notes: anything that JSON can hold, kept in the trace. The block can add to the tracer's `notes`.
 
     Raises:
         UserError: for a name that matches no module, or a file that cannot be written.
     """
     path = Path(path)
     check_out(path)
-    recorder = Recorder(model, modules, keep, weights=weights)
-    recorder.notes.update(notes or {})
-    with recorder.hooked():
-        yield recorder
-    recorder.write(path)
+    tracer = Tracer(model, modules, keep, weights=weights)
+    tracer.notes.update(notes or {})
+    with tracer.hooked():
+        yield tracer
+    tracer.write(path)
 
 
-def _vocabulary(model: nn.Module) -> int | None:
-    """How many logits a model or one of its parts makes, None where nothing says it."""
-    owners = (owner for part in model.modules() for owner in (part, getattr(part, "config", None)))
-    said = (getattr(owner, "vocab_size", None) for owner in owners)
-    return next((size for size in said if isinstance(size, int)), None)
-
-
-class Recorder:
-    """Hooks on modules and what they have seen.
-
-    Args:
-        model: any module.
-        modules: patterns, None for all.
-        keep: patterns of modules that are kept whole with their submodules.
-        weights: whether to take down weights.
-    """
+class Tracer:
+    """Hooks on modules, and what they recorded. The arguments are those of `trace`."""
 
     def __init__(
         self, model: nn.Module, modules: Sequence[str] | None, keep: Sequence[str], *, weights: bool = True
     ) -> None:
-        self.model, self.notes = model, {}
-        everything = dict(model.named_modules())
-        names = list(everything)
-        chosen = names if modules is None else select(names, modules, "modules")
-        self._keep = select(names, keep, "keep")
-        kept = [name for name in names if self._is_kept(name)]
-        self.modules = {name: everything[name] for name in names if name in {*chosen, *kept}}
-        self.limited = modules is not None
-        self.ledger, self.calls = StatsBuffer(), []
-        self.kept: list[dict[str, Any]] = []
-        self.kept_tensors: dict[str, Tensor] = {}
-        self._clock, self._stack, self._counts = 0, [], {}
+        self.model = model
+        self.notes: dict[str, Any] = {}
+        self.calls: list[dict[str, Any]] = []
+        by_name = dict(model.named_modules())
+        names = list(by_name)
+        chosen = set(names if modules is None else select(names, modules, "modules"))
+        roots = select(names, keep, "keep")
+        self._kept_names = {n for n in names if any(not r or n == r or n.startswith(f"{r}.") for r in roots)}
+        self.modules = {name: by_name[name] for name in names if name in chosen | self._kept_names}
+        self._stats: list[DeviceStats] = []
+        self._kept: dict[int, dict[str, Any]] = {}  # by index into `calls`
+        self._kept_tensors: dict[str, Tensor] = {}
+        self._clock = 0
+        self._stack: list[int] = []
+        self._counts: dict[str, int] = {}
         self._caches: dict[int, Any] = {}
-        self._paged: dict[str, Any] | None = None
-        self._depth, self._entered = 0, False
+        self._paged_layout: dict[str, Any] | None = None
+        self._model_depth, self._model_was_called = 0, False
         self._tokens: Tensor | None = None
         self._top: Any = None
-        self._vocabulary = _vocabulary(model)
-        self._weights = self._fingerprints() if weights else {}
-        self._had_weights = weights
-
-    def _is_kept(self, name: str) -> bool:
-        return any(not k or name == k or name.startswith(f"{k}.") for k in self._keep)
-
-    def _fingerprints(self) -> dict[str, int]:
-        """Row of every parameter and buffer of the traced modules."""
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        prefixes = None if not self.limited else tuple(f"{name}." for name in self.modules if name)
-        return {
-            name: self.ledger.add(observe(name, tensor))
-            for name, tensor in named.items()
-            if tensor.device.type != "meta" and (prefixes is None or name.startswith(prefixes))
+        self._vocab_size = _vocab_size(model)
+        prefixes = ("",) if modules is None else tuple(f"{name}." for name in self.modules if name)
+        self._weights = {
+            name: self._record(name, tensor)
+            for name, tensor in (self._named_weights() if weights else {}).items()
+            if tensor.device.type != "meta" and name.startswith(prefixes)
         }
+
+    def _named_weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+
+    def _record(self, name: str, tensor: Tensor) -> int:
+        """The row of a tensor's statistics."""
+        self._stats.append(device_stats(name, tensor))
+        return len(self._stats) - 1
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Listen while the block lasts."""
+        """Record calls inside the block."""
         handles = [
-            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.model.register_forward_hook(self._leave, always_call=True),
+            self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            self.model.register_forward_hook(self._leave_model, always_call=True),
         ]
         try:
             for name, module in self.modules.items():
-                before, after = self._hooks(name)
+                before, after = functools.partial(self._before, name), functools.partial(self._after, name)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after, with_kwargs=True))
             yield
@@ -208,117 +155,253 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._depth += 1
-        self._paged = paged_layout() or self._paged
-        if not self._entered:
-            self._entered = True
+    def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._model_depth += 1
+        self._paged_layout = paged_layout() or self._paged_layout
+        if not self._model_was_called:
+            self._model_was_called = True
             self._take_tokens(named_arguments(model, args, kwargs))
 
-    def _leave(self, *_: Any) -> None:
-        self._depth -= 1
+    def _leave_model(self, *_: Any) -> None:
+        self._model_depth -= 1
 
     def _take_tokens(self, arguments: dict[str, Any]) -> None:
-        inputs = (tensor for value in arguments.values() for _, tensor in leaves("", value))
-        whole = [t for t in inputs if not t.is_floating_point() and 0 < t.numel() <= MOST_TOKENS]
-        self._tokens = whole[0].detach().reshape(-1).clone() if whole else None
+        inputs = (tensor for value in arguments.values() for _, tensor in named_tensors("", value))
+        integers = (t for t in inputs if not t.is_floating_point() and 0 < t.numel() <= MAX_TOKENS)
+        tokens = next(integers, None)
+        self._tokens = None if tokens is None else tokens.detach().reshape(-1).clone()
 
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
 
-    def _hooks(self, name: str) -> tuple[Any, Any]:
-        is_kept = self._is_kept(name)
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = named_arguments(module, args, kwargs)
+        if not self._stack and self._tokens is None:
+            self._take_tokens(arguments)
+        inputs = [tensor for item in arguments.items() for tensor in named_tensors(*item)]
+        inputs += [*self._cached_tensors(module, arguments), *paged_tensors(module)]
+        position, index = len(self.calls), self._counts.get(name, 0)
+        self._counts[name] = index + 1
+        call = {
+            "name": name,
+            "kind": type(module).__name__,
+            "index": index,
+            "parent": self._stack[-1] if self._stack else None,
+            "inside": self._model_depth > 0,
+            "start": self._tick(),
+            "end": 0,
+            "inputs": [self._record(*tensor) for tensor in inputs],
+            "outputs": [],
+        }
+        if name in self._kept_names:
+            structure = to_structure({"args": args, "kwargs": kwargs}, self._kept_tensors)
+            self._kept[position] = {"call": position, "inputs": structure}
+        self._stack.append(position)
+        self.calls.append(call)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = named_arguments(module, args, kwargs)
-            if not self._stack and self._tokens is None:
-                self._take_tokens(arguments)
-            call = {
-                "name": name,
-                "kind": type(module).__name__,
-                "index": self._counts.get(name, 0),
-                "parent": self._stack[-1] if self._stack else None,
-                "inside": self._depth > 0,
-                "start": self._tick(),
-                "end": 0,
-                "inputs": [self.ledger.add(observe(*leaf)) for leaf in self._inputs(module, arguments)],
-                "outputs": [],
-            }
-            self._counts[name] = call["index"] + 1
-            if is_kept:
-                structure = to_structure({"args": args, "kwargs": kwargs}, f"kept/{len(self.kept)}", self.kept_tensors)
-                self.kept.append({"call": len(self.calls), "inputs": structure})
-                call["kept"] = len(self.kept) - 1
-            self._stack.append(len(self.calls))
-            self.calls.append(call)
+    def _after(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Calls that raised an exception which the model caught never end.
+        while self._stack and self.calls[self._stack[-1]]["name"] != name:
+            self._stack.pop()
+        if not self._stack:
+            return
+        position = self._stack.pop()
+        call = self.calls[position]
+        outputs = [
+            *named_tensors("output", output),
+            *self._cached_tensors(module, named_arguments(module, args, kwargs)),
+        ]
+        call["outputs"] = [self._record(*tensor) for tensor in outputs]
+        if position in self._kept:
+            self._kept[position]["outputs"] = to_structure(output, self._kept_tensors)
+        if not self._stack:
+            self._take_top(outputs)
+        call["end"] = self._tick()
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # An exception that was caught on the way leaves calls that never ended.
-            while self._stack and self.calls[self._stack[-1]]["name"] != name:
-                self._stack.pop()
-            if not self._stack:
-                return
-            call = self.calls[self._stack.pop()]
-            cached = self._cached(module, named_arguments(module, args, kwargs))
-            seen = [*leaves("output", output), *cached]
-            call["outputs"] = [self.ledger.add(observe(*leaf)) for leaf in seen]
-            if "kept" in call:
-                kept = self.kept[call.pop("kept")]
-                kept["outputs"] = to_structure(output, f"kept/{call['start']}.out", self.kept_tensors)
-            if not self._stack:
-                self._take_top(seen)
-            call["end"] = self._tick()
-
-        return before, after
-
-    def _inputs(self, module: nn.Module, arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        yield from (leaf for name, value in arguments.items() for leaf in leaves(name, value))
-        yield from self._cached(module, arguments)
-        yield from paged_tensors(module)
-
-    def _cached(self, module: nn.Module, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
-        """A layer's part of the cache, for the module that knows which layer it is."""
+    def _cached_tensors(self, module: nn.Module, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
+        """Keys and values of a transformers cache among the arguments, for a module that knows its layer's index."""
         for value in arguments.values():
-            if is_cache(value):
+            if isinstance(getattr(value, "layers", None), list) and hasattr(value, "get_seq_length"):
                 self._caches[id(value)] = value
-                layer = getattr(module, "layer_idx", None)
-                return list(cached_tensors(value, layer)) if isinstance(layer, int) else []
+                index = getattr(module, "layer_idx", None)
+                if not isinstance(index, int) or index >= len(value.layers):
+                    return []
+                both = ((f"cache.{name}", getattr(value.layers[index], name, None)) for name in ("keys", "values"))
+                return [(name, tensor) for name, tensor in both if isinstance(tensor, Tensor)]
         return []
 
     def _take_top(self, outputs: list[tuple[str, Tensor]]) -> None:
         for name, tensor in outputs:
-            # An engine's model hands over states, and another of its modules makes logits of them.
-            is_whole = name == "output" and tensor.dim() >= 2 and self._vocabulary in (None, tensor.shape[-1])
+            # In a serving engine the model returns hidden states, and another module computes the logits.
+            is_whole = name == "output" and tensor.dim() >= 2 and self._vocab_size in (None, tensor.shape[-1])
             is_logits = name.endswith("logits") or is_whole
             if is_logits and tensor.is_floating_point() and tensor.shape[-1] >= TOP and tensor.numel():
                 self._top = tensor.detach().reshape(-1, tensor.shape[-1])[-1].float().topk(TOP)
                 return
 
     def write(self, path: Path) -> None:
-        """The trace to a file.
+        """Write the trace.
 
         Raises:
-            UserError: if it cannot be written.
+            UserError: if the file cannot be written.
         """
-        changed: list[str] = []
-        if self._had_weights:
-            first = {name: self.ledger.rows[i] for name, i in self._weights.items()}
-            named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            last = {name: observe(name, named[name]) for name in first if name in named}
-            pairs = [torch.stack([first[name].hash.cpu(), last[name].hash.cpu()]) for name in last]
-            changed = [name for name, pair in zip(last, pairs, strict=True) if pair[0] != pair[1]]
+        now = self._named_weights()
+        before = {name: self._stats[row].hash for name, row in self._weights.items() if name in now}
         top = [] if self._top is None else zip(self._top.indices.tolist(), self._top.values.tolist(), strict=True)
         content = {
             "model": type(self.model).__name__,
-            "calls": [{k: v for k, v in call.items() if k != "kept"} for call in self.calls],
+            "calls": self.calls,
             "weights": list(self._weights.values()),
-            "changed": changed,
+            "changed": [n for n, code in before.items() if int(device_stats(n, now[n]).hash) != int(code)],
             "tokens": [] if self._tokens is None else self._tokens.tolist(),
             "top": [list(pair) for pair in top],
             "environment": environment(self.model),
-            "caches": [*map(cache_layout, self._caches.values()), *([self._paged] if self._paged else [])],
-            "kept": self.kept,
+            "caches": [*map(cache_layout, self._caches.values()), *filter(None, [self._paged_layout])],
+            "kept": list(self._kept.values()),
             "notes": self.notes,
         }
-        write_trace(path, content, self.ledger, self.kept_tensors)
+        write_trace(path, content, self._stats, self._kept_tensors)
+
+
+@functools.lru_cache(4096)
+def _argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the positional arguments of a class's forward."""
+    try:
+        parameters = inspect.signature(kind.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))[1:]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that the module's forward gives them."""
+    names = _argument_names(type(module))
+    positional = {names[i] if i < len(names) else f"argument{i}": value for i, value in enumerate(args)}
+    return positional | dict(kwargs)
+
+
+def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a value, with its path."""
+    if isinstance(value, Tensor):
+        if value.device.type != "meta":
+            yield name, value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
+    for key, item in items:
+        yield from named_tensors(f"{name}.{key}", item)
+
+
+def _vocab_size(model: nn.Module) -> int | None:
+    """Number of logits, None where neither a module nor its configuration names it."""
+    owners = (owner for part in model.modules() for owner in (part, getattr(part, "config", None)))
+    sizes = (getattr(owner, "vocab_size", None) for owner in owners)
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """What can make the same weights compute other numbers: versions, flags, threads, devices."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    attention = set()
+    for module in model.modules():
+        attention.add(getattr(getattr(module, "config", None), "_attn_implementation", None))
+        if hasattr(backend := getattr(module, "attn_backend", None), "get_name"):  # a layer of vLLM
+            attention.add(backend.get_name())
+    cuda = torch.backends.cuda
+    return {
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        **versions,
+        "attention": ", ".join(sorted(map(str, attention - {None}))) or "unknown",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": bool(cuda.matmul.allow_tf32),
+        "reduced_precision_bf16": bool(cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "cudnn": {"benchmark": torch.backends.cudnn.benchmark, "deterministic": torch.backends.cudnn.deterministic},
+        "sdpa": {
+            "flash": cuda.flash_sdp_enabled(),
+            "efficient": cuda.mem_efficient_sdp_enabled(),
+            "math": cuda.math_sdp_enabled(),
+        },
+        "autocast": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        "training": model.training,
+        "devices": sorted({str(p.device) for p in model.parameters()}),
+        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def cache_layout(cache: Any) -> dict[str, Any]:
+    """Layout of a transformers cache; `slots` is the number of tokens that a layer holds."""
+    layers = enumerate(cache.layers)
+    rows = [(i, None, layer, getattr(layer, "keys", None), int(layer.get_seq_length())) for i, layer in layers]
+    return _layout(type(cache).__name__, rows)
+
+
+def paged_layout() -> dict[str, Any] | None:
+    """Layout of a running vLLM engine's cache, None without one; `slots` is the length of the longest request."""
+    batches, modules = _forward_context()
+    layers = [
+        (
+            name,
+            id(getattr(attention, "block_table", None)),
+            modules.get(name),
+            getattr(modules.get(name), "kv_cache", None),
+            getattr(attention, "max_seq_len", None),
+        )
+        for name, attention in (batches[0] if batches else {}).items()
+    ]
+    return _layout("vLLM", layers) if layers else None
+
+
+def _layout(kind: str, layers: Iterable[tuple[Any, Hashable, Any, Any, int | None]]) -> dict[str, Any]:
+    """Layers of one block table and layout as a group.
+
+    Args:
+        kind: of the cache.
+        layers: (name, block table, layer, tensor, slots) of each.
+    """
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for name, block_table, layer, tensor, slots in layers:
+        shape, dtype = (tuple(tensor.shape), str(tensor.dtype)) if isinstance(tensor, Tensor) else ((), "")
+        window = getattr(layer, "sliding_window", None)
+        groups.setdefault((block_table, type(layer).__name__, shape, dtype, window, slots), []).append(name)
+    keys = ("kind", "shape", "dtype", "window", "slots")
+    return {
+        "kind": kind,
+        "groups": [
+            {"layers": sorted(names)} | dict(zip(keys, group[1:], strict=True)) for group, names in groups.items()
+        ],
+    }
+
+
+def _forward_context() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """vLLM's attention metadata by layer, one mapping for each micro-batch, and its attention modules by name."""
+    module = sys.modules.get("vllm.forward_context")
+    if module is None or not module.is_forward_context_available():
+        return [], {}
+    context = module.get_forward_context()
+    batches = context.attn_metadata if isinstance(context.attn_metadata, list) else [context.attn_metadata]
+    # A run that only measures memory has no metadata.
+    return [batch for batch in batches if isinstance(batch, dict)], context.no_compile_layers
+
+
+def paged_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Slots, blocks and lengths that a vLLM attention layer reads from the forward context; nothing for others."""
+    layer = getattr(module, "layer_name", None)
+    batches = _forward_context()[0] if isinstance(layer, str) else []
+    for number, batch in enumerate(batches):
+        for name in (*CACHE_PLACES, "cache.seq_lens"):
+            tensor = getattr(batch.get(layer), name.removeprefix("cache."), None)
+            if isinstance(tensor, Tensor):
+                yield name + (f".{number}" if len(batches) > 1 else ""), tensor

@@ -112,7 +112,7 @@ def traced(engine, path, *, blocks=(2, 5), shift=0, prefix="", target=None, **se
     return read_trace(path)
 
 
-def test_the_layout_and_the_places(engine, tmp_path):
+def test_trace_in_vllm_records_cache_layout_and_places(engine, tmp_path):
     found = traced(engine, tmp_path / "a")
     assert found.environment["attention"] == "CPU_ATTN"
     groups = found.caches[0]["groups"]
@@ -127,14 +127,14 @@ def test_the_layout_and_the_places(engine, tmp_path):
     assert few.tokens == found.tokens and few.caches and not few.top
 
 
-def test_other_blocks_are_no_fault(engine, tmp_path):
+def test_compare_other_cache_blocks_is_same(engine, tmp_path):
     a, b = traced(engine, tmp_path / "a"), traced(engine, tmp_path / "b", blocks=(3, 1), prefix="draft_model.")
     found = compare(a, b)
     assert found.verdict.kind == "same", found.verdict
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-def test_a_slot_off_by_one(engine, tmp_path, shift):
+def test_compare_slot_off_by_one_names_the_slot(engine, tmp_path, shift):
     a, b = traced(engine, tmp_path / "a"), traced(engine, tmp_path / "b", shift=shift)
     found = compare(a, b).verdict
     assert found.kind == "inputs" and found.module == "attn.0", found
@@ -143,7 +143,7 @@ def test_a_slot_off_by_one(engine, tmp_path, shift):
     )
 
 
-def test_a_length_that_is_another(engine, tmp_path, monkeypatch):
+def test_compare_other_sequence_length_names_the_length(engine, tmp_path, monkeypatch):
     a = traced(engine, tmp_path / "a")
     real = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda x, **k: real([7], **k) if x == [6] else real(x, **k))
@@ -153,7 +153,7 @@ def test_a_length_that_is_another(engine, tmp_path, monkeypatch):
     assert found.evidence[0] == "no output shows it"  # this layer takes the other number, max_seq_len
 
 
-def test_a_module_that_the_target_shares_with_the_draft(engine, tmp_path):
+def test_compare_module_shared_with_the_target_is_left_out(engine, tmp_path):
     a = traced(engine, tmp_path / "a")
     b = traced(engine, tmp_path / "b", prefix="draft_model.", target=lambda shared: Model("", shared))
     assert [call.name for call in b.calls if not call.inside][:2] == ["rotary", "rotary"]
@@ -162,7 +162,7 @@ def test_a_module_that_the_target_shares_with_the_draft(engine, tmp_path):
     assert "left out, for something else called it too: rotary" in found.notes
 
 
-def test_micro_batches_and_steps_without_metadata(engine, tmp_path):
+def test_trace_in_vllm_micro_batches_and_missing_metadata_are_read(engine, tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].layer_name = "layers.0.attn"
     one = Metadata(torch.tensor([3]), torch.tensor([[1]]), torch.tensor([1]), 1)
