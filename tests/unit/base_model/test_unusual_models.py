@@ -8,12 +8,13 @@ import os
 import pytest
 import torch
 
-import verl_speculator.cli.options as loading
+import verl_speculator.base_model.loading as loading
 import verl_speculator.preflight.launch as launch
 from helpers.drafters import alone
 from helpers.engine_harness import build_engine, gradients, make_batch, run_batch, weights
 from helpers.training_runs import overrides
 from verl_speculator import SpeculatorConfig, build_speculator
+from verl_speculator.cli.options import LoadingOptions, load_models
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.models.layers import copy_norm, start_from_base
 from verl_speculator.utils.errors import UserError
@@ -126,11 +127,9 @@ def test_decoding_of_recurrent_layers_is_refused(name):
 
 @pytest.mark.parametrize("name", ["lfm2", "minimax"])
 def test_loading_of_recurrent_layers_is_refused_before_weights_load(saved, name, monkeypatch):
-    import verl_speculator.base_model.loading as load
-
-    monkeypatch.setattr(load, "load_base", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_base", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=r"base=.*ForCausalLM\): its recurrent state cannot be rolled back") as error:
-        loading.load(str(saved(name)), None, device="cpu", dtype="auto")
+        load_models(str(saved(name)), None, LoadingOptions())
     one_line(error)
 
 
