@@ -168,7 +168,7 @@ def test_a_run_that_reads_all_equals_the_one_that_wrote(written, runs, make):
     settings = make("states", trainer__logger="file", data__micro_batch_size_per_gpu=2)
     result = script(1, runs / "reading", *settings, **log)
     assert result.returncode == 0, result.stderr
-    assert "states of 40 of 40 rows are there" in result.stderr
+    assert "states of 40 of 40 rows are cached" in result.stderr
     assert losses(read_log(runs / "log.jsonl")) == pytest.approx(losses(written), rel=1e-3)
     assert (runs / "states" / STATES).read_bytes() == before
 
