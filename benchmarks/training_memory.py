@@ -1,12 +1,12 @@
-"""Peak memory of the speculator's loss, forward and backward, without parameters, optimizer and base.
+"""Peak memory of the speculator's loss, forward and backward, without parameters, optimizer and base model.
 
     python benchmarks/training_memory.py [--setting 8b|long|all] [--impl ours|plain|both] [--out FILE.csv]
     python benchmarks/training_memory.py --growth            # K = 1 … 8 and V = 32k … 256k
-    python benchmarks/training_memory.py --by cuda           # on a GPU, by its allocator
+    python benchmarks/training_memory.py --by cuda           # on a GPU, from CUDA's allocator
 
-Counted on fake tensors: every allocation and release is seen, none takes place, so that no GPU is needed. The gradients
-of the parameters count, the parameters and the rows of hidden states that the base hands over do not. `plain` is the
-loop of the field: all rows through all depths, K blocks of logits stacked, cross-entropy on them, autograd.
+Counted on fake tensors: every allocation and release is counted and none is made, so no GPU is needed. The gradients of
+the parameters count; the parameters and the hidden states from the base model do not. `plain` is the usual training loop:
+all rows through all depths, K blocks of logits stacked, cross-entropy, autograd.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ SETTINGS = {
 }
 
 
-class AcceptanceStats(TorchDispatchMode):
-    """Bytes that are held now, and the most that were, over all storages made while it is on."""
+class AllocationCounter(TorchDispatchMode):
+    """Counts the bytes held by all storages allocated while the mode is active: current and peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[int, Any] = {}
-        self.now = self.peak = 0
+        self.tracked: dict[int, Any] = {}
+        self.current = self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.note(tensor.untyped_storage())
+                self.track(tensor.untyped_storage())
         return result
 
-    def note(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it is gone."""
+    def track(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is released."""
         key = storage._cdata
-        if key in self.seen:
+        if key in self.tracked:
             return
         size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.current += size
+        self.peak = max(self.peak, self.current)
 
-        def gone() -> None:
-            self.now -= size
-            del self.seen[key]
+        def release() -> None:
+            self.current -= size
+            del self.tracked[key]
 
-        self.seen[key] = weakref.finalize(storage, gone)
+        self.tracked[key] = weakref.finalize(storage, release)
 
 
 def plain_loss(speculator: Speculator, hidden: Tensor, tokens: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """The field's loop: unroll, stack all logits, cross-entropy of each depth in float32."""
+    """The usual loop: unroll, stack all logits, cross-entropy of each depth in float32."""
     states = speculator.unroll(hidden, tokens)
     logits = torch.stack([state @ speculator.head(k).T for k, state in enumerate(states)])
     losses = []
@@ -81,9 +81,9 @@ def plain_loss(speculator: Speculator, hidden: Tensor, tokens: Tensor, targets: 
 
 
 def run(
-    impl: str, loss: str, shape: dict[str, int], device: str, account: AcceptanceStats | None
+    impl: str, loss: str, shape: dict[str, int], device: str, allocations: AllocationCounter | None
 ) -> Callable[[], None]:
-    """A loss, forward and backward, ready to be called; what it needs is there before."""
+    """Allocate the inputs and return a function that runs the loss forward and backward."""
     rows, depths, vocab, width = (shape[name] for name in ("rows", "depths", "vocab", "width"))
     widths = {"inner_dim": width, "emb_dim": width, "proj_dim": width}
     config = SpeculatorConfig(method="sum_lstm", n_predict=depths, tie_lstm_embs=True, **widths)
@@ -94,9 +94,9 @@ def run(
     valid = torch.ones(rows, depths, dtype=torch.bool, device=device)
     later = torch.arange(rows, device=device)[:, None] + torch.arange(depths, device=device)
     teacher = {"teacher_hidden": hidden, "teacher_rows": later.clamp(max=rows - 1), "base_head": head}
-    if account is not None:
+    if allocations is not None:
         for tensor in (hidden, head, tokens, targets, valid, teacher["teacher_rows"], *speculator.parameters()):
-            account.seen[tensor.untyped_storage()._cdata] = None  # there before, and not counted
+            allocations.tracked[tensor.untyped_storage()._cdata] = None  # allocated before: not counted
 
     def call() -> None:
         if impl == "plain":
@@ -108,7 +108,7 @@ def run(
 
 
 def measure(impl: str, loss: str, shape: dict[str, int], by: str) -> float:
-    """Peak in GB (10⁹ bytes), counted on fake tensors or asked of CUDA's allocator."""
+    """Peak in GB (10⁹ bytes), counted on fake tensors or read from CUDA's allocator."""
     if by == "cuda":
         call = run(impl, loss, shape, "cuda", None)
         torch.cuda.synchronize()
@@ -118,20 +118,20 @@ def measure(impl: str, loss: str, shape: dict[str, int], by: str) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e9
     with FakeTensorMode():
-        account = AcceptanceStats()
-        call = run(impl, loss, shape, "cpu", account)
-        with account:
+        allocations = AllocationCounter()
+        call = run(impl, loss, shape, "cpu", allocations)
+        with allocations:
             call()
-    return account.peak / 1e9
+    return allocations.peak / 1e9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=[*SETTINGS, "all"], default="all")
     parser.add_argument("--impl", choices=["ours", "plain", "both"], default="both")
-    parser.add_argument("--loss", default="ce", help="of ours; the plain loop's is ce")
-    parser.add_argument("--by", choices=["fake", "cuda"], default="fake", help="cuda needs a GPU with room for it")
-    parser.add_argument("--growth", action="store_true", help="K and V around the first setting")
+    parser.add_argument("--loss", default="ce", help="loss of speculator_loss; the plain loop always uses ce")
+    parser.add_argument("--by", choices=["fake", "cuda"], default="fake", help="cuda needs a GPU with enough memory")
+    parser.add_argument("--growth", action="store_true", help="vary K and V around the first setting")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "training_memory.csv")
     args = parser.parse_args()
     chosen = SETTINGS if args.setting == "all" else {args.setting: SETTINGS[args.setting]}
