@@ -5,7 +5,7 @@
     python benchmarks/training_memory.py --by cuda           # on a GPU, from CUDA's allocator
 
 Counted on fake tensors: every allocation and release is counted and none is made, so no GPU is needed. The gradients of
-the parameters count; the parameters and the hidden states from the base model do not. `plain` is the usual training loop:
+the parameters count; the parameters and the hidden states of the base model do not. `plain` is the usual loop:
 all rows through all depths, K blocks of logits stacked, cross-entropy, autograd.
 """
 
