@@ -1,8 +1,8 @@
-"""Does glibc's allocator threshold, which the launcher sets on a CPU, pay? Pairs of short runs, with and without.
+"""Training speed and memory with glibc's default allocator thresholds and with those that the launcher sets on a CPU.
 
     python benchmarks/allocator.py BASE TRAIN.parquet [--pairs 3] [--out benchmarks/allocator.csv]
 
-A row is one run: the median of tokens per second over its steps but the first, and the peak of resident memory.
+A row is one short run: the median of tokens per second over its steps except the first, and the peak resident memory.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def main() -> None:
     where, rows = environment(), []
     for pair in range(args.pairs):
         for name, setting in (("glibc's default", {}), ("launcher's", CPU_ALLOCATOR)):
-            found = run(args.base, args.train, args.steps, args.threads, setting)
-            rows.append({"pair": pair, "setting": name, "threads": args.threads, "steps": args.steps} | found | where)
+            metrics = run(args.base, args.train, args.steps, args.threads, setting)
+            rows.append({"pair": pair, "setting": name, "threads": args.threads, "steps": args.steps} | metrics | where)
     append_rows(args.out, rows)
     ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in zip(rows[::2], rows[1::2], strict=True)]
     Console(file=sys.stdout).print(

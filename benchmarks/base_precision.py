@@ -1,10 +1,10 @@
-"""What rounding a base model's fp32 buffers (RoPE's frequencies) to bf16 does to its distributions.
+"""Effect of rounding a base model's fp32 buffers (RoPE's frequencies) to bf16 on its distributions.
 
     python benchmarks/base_precision.py BASE TEXT.parquet [--length 1000] [--rows 8]
 
-The base model in bf16 as `from_pretrained` gives it, which training uses, and the same after `.to(bfloat16)`, which
-rounds its buffers too: KL(fp32 ‖ bf16) of the next token, mean over all positions, and the share of positions at which
-the most probable token is another. Texts are joined until a row has `--length` tokens.
+Compares the base model in bf16 as `from_pretrained` returns it, which training uses, with the same model after
+`.to(bfloat16)`, which rounds its buffers too: KL(fp32 ‖ bf16) of the next token, mean over all positions, and the share
+of positions with a different most likely token. Texts are joined until a row has `--length` tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def read_tokens(path: Path, tokenizer, rows: int, length: int) -> torch.Tensor:
-    """[rows, length] token ids of the answers in a parquet file of conversations, one behind the other."""
+    """[rows, length] token ids of the answers in a parquet file of conversations, concatenated."""
     ids: list[int] = []
     for messages in pq.read_table(path, columns=["messages"])["messages"].to_pylist():
         ids += tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
@@ -32,7 +32,7 @@ def read_tokens(path: Path, tokenizer, rows: int, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def log_probs(model, tokens: torch.Tensor) -> torch.Tensor:
-    """[rows · length, V] of the next token, in fp32."""
+    """[rows · length, V] log-probabilities of the next token, in fp32."""
     return torch.cat([model(row[None], use_cache=False).logits[0].float().log_softmax(-1) for row in tokens])
 
 
@@ -51,11 +51,11 @@ def main() -> None:
     tokens = read_tokens(args.text, AutoTokenizer.from_pretrained(args.base), args.rows, args.length)
     exact = log_probs(load(torch.float32), tokens)
     models = {"fp32 buffers": load(torch.bfloat16), "bf16 buffers": load(torch.bfloat16).to(torch.bfloat16)}
-    rows, table = [], Table("buffers", "KL to fp32", "another top-1")
+    rows, table = [], Table("buffers", "KL to fp32", "different top-1")
     for name, model in models.items():
-        found = log_probs(model, tokens)
-        kl = (exact.exp() * (exact - found)).sum(-1).mean().item()
-        other = (exact.argmax(-1) != found.argmax(-1)).float().mean().item()
+        rounded = log_probs(model, tokens)
+        kl = (exact.exp() * (exact - rounded)).sum(-1).mean().item()
+        other = (exact.argmax(-1) != rounded.argmax(-1)).float().mean().item()
         figures = {
             "length": args.length,
             "rows": args.rows,

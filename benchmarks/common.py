@@ -1,4 +1,4 @@
-"""What every row of a benchmark records: when, on what, with which versions and commit."""
+"""Columns that every benchmark row records: date, hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from verl_speculator.checkpoint.provenance import git_commit, hardware, versions
 
 
 def environment() -> dict[str, Any]:
-    """Columns that say where a row comes from."""
-    found = versions()
+    """Date, commit, hardware and versions of this run."""
+    installed = versions()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": git_commit() or "",
         "hardware": hardware(),
-        **{name: found.get(name, "") for name in ("python", "torch", "transformers", "verl")},
+        **{name: installed.get(name, "") for name in ("python", "torch", "transformers", "verl")},
     }
 
 

@@ -1,9 +1,9 @@
-"""Decoding speed: the project's loop with speculators, without, `base.generate`, and its prompt lookup, in turn.
+"""Decoding speed of our loop with and without speculators, of `base.generate` and of its prompt lookup.
 
     OMP_NUM_THREADS=1 python benchmarks/decoding.py BASE PROMPTS SPECULATOR [SPECULATOR …] [--prompts 40] [--trials 3]
 
-A row of the CSV is one run of one contender on one prompt; runs of a prompt and trial stand beside each other and are
-compared in pairs. `--summary` reads the CSV alone.
+A row of the CSV is one run of one method on one prompt. The methods alternate on each prompt and trial and are compared
+in pairs. `--summary` only reads the CSV.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Run everything and append to the CSV."""
+    """Run all methods and append to the CSV."""
     where = environment()
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def summarise(path: Path) -> None:
-    """Medians over pairs, from the CSV alone."""
+    """Medians over pairs, from the CSV."""
     runs = pd.read_csv(path)
     runs["total_s"] = runs["prefill_s"] + runs["decode_s"]
     runs["rate"] = runs["tokens"] / runs["total_s"]
@@ -76,8 +76,8 @@ def summarise(path: Path) -> None:
     rates = runs.pivot_table(index=keys, columns="contender", values="rate")
     faster = rates[["generate", "alone"]].max(axis=1)
     for name in runs["contender"].unique():
-        mine = runs[runs["contender"] == name]
-        draft, base, decode = (mine[f"{part}_s"].sum(min_count=1) for part in ("draft", "base", "decode"))
+        method_runs = runs[runs["contender"] == name]
+        draft, base, decode = (method_runs[f"{part}_s"].sum(min_count=1) for part in ("draft", "base", "decode"))
         ratios = [(rates[name] / other).median() for other in (rates["generate"], rates["alone"], faster)]
         shares = ["–", "–"] if pd.isna(draft) else [f"{draft / decode:.1%}", f"{1 - (draft + base) / decode:.1%}"]
         table.add_row(name, f"{rates[name].median():.1f}", *(f"{ratio:.2f}" for ratio in ratios), *shares)

@@ -1,10 +1,10 @@
-"""Peak memory of decoding: the base alone, an early exit in it, and a sum_rnn beside it, each in a process of its own.
+"""Peak memory of decoding with the base model alone, with an early exit and with a sum_rnn, each in its own process.
 
     python benchmarks/decoding_memory.py [--layers 12] [--width 768] [--vocab 16384] [--exit-layer 5] [--trials 3]
 
-The base has random weights: memory does not depend on them. A row holds the peak of the resident set over loading and
-decoding (median of the trials), the bytes of the speculator's parameters, and the peak over that of the base alone plus
-those bytes.
+The base model has random weights: memory does not depend on them. A row holds the peak of the resident set over loading
+and decoding (median of the trials), the bytes of the speculator's parameters, and the peak divided by the sum of the
+base model's own peak and those bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 from common import append_rows, environment
 
-CONTENDERS = ("none", "early_exit head", "early_exit head_and_block", "sum_rnn")
+METHODS = ("none", "early_exit head", "early_exit head_and_block", "sum_rnn")
 PROMPT, TOKENS = 512, 128
 
 
 def measure(args: argparse.Namespace, contender: str) -> dict[str, Any]:
-    """In this process: build, decode, and read the peak."""
+    """Build, decode and read the peak in this process."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -83,9 +83,9 @@ def main() -> None:
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
     shape = [f"--{n}={getattr(args, n.replace('-', '_'))}" for n in ("layers", "width", "vocab", "exit-layer")]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     for _ in range(args.trials):
-        for name in CONTENDERS:
+        for name in METHODS:
             done = subprocess.run(
                 [sys.executable, __file__, *shape, "--child", name],
                 check=True,
@@ -93,11 +93,11 @@ def main() -> None:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            found[name].append(json.loads(done.stdout))
-    peaks = {name: statistics.median(one["peak_mb"] for one in several) for name, several in found.items()}
+            results[name].append(json.loads(done.stdout))
+    peaks = {name: statistics.median(trial["peak_mb"] for trial in trials) for name, trials in results.items()}
     rows = []
-    for name in CONTENDERS:
-        size = found[name][0]["parameters_mb"]
+    for name in METHODS:
+        size = results[name][0]["parameters_mb"]
         rows.append(
             {
                 "contender": name,

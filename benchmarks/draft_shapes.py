@@ -1,11 +1,11 @@
-"""Shapes of drafts: chains of fixed lengths, of the length that pays, and trees of several sizes, in turn.
+"""Speed and acceptance of draft shapes: chains of fixed lengths, adaptive draft length, and trees of several sizes.
 
     OMP_NUM_THREADS=1 python benchmarks/draft_shapes.py BASE SAMPLE PROMPTS SPECULATOR [--prompts 40] [--trials 2]
         [--sizes 8,16,32] [--lengths 3]
     python benchmarks/draft_shapes.py --summary
 
-The trees are chosen on the base's answers to SAMPLE, in the same process. A row of the CSV is one run of one contender
-on one prompt of PROMPTS; runs of a prompt and trial stand beside each other and are compared in pairs.
+The trees are chosen on the base model's answers to SAMPLE, in the same process. A row of the CSV is one run of one
+shape on one prompt of PROMPTS. The shapes alternate on each prompt and trial and are compared in pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Run everything and append to the CSV."""
+    """Run all shapes and append to the CSV."""
     where = environment()
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
@@ -85,13 +85,15 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def summarise(path: Path) -> None:
-    """τ over all rounds and medians over pairs, from the CSV alone; a table for each speculator."""
+    """τ over all rounds and medians over pairs, from the CSV; a table for each speculator."""
     runs = pd.read_csv(path)
     runs["total_s"] = runs["prefill_s"] + runs["decode_s"]
     runs["rate"] = runs["tokens"] / runs["total_s"]
     keys = ["prompt", "trial"]
-    for (base, name, device, commit), mine in runs.groupby(["base", "speculator", "device", "commit"], sort=False):
-        rates = mine.pivot_table(index=keys, columns="contender", values="rate")
+    for (base, name, device, commit), speculator_runs in runs.groupby(
+        ["base", "speculator", "device", "commit"], sort=False
+    ):
+        rates = speculator_runs.pivot_table(index=keys, columns="contender", values="rate")
         table = Table(title=f"{name} on {base}, {device}, {commit[:7]}: {len(rates)} pairs")
         columns = (
             "drafts",
@@ -107,7 +109,7 @@ def summarise(path: Path) -> None:
         )
         for column in (*columns, "same text"):
             table.add_column(column, justify="left" if column == "drafts" else "right")
-        for contender, rows in mine.groupby("contender", sort=False):
+        for contender, rows in speculator_runs.groupby("contender", sort=False):
             rounds, drafted = rows["rounds"].sum(), rows["drafted"].sum()
             draft, target, decode = (rows[f"{part}_s"].sum(min_count=1) for part in ("draft", "base", "decode"))
             expected = rows["expected_tau"].iloc[0]
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--sizes", default="8,16,32", help="nodes of the trees, separated by commas")
-    parser.add_argument("--lengths", default="3", help="of chains beside n_predict, separated by commas")
+    parser.add_argument("--lengths", default="3", help="lengths of chains besides n_predict, separated by commas")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "draft_shapes.csv")
     parser.add_argument("--summary", action="store_true")

@@ -1,8 +1,8 @@
-"""One epoch on GSM8K with a small base, for sum_rnn and sum_lstm in turn: the figures of docs/results.md.
+"""One epoch on GSM8K with a small base model, for sum_rnn and sum_lstm: the figures of docs/results.md.
 
     python benchmarks/gsm8k_epoch.py BASE TRAIN.parquet TEST.parquet [--out benchmarks/gsm8k_epoch.csv]
 
-A row is one logged step of one run; rows of the last step carry the validation too. Runs through the launcher.
+A row is one logged step of one run; rows of the last step hold the validation too. Runs start through the launcher.
 """
 
 from __future__ import annotations

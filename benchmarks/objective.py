@@ -1,20 +1,20 @@
-"""τ on held-out prompts for different objectives: equal steps, equal conversations, each at the learning rates given.
+"""τ on held-out prompts for different training objectives, at equal steps, conversations and given learning rates.
 
     python benchmarks/objective.py BASE TRAIN.parquet PROMPTS.parquet [--recipes ce,kl,lk] [--lr 1e-3,3e-3] [--seeds 1]
         [--regenerated TRAIN_BASE.parquet] [--steps 300] [--jobs 2]
     python benchmarks/objective.py --summary
 
 A row of the CSV is one training run, through the launcher, and its evaluation. A recipe is a loss, or several joined by
-+, and behind it, after commas, its other parts:
++, followed by options separated by commas:
 
-    own        the base's answers (--regenerated) instead of those in TRAIN
-    base       tables and heads start from the base's
-    decay0.4   depth k weighs 0.4^k
-    reach, gain    pairs are weighed by their row's acceptance
+    own        the base model's answers (--regenerated) instead of those in TRAIN
+    base       embedding and heads start from the base model's
+    decay0.4   depth k has weight 0.4^k
+    reach, gain    pairs are weighted by the acceptance of their row
     scale      model.speculator.scale_input=true
     beta0.95   Adam's second beta
 
-`recommended` is examples/recipes/acceptance.txt, on the base's answers.
+`recommended` is examples/recipes/acceptance.txt, on the base model's answers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOCK = threading.Lock()
 
 
 def recipe(name: str) -> tuple[list[str], bool]:
-    """Overrides of a recipe such as `kl+lk,own,decay0.4`, and whether it reads the base's answers."""
+    """Overrides of a recipe such as `kl+lk,own,decay0.4`, and whether it trains on the base model's answers."""
     if name == "recommended":
         lines = RECOMMENDED.read_text().splitlines()
         return [line for line in lines if line and not line.startswith("#")], True
@@ -73,7 +73,7 @@ def recipe(name: str) -> tuple[list[str], bool]:
 
 def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one recipe."""
-    overrides, own = recipe(name)
+    overrides, use_regenerated = recipe(name)
     threads = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, An
                     f"{folder}/run",
                     f"model.partial_pretrain={args.base}",
                 ),
-                f"data.train_files={args.regenerated if own else args.train}",
+                f"data.train_files={args.regenerated if use_regenerated else args.train}",
                 *("data.train_batch_size=8", "data.micro_batch_size_per_gpu=8", *dims, *overrides),
                 *([] if lr == "own" else [f"optim.lr={lr}"]),
                 *(f"trainer.total_training_steps={args.steps}", f"trainer.seed={seed}", "trainer.logger=file"),
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, An
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        found = pd.read_csv(f"{folder}/out/results.csv").iloc[0]
+        evaluation = pd.read_csv(f"{folder}/out/results.csv").iloc[0]
         steps = [json.loads(line)["data"] for line in log.read_text().splitlines()]
         last = steps[-1]
         speed = statistics.median(step["perf/tokens_per_second"] for step in steps)
@@ -122,16 +122,16 @@ def run(args: argparse.Namespace, name: str, lr: str, seed: int) -> dict[str, An
         "seed": seed,
         "steps": args.steps,
         "batch": 8,
-        **{figure: round(float(found[figure]), 4) for figure in figures},
+        **{figure: round(float(evaluation[figure]), 4) for figure in figures},
         "train_loss": round(last["train/loss"], 4),
         "train_seconds": round(wall, 1),
         "tokens_per_second": round(speed, 1),
-        "prompts": int(found["prompts_used"]),
+        "prompts": int(evaluation["prompts_used"]),
     }
 
 
 def summarise(path: Path) -> None:
-    """τ by recipe and learning rate, from the CSV alone."""
+    """τ by recipe and learning rate, from the CSV."""
     rows = pd.read_csv(path)
     table = Table(title=f"{path.name}: E[accepted] = τ − 1, means over seeds")
     for name in ("recipe", "lr", "steps", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--regenerated")
     parser.add_argument("--recipes", default="ce kl lk", help="separated by spaces")
     parser.add_argument("--method", default="sum_rnn")
-    parser.add_argument("--lr", default="1e-3,3e-3", help="separated by commas; own for what the recipe says")
+    parser.add_argument("--lr", default="1e-3,3e-3", help="separated by commas; own for the recipe's learning rate")
     parser.add_argument("--seeds", default="1")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--num-prompts", type=int, default=60)

@@ -1,4 +1,4 @@
-"""The picture of docs/results.md, from benchmarks/gsm8k_epoch.csv alone."""
+"""Plot docs/img/gsm8k_epoch.png from benchmarks/gsm8k_epoch.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of memory, speed and objectives in docs/results.md, from the CSV files alone."""
+"""Plots of memory, speed and objectives in docs/results.md, from the CSV files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = {"ours": "tab:blue", "plain": "tab:grey"}
 
 
 def memory(rows: pd.DataFrame) -> Figure:
-    """Peak memory against K and against V, ours beside the plain loop."""
+    """Peak memory against K and against V, of our loss and of the plain loop."""
     rows = rows[rows["setting"].str.contains(",")].drop_duplicates(["setting", "impl"], keep="last")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), constrained_layout=True)
     for axis, kind, column, label in zip(
@@ -56,7 +56,7 @@ def speed(rows: pd.DataFrame) -> Figure:
 
 
 def objective(rows: pd.DataFrame) -> Figure:
-    """Accepted drafts per round of each recipe at the learning rate that has most seeds; a dot is a seed."""
+    """Accepted drafts per round of each recipe at the learning rate with the most seeds; a dot is a seed."""
     means = rows.groupby(["recipe", "steps", "lr"])["tau"].agg(["mean", "size"]).reset_index()
     best = means.sort_values(["size", "mean"]).drop_duplicates(["recipe", "steps"], keep="last")
     best = best.rename(columns={"mean": "tau"}).sort_values("tau")
@@ -76,7 +76,7 @@ PICTURES = {"training_memory": memory, "training_speed": speed, "objective": obj
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks", help="where the CSV files lie")
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks", help="folder of the CSV files")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

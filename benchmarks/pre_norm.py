@@ -1,10 +1,10 @@
-"""What the state before the base's final norm does to Medusa heads that have no copy of the norm.
+"""Effect on Medusa heads of reading the hidden state before the final norm without a copy of the norm.
 
     python benchmarks/pre_norm.py BASE MEDUSA_CHECKPOINT PROMPTS.parquet [--num-prompts 40]
 
-Untrained heads (which should repeat the base) and trained ones, each given the state after the norm, the state before
-it through a copy of the norm, and the state before it as it stands: τ, greedily, and for untrained heads the
-probability Σ min(p, q) that what the first one draws is the base's own next token.
+Untrained heads (which should repeat the base model) and trained heads read the hidden state after the norm, the one
+before it through a copy of the norm, and the one before it without the norm. Reports greedy τ and, for untrained heads,
+the probability Σ min(p, q) that the first head's draft is the base model's next token.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from verl_speculator.models.medusa import Medusa
 from verl_speculator.utils.process import spread
 
 
-class Mistaken(Medusa):
-    """Heads for the state after the norm that are handed the one before it."""
+class WithoutNorm(Medusa):
+    """Heads trained on the state after the norm that read the state before it."""
 
     @property
     def hidden_state_source(self) -> str:
         return "pre_norm"
 
 
-class Normed(Mistaken):
-    """The same with a copy of the norm in between."""
+class WithNorm(WithoutNorm):
+    """The same heads, with a copy of the norm applied first."""
 
     def start(self, hidden: torch.Tensor) -> Any:
         return super().start(self.base_norm(hidden))
@@ -79,17 +79,19 @@ def main() -> None:
         speculator.__dict__["base_norm"] = copy.norm
         for state, kind in (
             ("post_norm", Medusa),
-            ("pre_norm, with the norm", Normed),
-            ("pre_norm, without", Mistaken),
+            ("pre_norm, with the norm", WithNorm),
+            ("pre_norm, without", WithoutNorm),
         ):
             speculator.__class__ = kind
             rounds = [
-                one
+                decoding_round
                 for prompt in tokens
-                for one in speculative_generate(base, speculator, prompt, max_new_tokens=args.max_new_tokens).counted
+                for decoding_round in speculative_generate(
+                    base, speculator, prompt, max_new_tokens=args.max_new_tokens
+                ).counted
             ]
-            accepted = sum(one.accepted for one in rounds) / len(rounds)
-            overlap = repeats(base, speculator, tokens) if heads == "untrained" else float("nan")
+            accepted = sum(decoding_round.accepted for decoding_round in rounds) / len(rounds)
+            overlap = overlap_with_base(base, speculator, tokens) if heads == "untrained" else float("nan")
             rows.append(
                 {
                     "heads": heads,
@@ -111,16 +113,16 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def repeats(base: torch.nn.Module, speculator: Medusa, prompts: list[list[int]]) -> float:
-    """Mean of Σ min(p, q) between the base and the first head, over all positions of the prompts."""
-    found = []
+def overlap_with_base(base: torch.nn.Module, speculator: Medusa, prompts: list[list[int]]) -> float:
+    """Mean of Σ min(p, q) between the base model and the first head, over all positions of the prompts."""
+    overlaps = []
     for prompt in prompts:
         with Target(base, speculator.hidden_state_source) as target:
             states, logits = target.read(torch.tensor(prompt))
         z = speculator.step(speculator.start(states), states).output
         q = (z @ speculator.head(0).T).softmax(-1)
-        found.append(torch.minimum(logits.softmax(-1), q).sum(-1))
-    return float(torch.cat(found).mean())
+        overlaps.append(torch.minimum(logits.softmax(-1), q).sum(-1))
+    return float(torch.cat(overlaps).mean())
 
 
 if __name__ == "__main__":

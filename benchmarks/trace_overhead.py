@@ -1,9 +1,9 @@
-"""What a trace of a few modules costs: pairs of forward passes, with hooks and without, in turn.
+"""Overhead of a trace: alternating forward passes with and without hooks.
 
     OMP_NUM_THREADS=1 python benchmarks/trace_overhead.py BASE [--modules "layers.0.*" …] [--tokens 256] [--pairs 40]
 
-A row of the CSV is one set of modules: the median over pairs of the time with hooks over the time without. What a
-trace costs once, at its beginning and end (fingerprints of weights, the file), is a column of its own.
+A row of the CSV is one set of modules: the median over pairs of the time with hooks divided by the time without. The
+one-time cost at the start and end of a trace (fingerprints of weights, the file) has its own column.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETS = {
 
 
 def load(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A base, or `random-WIDTHxLAYERS`: a Llama of random weights, whose times are those of trained ones."""
+    """A base model, or for `random-WIDTHxLAYERS` a Llama with random weights: speed does not depend on them."""
     if not name.startswith("random-"):
         return load_base(name, device=device, dtype=dtype)
     width, layers = (int(part) for part in name.removeprefix("random-").split("x"))
@@ -51,7 +51,7 @@ def load(name: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Of one forward pass."""
+    """Seconds of one forward pass."""
     start = time.perf_counter()
     model(input_ids=tokens, use_cache=False)
     if tokens.device.type != "cpu":
@@ -61,7 +61,7 @@ def seconds(model: torch.nn.Module, tokens: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def measure(model: torch.nn.Module, tokens: torch.Tensor, modules: list[str] | None, pairs: int) -> dict[str, float]:
-    """Ratio of the medians of pairs, and what beginning and end cost."""
+    """Ratio of the medians of pairs, and the one-time cost of start and end."""
     tracer, with_hooks, without = Tracer(model, modules, (), weights=False), [], []
     for _ in range(3):
         seconds(model, tokens)

@@ -1,12 +1,12 @@
-"""Tokens per second of a whole training step: ours beside the plain loop, and beside the base's forward alone.
+"""Tokens per second of a whole training step: ours, the plain loop, and the base model's forward pass alone.
 
     python benchmarks/training_speed.py [--vocab 32768] [--width 256] [--method sum_rnn] [--loss ce] [--pairs 12]
-    python benchmarks/training_speed.py --summary            # from the CSV alone
+    python benchmarks/training_speed.py --summary            # from the CSV
 
-Conversations of GSM8K's shape (98 ± 25 tokens of a prompt, 127 ± 57 of an answer) for a base of random weights; all
-contenders do every step in turn, in one process. The plain loop is the field's: a padded batch, the base whole with all
-its hidden layers, all rows through all depths, K blocks of logits stacked, cross-entropy, autograd. `cached` reads the
-base's states from `data.cache_hidden_states`' files. A token is one of the conversations', padding is none.
+Conversations of GSM8K's shape (98 ± 25 prompt tokens, 127 ± 57 answer tokens) and a base model with random weights. All
+variants alternate on each step, in one process. The plain loop is the usual one: padded batches, the whole base model
+with all its hidden states, all rows through all depths, K blocks of logits stacked, cross-entropy, autograd. `cached`
+reads the hidden states from the files of `data.cache_hidden_states`. Padding does not count as tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ END = 0  # ends a turn
 
 
 def build_base(args: argparse.Namespace) -> torch.nn.Module:
-    """A Qwen2 of random weights: speed does not depend on them."""
+    """A Qwen2 with random weights: speed does not depend on them."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
@@ -80,14 +80,14 @@ class Batch:
 
 
 def packed_states(base: torch.nn.Module, batch: Batch) -> Tensor:
-    """[T, D] as the engine has the base compute them."""
+    """[T, D] hidden states of a packed batch, computed as in the engine."""
     inputs = {"input_ids": batch.tokens[None], "position_ids": batch.positions[None], "use_cache": False}
     with torch.no_grad():
         return base.base_model(**inputs).last_hidden_state[0]
 
 
 def plain_step(base: torch.nn.Module, speculator: Speculator, batch: Batch, depths: int) -> Tensor:
-    """The loss of the field's loop."""
+    """The loss of the plain loop."""
     with torch.no_grad():
         output = base(batch.padded, attention_mask=batch.attention, output_hidden_states=True, use_cache=False)
     hidden = output.hidden_states[-1].flatten(0, 1)
@@ -101,31 +101,31 @@ def plain_step(base: torch.nn.Module, speculator: Speculator, batch: Batch, dept
 
 
 def our_step(base: torch.nn.Module, draft: DraftLoss, batch: Batch, depths: int, states: Tensor | None) -> Tensor:
-    """The loss as the engine computes it; with `states` [S, D] those of a cache, and the base rests."""
+    """The loss as the engine computes it; `states` [S, D] from a cache replace the base model's forward pass."""
     rows = align(batch.tokens, batch.mask, batch.borders, depths, [END])
     positions, teachers = rows.positions, rows.teachers
     if states is None:
         states = packed_states(base, batch)
     else:
-        kept = states_read(batch.mask, batch.borders)
+        cached_positions = states_read(batch.mask, batch.borders)
         place = torch.zeros_like(batch.tokens)
-        place[kept] = torch.arange(len(kept), device=place.device)
+        place[cached_positions] = torch.arange(len(cached_positions), device=place.device)
         positions, teachers = place[positions], place[teachers]
     head = base.get_output_embeddings().weight
-    given = {"teacher_hidden": states, "teacher_rows": teachers, "base_head": lambda s: s.to(head.dtype) @ head.T}
-    found = draft(
+    teacher = {"teacher_hidden": states, "teacher_rows": teachers, "base_head": lambda s: s.to(head.dtype) @ head.T}
+    sums = draft(
         states[positions],
         rows.tokens,
         rows.targets,
         rows.valid,
         counts=rows.valid.sum(1),
-        **(given if draft.objective.needs_teacher else {}),
+        **(teacher if draft.objective.needs_teacher else {}),
     )
-    return found["total"]
+    return sums["total"]
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each contender."""
+    """One row per variant."""
     base = build_base(args)
     widths = {"inner_dim": args.width, "emb_dim": args.width, "proj_dim": args.width}
     config = SpeculatorConfig(method=args.method, n_predict=args.k, **widths)
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         cache = StateCache.create(Path(folder) / "states", {}, lengths, args.width)
         for i, batch in enumerate(batches):
             cache.write(i, packed_states(base, batch)[states_read(batch.mask, batch.borders)])
-        contenders = {
+        variants = {
             FLOOR: lambda batch, number: packed_states(base, batch),
             PLAIN: trained(lambda draft, batch, number: plain_step(base, draft.speculator, batch, args.k)),
             OURS: trained(lambda draft, batch, number: our_step(base, draft, batch, args.k, None)),
@@ -160,11 +160,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 lambda draft, batch, number: our_step(base, draft, batch, args.k, cache.read([number]).to(args.device))
             ),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        peaks = dict.fromkeys(contenders, 0.0)
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        peaks = dict.fromkeys(variants, 0.0)
         on_cuda = args.device == "cuda"
         for number, batch in enumerate(batches):
-            for name, step in contenders.items():
+            for name, step in variants.items():
                 if on_cuda:
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
@@ -178,7 +178,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     counts = [batch.count for batch in batches[args.warmup :]]
     rows = []
     for name, times in seconds.items():
-        against = [plain / own for plain, own in zip(seconds[PLAIN], times, strict=True)]
+        against = [plain / variant for plain, variant in zip(seconds[PLAIN], times, strict=True)]
         rows.append(
             {
                 "contender": name,
@@ -192,7 +192,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "against_plain_lo": round(min(against), 3),
                 "against_plain_hi": round(max(against), 3),
                 "of_base_forward": round(
-                    statistics.median(own / floor for own, floor in zip(times, seconds[FLOOR], strict=True)), 3
+                    statistics.median(variant / floor for variant, floor in zip(times, seconds[FLOOR], strict=True)), 3
                 ),
                 "peak_gb": round(peaks[name], 3) if on_cuda else "",
                 "seed": args.seed,
@@ -203,7 +203,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summarise(path: Path) -> None:
-    """The CSV as a table."""
+    """Print the CSV as a table."""
     table = Table(title=path.name)
     for name in (
         "V",
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--method", default="sum_rnn")
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--loss", default="ce", help="of ours, several joined by +; the plain loop's is ce")
+    parser.add_argument("--loss", default="ce", help="our loss, several joined by +; the plain loop always uses ce")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2)

@@ -1,10 +1,10 @@
-"""Speculators in vLLM through our drafter, beside vLLM alone and beside our own decoder: text, acceptance and speed.
+"""Text, acceptance and speed of speculators in vLLM, compared with vLLM alone and with our own decoder.
 
     python benchmarks/vllm_serving.py BASE CHECKPOINT [CHECKPOINT ...] --prompts test.parquet [--requests 1 8]
 
 Needs vLLM (docs/rollout.md). Greedy, float32, the first messages of the last conversations. For each checkpoint and
-number of requests at once, vLLM with the drafter and vLLM alone generate in turns in one run, and the row holds medians
-of the trials. On a CPU set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as the launcher does, for both.
+number of concurrent requests, vLLM with the drafter and vLLM alone alternate in one run; a row holds the medians of the
+trials. On a CPU set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as the launcher does, for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKENS, DRAFT_PATH = 64, "verl_speculator.vllm_plugin.proposer.SpeculatorPropose
 
 
 def engine(base: Path, requests: int, checkpoint: Path | None, drafts: int) -> Any:
-    """One of vLLM's, with or without a drafter."""
+    """A vLLM engine, with or without a drafter."""
     from vllm import LLM
 
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
@@ -37,17 +37,17 @@ def engine(base: Path, requests: int, checkpoint: Path | None, drafts: int) -> A
 
 
 def generate(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-    """The text, and the seconds that it took."""
+    """Token ids of the answers, and the seconds taken."""
     from vllm import SamplingParams
 
     start = time.perf_counter()
-    given = [{"prompt_token_ids": tokens} for tokens in prompts]
-    outputs = model.generate(given, SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False), use_tqdm=False)
+    inputs = [{"prompt_token_ids": tokens} for tokens in prompts]
+    outputs = model.generate(inputs, SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], time.perf_counter() - start
 
 
 def our_decoder(base: Path, checkpoint: Path, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-    """The text and the accepted share of drafts."""
+    """Token ids of the answers, and the accepted share of drafts."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,9 +56,9 @@ def our_decoder(base: Path, checkpoint: Path, prompts: list[list[int]]) -> tuple
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     speculator = load_speculator(checkpoint, base=base)
-    found = [speculative_generate(model, speculator, prompt, max_new_tokens=TOKENS) for prompt in prompts]
-    rounds = [each for one in found for each in one.rounds[1:]]
-    return [one.tokens for one in found], sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds)
+    outputs = [speculative_generate(model, speculator, prompt, max_new_tokens=TOKENS) for prompt in prompts]
+    rounds = [r for output in outputs for r in output.rounds[1:]]
+    return [output.tokens for output in outputs], sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds)
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
                 seconds["alone"].append(took)
                 drafted, took = generate(drafting, prompts)
                 seconds["drafting"].append(took)
-            account = drafting.collective_rpc("speculator_account")[0]
+            stats = drafting.collective_rpc("speculator_account")[0]
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             rows.append(
                 {
@@ -109,8 +109,8 @@ def main() -> None:
                     "requests_at_once": requests,
                     "same_text_as_alone": text == drafted,
                     "same_text_as_our_decoder": text == ours,
-                    "accepted_length": round(1 + account["accepted"] / account["rounds"], 4),
-                    "accept_rate": round(account["accepted"] / account["drafted"], 4),
+                    "accepted_length": round(1 + stats["accepted"] / stats["rounds"], 4),
+                    "accept_rate": round(stats["accepted"] / stats["drafted"], 4),
                     "accept_rate_our_decoder": round(our_rate, 4),
                     "seconds_alone": round(medians["alone"], 3),
                     "seconds_drafting": round(medians["drafting"], 3),
