@@ -63,48 +63,50 @@ def described(path: Path) -> dict:
 
 def answer_alone(base: Path, tokenizer, messages: list[dict], limit: int = TOKENS) -> tuple[str, bool]:
     """What the base says after some messages, one prompt at a time, argmax by argmax; whether it ended."""
-    model, ids, said = load_base(base), tokenize_prompt(tokenizer, messages), []
+    model, ids, answered = load_base(base), tokenize_prompt(tokenizer, messages), []
     ends = end_token_ids(tokenizer, model.generation_config)
-    while len(said) < min(limit, 256 - len(ids)):
+    while len(answered) < min(limit, 256 - len(ids)):
         with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([ids + said]), use_cache=False).logits[0, -1].argmax())
+            token = int(model(input_ids=torch.tensor([ids + answered]), use_cache=False).logits[0, -1].argmax())
         if token in ends:
-            return tokenizer.decode(said, skip_special_tokens=True), True
-        said.append(token)
-    return tokenizer.decode(said, skip_special_tokens=True), False
+            return tokenizer.decode(answered, skip_special_tokens=True), True
+        answered.append(token)
+    return tokenizer.decode(answered, skip_special_tokens=True), False
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_every_answer_is_the_one_given_alone(ending, name, chat, tokenizer, tmp_path):
     """Turn by turn, with the base's own earlier answers before it; rows whose answer does not end are dropped."""
-    account = regenerate(asked(ending[name], chat, tmp_path / "out.parquet", num_rows=12))
+    counts = regenerate(asked(ending[name], chat, tmp_path / "out.parquet", num_rows=12))
     expected, dropped = [], []
     source = pq.read_table(chat)["messages"].to_pylist()
     for row in (i * 40 // 12 for i in range(12)):
-        talk = source[row]
-        for i, message in enumerate(talk):
+        conversation = source[row]
+        for i, message in enumerate(conversation):
             if message["role"] == "assistant":
-                text, ended = answer_alone(ending[name], tokenizer, talk[:i])
-                talk[i] = {"role": "assistant", "content": text}
+                text, ended = answer_alone(ending[name], tokenizer, conversation[:i])
+                conversation[i] = {"role": "assistant", "content": text}
                 if not ended:
                     dropped.append(row)
                     break
         else:
-            expected.append(talk)
+            expected.append(conversation)
     assert pq.read_table(tmp_path / "out.parquet")["messages"].to_pylist() == expected
-    assert account.dropped.get("unfinished", []) == dropped and account.written == 12 - len(dropped)
-    assert len(expected) >= 4 and any(len(talk) == 4 for talk in expected)
+    assert counts.dropped.get("unfinished", []) == dropped and counts.written == 12 - len(dropped)
+    assert len(expected) >= 4 and any(len(conversation) == 4 for conversation in expected)
 
 
 def test_unfinished_answers_are_kept_on_request(small, chat, tokenizer, tmp_path):
-    account = regenerate(asked(small, chat, tmp_path / "new" / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
-    assert 0 < account.written < 12 and account.unfinished == 0
+    counts = regenerate(asked(small, chat, tmp_path / "new" / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
+    assert 0 < counts.written < 12 and counts.unfinished == 0
     kept = regenerate(asked(small, chat, tmp_path / "all.parquet", num_rows=12, max_new_tokens=2, keep_unfinished=True))
     assert kept.written == 12 and kept.unfinished > 0 and not kept.dropped
-    for talk in pq.read_table(tmp_path / "all.parquet")["messages"].to_pylist():
-        said = [m["content"] for m in talk if m["role"] == "assistant"]
-        assert said == [
-            answer_alone(small, tokenizer, talk[:i], 2)[0] for i, m in enumerate(talk) if m["role"] == "assistant"
+    for conversation in pq.read_table(tmp_path / "all.parquet")["messages"].to_pylist():
+        answered = [m["content"] for m in conversation if m["role"] == "assistant"]
+        assert answered == [
+            answer_alone(small, tokenizer, conversation[:i], 2)[0]
+            for i, m in enumerate(conversation)
+            if m["role"] == "assistant"
         ]
 
 
@@ -164,11 +166,11 @@ def test_rows_that_cannot_be_answered_are_counted_and_named(small, tokenizer, tm
     say = lambda text, **more: {"messages": [{"role": "user", "content": text, **more}]}  # noqa: E731
     rows = [say("red"), say("x" * 300), say(near), say("dog", tool_calls="f()")]
     data = write_parquet(tmp_path / "in.parquet", rows)
-    account = regenerate(asked(small, data, tmp_path / "out.parquet", keep_unfinished=True))
-    assert account.dropped == {"tools": [3], "too_long": [1]} and account.written == 2
-    assert "1 dropped, prompt does not fit the base model: row 1" in account.summary()
+    counts = regenerate(asked(small, data, tmp_path / "out.parquet", keep_unfinished=True))
+    assert counts.dropped == {"tools": [3], "too_long": [1]} and counts.written == 2
+    assert "1 dropped, prompt does not fit the base model: row 1" in counts.summary()
     found = described(tmp_path / "out.parquet")
-    assert found["dropped_rows"] == account.dropped
+    assert found["dropped_rows"] == counts.dropped
     assert found["counts"]["rows"] == 4 and found["counts"]["rows_written"] == 2 == found["counts"]["answers"]
     answer = pq.read_table(tmp_path / "out.parquet")["messages"].to_pylist()[1][-1]["content"]
     assert answer == answer_alone(small, tokenizer, rows[2]["messages"])[0]
@@ -275,15 +277,15 @@ def test_a_killed_command_goes_on(small, chat, tmp_path):
 
 
 def test_training_reads_the_result(small, chat, tokenizer, tmp_path):
-    """The loss mask covers what the base said, and the result says what it is."""
+    """The loss mask covers what the base answered, and the result says what it is."""
     out = tmp_path / "out.parquet"
-    account = regenerate(asked(small, chat, out, num_rows=12))
+    counts = regenerate(asked(small, chat, out, num_rows=12))
     rows = load_rows(out, tokenizer)
-    talks = pq.read_table(out)["messages"].to_pylist()
-    assert len(rows) == account.written == len(talks)
-    for row, talk in zip(rows, talks, strict=True):
-        said = tokenizer.decode(row["input_ids"][row["loss_mask"].bool()])
-        assert said == "".join(f"{m['content']}<|im_end|>\n" for m in talk if m["role"] == "assistant")
+    conversations = pq.read_table(out)["messages"].to_pylist()
+    assert len(rows) == counts.written == len(conversations)
+    for row, conversation in zip(rows, conversations, strict=True):
+        answered = tokenizer.decode(row["input_ids"][row["loss_mask"].bool()])
+        assert answered == "".join(f"{m['content']}<|im_end|>\n" for m in conversation if m["role"] == "assistant")
     found = described(out)
     assert found["base"] == str(small) and len(found["base_fingerprint"]) == 32 and found["temperature"] == 0
     assert found["settings"]["dtype"] == "float64" and found["settings"]["max_new_tokens"] == TOKENS
@@ -313,11 +315,11 @@ def test_vllm_is_asked_for_the_same(small, chat, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
     more = {"backend": "vllm", "device": "auto", "dtype": "bf16", "temperature": 0.7, "top_k": 0}
-    account = regenerate(asked(small, chat, tmp_path / "out.parquet", vllm_args={"tensor_parallel_size": 2}, **more))
+    counts = regenerate(asked(small, chat, tmp_path / "out.parquet", vllm_args={"tensor_parallel_size": 2}, **more))
     assert made["model"] == str(small) and made["tensor_parallel_size"] == 2 and made["generation_config"] == "vllm"
     assert made["dtype"] == "bfloat16"
     assert wishes[0].temperature == 0.7 and wishes[0].top_k == -1 and wishes[0].stop_token_ids[0] < 330
-    assert len({wish.seed for wish in wishes}) == len(wishes) and 0 < account.written < 40
+    assert len({wish.seed for wish in wishes}) == len(wishes) and 0 < counts.written < 40
     assert described(tmp_path / "out.parquet")["versions"]["vllm"] == "0.0"
 
 

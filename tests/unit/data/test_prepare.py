@@ -376,7 +376,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == before
 
 
-def test_a_kill_leaves_nothing_under_the_final_names(tmp_path):
+def test_prepare_killed_while_reading_leaves_no_file(tmp_path):
     pipe, out = tmp_path / "rows.jsonl", tmp_path / "out"
     os.mkfifo(pipe)
     arguments = [sys.executable, "-m", "verl_speculator", "prepare", str(pipe), "--out", str(out)]
@@ -393,8 +393,8 @@ def test_a_kill_leaves_nothing_under_the_final_names(tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert all(path.name.startswith(".tmp.") for path in out.iterdir())
-    (out / ".tmp.1.rows.jsonl").write_text("left over")
+    assert not any(out.iterdir())
+    (out / ".tmp.1.train.parquet").write_text("left over")
     (out / ".tmp.1.other").write_text("not ours")
     rows = write(tmp_path / "whole.jsonl", [{"messages": turns(word, "red")} for word in WORDS])
     prepare(PrepareSettings((str(rows),), out))
