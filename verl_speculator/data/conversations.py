@@ -195,11 +195,7 @@ def read_rows(path: str | Path, accepted: Sequence[str], others: Sequence[str] =
 
 
 def choose_column(where: str, names: Collection[str], accepted: Sequence[str]) -> str:
-    """The first of the `accepted` columns that is among `names`.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The first of the `accepted` columns that is among `names`; a `UserError` if there is none."""
     for column in accepted:
         if column in names:
             return column
@@ -278,12 +274,12 @@ UNANSWERED = {"role": "assistant", "content": "…"}
 
 @dataclass
 class Conversation:
-    """A conversation whose answers are given one after the other.
+    """A conversation whose assistant messages are generated one after the other.
 
     Attributes:
         row: in the file, from 0.
-        messages: all messages, with the keys that the file gives them; UNANSWERED where an answer is to be given.
-        unanswered: indices of the messages that are to be given, ascending.
+        messages: all messages, with the keys that the file gives them; UNANSWERED where an answer will be generated.
+        unanswered: indices of these messages, ascending.
         uses_tools: whether tools are offered or called. The results in the file belong to calls that the base model
             never made, so it cannot be answered.
     """
@@ -384,12 +380,13 @@ class PromptFile:
         import pyarrow as pa
 
         rows, schema = self._take(list(answers)), self.schema
-        conversations = list(self.conversations(list(answers)))
-        for conversation in conversations:
+        messages = []
+        for conversation in self.conversations(list(answers)):
             for text in answers[conversation.row]:
                 conversation.answer(text)
+            messages.append(conversation.messages)
         index = schema.get_field_index("messages")
-        column = pa.array([conversation.messages for conversation in conversations], type=schema.field(index).type)
+        column = pa.array(messages, type=schema.field(index).type)
         if index < rows.num_columns:
             return rows.set_column(index, schema.field(index), column)
         return rows.append_column(schema.field(index), column)

@@ -115,10 +115,7 @@ class PrepareSettings:
 
 @dataclass
 class RowCounts:
-    """Rows that are kept, rows that are dropped by reason, and turns cut from rows that are kept.
-
-    A tree of messages is one row.
-    """
+    """Rows that are kept, rows that are dropped by reason, and turns cut from rows that are kept; a tree is one row."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
