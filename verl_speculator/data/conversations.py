@@ -38,7 +38,7 @@ ROWS_AT_A_TIME = 256
 
 
 def find_suffix(name: str, suffixes: Sequence[str] = SUFFIXES, *, hub: bool = True) -> str:
-    """The kind of a file, without a `.gz`; with `hub`, "" where there is no such file but `name` may be a data set's.
+    """The suffix of a file, without a `.gz`; with `hub`, "" where there is no such file but `name` may be a data set's.
 
     Raises:
         UserError: if it is neither.
@@ -84,11 +84,7 @@ def open_rows(name: str, columns: Collection[str], suffix: str) -> tuple[list[st
 
 
 def open_parquet(path: str | Path, setting: str) -> pq.ParquetFile:
-    """A parquet file with at least one row, its footer read.
-
-    Args:
-        path: of the file.
-        setting: the setting with its value, for error messages.
+    """A parquet file with at least one row, its footer read. `setting` with its value begins each error message.
 
     Raises:
         UserError: if there is no such file, it is truncated or no parquet file, or it holds no rows.
@@ -185,13 +181,13 @@ def read_rows(path: str | Path, accepted: Sequence[str], others: Sequence[str] =
     """
     columns = (*accepted, *others)
     names, rows = open_rows(str(path), columns, find_suffix(str(path), TABLE_SUFFIXES, hub=False))
-    known, kept = dict.fromkeys(names), []
+    known, selected = dict.fromkeys(names), []
     for row in rows:
         known |= dict.fromkeys(row)
-        kept.append({name: row[name] for name in columns if name in row})
-    if not kept:
+        selected.append({name: row[name] for name in columns if name in row})
+    if not selected:
         raise UserError(f"{path}: holds no rows")
-    return choose_column(str(path), known, accepted), kept
+    return choose_column(str(path), known, accepted), selected
 
 
 def choose_column(where: str, names: Collection[str], accepted: Sequence[str]) -> str:

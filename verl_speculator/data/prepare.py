@@ -251,8 +251,9 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
     rows = chain(head, rows)
     if format_name == "oasst" and any(map(is_tree_message, head)):
         rows = gather_trees(rows)
-    elif format_name == TEXT and not is_text and _is_wikitext(head, column):
-        rows = _join_lines(rows, column)
+    elif format_name == TEXT and not is_text and is_title(next(filter(str.strip, _lines(head, column)), "")):
+        # Wikitext with a row for each line: its first line that is not blank is a title.
+        rows = ({column: text} for text in documents(_lines(rows, column)))
     for row in tqdm(rows, desc=name, unit=" rows", disable=None):
         try:
             content, cut = _content(row, format_name, column, settings)
@@ -269,24 +270,18 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
 
 def _recognise(name: str, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
     """The format of an input: that of its first row that is in one."""
-    for row in head:
-        if format_name := recognise(row, settings.formats, settings.text_key):
-            return format_name
+    formats = (recognise(row, settings.formats, settings.text_key) for row in head)
+    if format_name := next(filter(None, formats), None):
+        return format_name
     has = ", ".join(names or dict.fromkeys(column for row in head for column in row)) or "no column"
     needs = [settings.text_key if each == TEXT else CONVERSATION_FORMATS[each].needs for each in settings.formats]
     raise UserError(f"{name}: format={settings.format}: its rows hold {has}; expected {'; or '.join(needs)}")
 
 
-def _is_wikitext(head: list[Row], column: str) -> bool:
-    """Whether rows are the lines of wikitext, of which the first that is not blank is a title."""
-    texts = (row[column] for row in head if isinstance(row.get(column), str))
-    return is_title(next((text for text in texts if text.strip()), ""))
-
-
-def _join_lines(rows: Iterable[Row], column: str) -> Iterator[Row]:
-    """The documents of a text that has a row for each line."""
-    lines = (row[column] if isinstance(row.get(column), str) else "" for row in rows)
-    return ({column: text} for text in documents(line if line.endswith("\n") else line + "\n" for line in lines))
+def _lines(rows: Iterable[Row], column: str) -> Iterator[str]:
+    """The texts of rows, an empty one for a row without, each with one line break at its end."""
+    texts = (row[column] if isinstance(row.get(column), str) else "" for row in rows)
+    return (text if text.endswith("\n") else text + "\n" for text in texts)
 
 
 def _content(row: Row, format_name: str, column: str, settings: PrepareSettings) -> tuple[list[Message] | str, int]:

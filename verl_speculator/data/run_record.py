@@ -109,7 +109,7 @@ def _base_configuration(model: Mapping[str, Any]) -> str:
 
 
 def earlier_record(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the record that the other sections of a provenance hold, for checkpoints without a record."""
+    """The part of the record that other sections of a provenance hold, for checkpoints without a record."""
     base, training = (provenance.get(section, {}) for section in ("base", "training"))
     joint = base.get("trained_jointly")
     known = {

@@ -29,9 +29,9 @@ SYSTEM = {"role": "system", "content": "sings"}
 ANSWER_PART = {"type": "text", "text": "red cat"}
 
 
-def turns(*said):
+def turns(*contents):
     """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def oasst(message, parent, role, text, **more):
@@ -339,8 +339,8 @@ def test_training_reads_text(tmp_path, tokenizer):
     config = {"messages_key": "messages", "text_key": "text", "max_length": 64, "truncation": "error", "custom_cls": {}}
     files = [str(tmp_path / "out" / "train.parquet")]
     dataset = build_dataset(files, OmegaConf.create(config), tokenizer, None, -1)
-    said = [tokenizer.decode(dataset[i]["input_ids"]) for i in range(len(dataset))]
-    assert said == ["one two<|im_end|>", "red cat<|im_end|>"]
+    texts = [tokenizer.decode(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    assert texts == ["one two<|im_end|>", "red cat<|im_end|>"]
 
 
 def test_results_are_replaced_only_when_told(tmp_path):
