@@ -96,11 +96,7 @@ class CheckpointInfo:
         return self.config.differences(config) + caps
 
     def check_base(self, hidden_size: int, vocab_size: int) -> None:
-        """Reject a base model of another width or vocabulary.
-
-        Raises:
-            UserError: naming both numbers.
-        """
+        """Reject a base model of another width or vocabulary: a `UserError` names both numbers."""
         for name, expected, actual in (
             ("width (hidden_size)", self.hidden_size, hidden_size),
             ("vocabulary (vocab_size)", self.vocab_size, vocab_size),
@@ -115,24 +111,25 @@ class CheckpointInfo:
         return directory if directory.is_dir() else None
 
     @property
+    def _base(self) -> Mapping[str, Any]:
+        """What is recorded of the base model: the one that was trained jointly, or that of the provenance."""
+        return {"name": str(self.trained_base)} if self.trained_base else self.provenance.get("base", {})
+
+    @property
     def base_name(self) -> str:
         """The base model that it was trained for, as the run named it."""
-        if self.trained_base:
-            return str(self.trained_base)
-        name = self.provenance.get("base", {}).get("name", "a base that its config.json does not name")
-        return self.base_form.name_of(name)
+        return self.base_form.name_of(self._base.get("name", "a base that its config.json does not name"))
 
     @property
     def base_form(self) -> BaseModelFormat:
         """The format of the base model during training."""
-        recorded = {} if self.trained_base else self.provenance.get("base", {})
-        return BaseModelFormat(recorded.get("quantization"), recorded.get("gguf_file"))
+        return BaseModelFormat(self._base.get("quantization"), self._base.get("gguf_file"))
 
     def base_fingerprint(self) -> str | None:
         """The fingerprint of the base model's weights, None if it is not known."""
         if self.trained_base:
             return weights_fingerprint(str(self.trained_base))
-        return self.provenance.get("base", {}).get("weights_fingerprint")
+        return self._base.get("weights_fingerprint")
 
     def check_base_weights(self, base: str, form: BaseModelFormat = UNQUANTIZED, *, allow_other: bool = False) -> None:
         """Reject a base model whose weights are not those that the speculator was trained for.
@@ -176,11 +173,7 @@ def latest_step(run: Path) -> int | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The directory of a checkpoint: `path` itself, or the latest step of the run there.
-
-    Raises:
-        UserError: if there is no checkpoint.
-    """
+    """The directory of a checkpoint: `path` itself, or the latest step of the run there; a `UserError` if neither."""
     directory = Path(path).expanduser()
     if (directory / CONFIG_FILE).is_file():
         return directory
@@ -205,7 +198,7 @@ def find_resume_path(directory: Path, settings: Any) -> Path | None:
         return None
     if named is not None:
         folder = Path(named).expanduser()
-        if not STEP_DIRECTORY.match(folder.name) or not folder.is_dir():
+        if not (STEP_DIRECTORY.match(folder.name) and folder.is_dir()):
             raise UserError(f"trainer.resume_from_path={named}: expected an existing global_step_N folder")
     elif mode == "resume_path":
         raise UserError("trainer.resume_mode=resume_path needs trainer.resume_from_path=<a global_step_N folder>")
@@ -230,10 +223,13 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
         UserError: if there is no checkpoint, or its configuration cannot be used.
     """
     directory = resolve_checkpoint(path)
+    invalid = f"{directory / CONFIG_FILE}: not a speculator's configuration"
     try:
         content = json.loads((directory / CONFIG_FILE).read_text())
     except ValueError as error:
-        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {error}") from None
+        raise UserError(f"{invalid}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{invalid}: expected an object")
     _check_is_speculator(directory, content)
     try:
         settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}
@@ -250,13 +246,11 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {reason}") from None
+        raise UserError(f"{invalid}: {reason}") from None
 
 
-def _check_is_speculator(directory: Path, content: Any) -> None:
+def _check_is_speculator(directory: Path, content: Mapping[str, Any]) -> None:
     """Reject exports for another program, Medusa heads in another format, and whole models, with what to do instead."""
-    if not isinstance(content, dict):
-        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: expected an object")
     if ARCTIC_MLP in content.get("architectures", ()):
         raise UserError(
             f"{directory}: an export for ArcticInference alone (arctic-mlp); expected the checkpoint that it was "
@@ -286,29 +280,20 @@ def write_checkpoint(
     """Write a checkpoint from the parameters of a speculator.
 
     Args:
-        directory: made if it does not exist; its two files are replaced if it does.
+        directory: made if it does not exist; its two files are replaced if it does. Returned.
         config: family and shape.
         state: every parameter of the module, whole and on the CPU, by the module's own names.
         description: hidden_size, vocab_size, and optionally logit_cap, base_architectures and provenance, which are
             fields of `CheckpointInfo`.
-
-    Returns:
-        The directory.
     """
     import torch
 
     from verl_speculator.models import build_speculator
 
-    (dtype,) = {tensor.dtype for tensor in state.values()}
-    info = CheckpointInfo(
-        Path(directory),
-        config,
-        dtype=str(dtype).removeprefix("torch."),
-        block_shapes={
-            name.removeprefix(BLOCK_PREFIX): list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)
-        },
-        **description,
-    )
+    (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    block = {name: list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)}
+    block_shapes = {name.removeprefix(BLOCK_PREFIX): shape for name, shape in block.items()}
+    info = CheckpointInfo(Path(directory), config, dtype=dtype, block_shapes=block_shapes, **description)
     slots = build_speculator(config, **info.shape, device="meta").checkpoint_slots()
     tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
     info.directory.mkdir(parents=True, exist_ok=True)
@@ -330,12 +315,9 @@ def save_speculator(
 
     Args:
         speculator: any family.
-        directory: made if it does not exist; its two files are replaced if it does.
+        directory: made if it does not exist; its two files are replaced if it does. Returned.
         base_architectures: as in the base's own `config.json`; some versions of ArcticInference demand it.
         provenance: any record in values of JSON, saved under the key `verl_speculator`.
-
-    Returns:
-        The directory.
     """
     return write_checkpoint(
         directory,

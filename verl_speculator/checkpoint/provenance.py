@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: versions, commit, and a fingerprint of the base's weights."""
+"""Where a checkpoint comes from: versions, commit, and a fingerprint of the base model's weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -17,52 +18,38 @@ SAMPLE_BYTES = 4096
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a training run does."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
 @functools.cache
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, `-dirty` behind it if edited; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    options = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "check": True, "timeout": 10}
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **options)
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **options)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() if described.returncode == 0 and tracked.returncode == 0 else None
-
-
-def processor() -> str:
-    """The processor's name, as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    return described.stdout.decode().strip()
 
 
 def hardware(device: str = "cpu") -> str:
-    """What a measurement ran on."""
+    """What a measurement ran on: the accelerator, if it is one, the processor's name, and the number of its cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if device == "cpu":
-        return f"{processor()}, {cores} cores"
+        return f"{processor}, {cores} cores"
     import torch
 
-    return f"{torch.get_device_module(device).get_device_name()}, {processor()}, {cores} cores"
+    return f"{torch.get_device_module(device).get_device_name()}, {processor}, {cores} cores"
 
 
 def file_fingerprint(path: Path) -> str:
@@ -111,19 +98,19 @@ def weights_directory(model: str) -> Path | None:
 
 
 def weights_fingerprint(model: str, gguf_file: str | None = None) -> str | None:
-    """A hash of a Hugging Face model's weights that any change of any tensor is sure to move in practice.
+    """A hash of a Hugging Face model's weights, which a change of any tensor changes in practice.
 
     Reads each tensor's name, type, shape and 4 KiB from its middle, so that a 70B model takes no longer than a small
-    one. None where the weights are not at hand as safetensors.
+    one. None where the weights are not on this machine as safetensors.
 
     Args:
         model: a directory, or a hub name.
-        gguf_file: the file of the model's that is meant, if it is one of GGUF; `file_fingerprint` is then taken of it.
+        gguf_file: the model's GGUF file, whose `file_fingerprint` is returned instead.
     """
     directory = weights_directory(model)
     if gguf_file is not None:
-        file = directory / gguf_file if directory else None
-        return file_fingerprint(file) if file and file.is_file() else None
+        is_file = directory is not None and (directory / gguf_file).is_file()
+        return file_fingerprint(directory / gguf_file) if is_file else None
     entries = {}
     for path in sorted(directory.glob("*.safetensors")) if directory else []:
         with path.open("rb") as file:

@@ -19,7 +19,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.data.formats import TEXT, Message, Row, documents
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,7 +38,7 @@ ROWS_AT_A_TIME = 256
 
 
 def find_suffix(name: str, suffixes: Sequence[str] = SUFFIXES, *, hub: bool = True) -> str:
-    """The kind of a file, without a `.gz`; with `hub`, "" where there is no such file but `name` may be a data set's.
+    """The suffix of a file, without a `.gz`; with `hub`, "" where there is no such file but `name` may be a data set's.
 
     Raises:
         UserError: if it is neither.
@@ -84,11 +84,7 @@ def open_rows(name: str, columns: Collection[str], suffix: str) -> tuple[list[st
 
 
 def open_parquet(path: str | Path, setting: str) -> pq.ParquetFile:
-    """A parquet file with at least one row, its footer read.
-
-    Args:
-        path: of the file.
-        setting: the setting with its value, for error messages.
+    """A parquet file with at least one row, its footer read. `setting` with its value begins each error message.
 
     Raises:
         UserError: if there is no such file, it is truncated or no parquet file, or it holds no rows.
@@ -122,8 +118,8 @@ def _parquet_errors(setting: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{setting}: truncated, or not a parquet file ({reason[:200]})") from None
+        reason = one_line(error, 200) or type(error).__name__
+        raise UserError(f"{setting}: truncated, or not a parquet file ({reason})") from None
 
 
 def _read_lines(path: Path) -> Iterator[str]:
@@ -143,24 +139,17 @@ def _read_json(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         if is_array is None and (is_array := line.lstrip().startswith("[")):
-            rows = _parse_json("".join([line, *lines]), str(path), "an array of objects")
-            yield from (_check_object(row, f"{path}, item {i}") for i, row in enumerate(rows))
-            return
-        where = f"{path}, line {number}"
-        yield _check_object(_parse_json(line, where, "one object a line, or one array"), where)
-
-
-def _parse_json(text: str, where: str, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: truncated, or not JSON ({error.msg}); expected {expected}") from None
-
-
-def _check_object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {short(row)}, expected a JSON object")
-    return row
+            text, where, expected = "".join([line, *lines]), str(path), "an array of objects"
+        else:
+            text, where, expected = line, f"{path}, line {number}", "one object a line, or one array"
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: truncated, or not JSON ({error.msg}); expected {expected}") from None
+        for i, row in enumerate(value if is_array else [value]):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}{f', item {i}' * is_array}: {short(row)}, expected a JSON object")
+            yield row
 
 
 def _read_hub(name: str) -> Iterator[Row]:
@@ -177,10 +166,8 @@ def _read_hub(name: str) -> Iterator[Row]:
             config, split = None, config
         yield from datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the hub, the network and the data set's own code can raise anything
-        reason = (str(error).splitlines() or [""])[0][:300]
-        raise UserError(
-            f"{name}: no such file, and as a data set on the hub it cannot be read ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{name}: no such file, and as a data set on the hub it cannot be read ({reason})") from None
 
 
 def read_rows(path: str | Path, accepted: Sequence[str], others: Sequence[str] = ()) -> tuple[str, list[Row]]:
@@ -194,21 +181,17 @@ def read_rows(path: str | Path, accepted: Sequence[str], others: Sequence[str] =
     """
     columns = (*accepted, *others)
     names, rows = open_rows(str(path), columns, find_suffix(str(path), TABLE_SUFFIXES, hub=False))
-    known, kept = dict.fromkeys(names), []
+    known, selected = dict.fromkeys(names), []
     for row in rows:
         known |= dict.fromkeys(row)
-        kept.append({name: row[name] for name in columns if name in row})
-    if not kept:
+        selected.append({name: row[name] for name in columns if name in row})
+    if not selected:
         raise UserError(f"{path}: holds no rows")
-    return choose_column(str(path), known, accepted), kept
+    return choose_column(str(path), known, accepted), selected
 
 
 def choose_column(where: str, names: Collection[str], accepted: Sequence[str]) -> str:
-    """The first of the `accepted` columns that is among `names`.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The first of the `accepted` columns that is among `names`; a `UserError` if there is none."""
     for column in accepted:
         if column in names:
             return column
@@ -269,6 +252,13 @@ def _uses_tools(message: Message) -> bool:
     return bool(message.get("tool_calls") or message.get("function_call")) or message["role"] in ("tool", "function")
 
 
+def messages_type() -> pa.DataType:
+    """The type of a parquet column of conversations: lists of messages with a role and a content."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
 # Conversations to be answered.
 
 PROMPT_COLUMNS = ("messages", "turns", "prompt")
@@ -280,12 +270,12 @@ UNANSWERED = {"role": "assistant", "content": "…"}
 
 @dataclass
 class Conversation:
-    """A conversation whose answers are given one after the other.
+    """A conversation whose assistant messages are generated one after the other.
 
     Attributes:
         row: in the file, from 0.
-        messages: all messages, with the keys that the file gives them; UNANSWERED where an answer is to be given.
-        unanswered: indices of the messages that are to be given, ascending.
+        messages: all messages, with the keys that the file gives them; UNANSWERED where an answer will be generated.
+        unanswered: indices of these messages, ascending.
         uses_tools: whether tools are offered or called. The results in the file belong to calls that the base model
             never made, so it cannot be answered.
     """
@@ -294,10 +284,6 @@ class Conversation:
     messages: list[Message]
     unanswered: list[int]
     uses_tools: bool = False
-
-    def prompt(self, index: int | None = None) -> list[Message]:
-        """The messages before `index`, by default before the first unanswered one."""
-        return self.messages[: self.unanswered[0] if index is None else index]
 
     def answer(self, text: str) -> None:
         """Give the first unanswered message its content."""
@@ -358,7 +344,7 @@ class PromptFile:
             return schema
         column_type = schema.field(self.column).type
         if self.column == "turns" or not pa.types.is_nested(column_type):
-            column_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+            column_type = messages_type()
         return schema.append(pa.field("messages", column_type))
 
     def conversations(self, rows: list[int]) -> Iterator[Conversation]:
@@ -390,12 +376,13 @@ class PromptFile:
         import pyarrow as pa
 
         rows, schema = self._take(list(answers)), self.schema
-        conversations = list(self.conversations(list(answers)))
-        for conversation in conversations:
+        messages = []
+        for conversation in self.conversations(list(answers)):
             for text in answers[conversation.row]:
                 conversation.answer(text)
+            messages.append(conversation.messages)
         index = schema.get_field_index("messages")
-        column = pa.array([conversation.messages for conversation in conversations], type=schema.field(index).type)
+        column = pa.array(messages, type=schema.field(index).type)
         if index < rows.num_columns:
             return rows.set_column(index, schema.field(index), column)
         return rows.append_column(schema.field(index), column)

@@ -75,18 +75,14 @@ def to_conversation(row: Row, format_name: str, *, keep_system: bool = True) -> 
     count = len(messages)
     while messages[-1]["role"] == "user":
         messages.pop()
-    _check_order(messages[1:] if messages[0]["role"] == "system" else messages)
-    return messages, count - len(messages)
-
-
-def _check_order(messages: Sequence[Message]) -> None:
-    if not messages or messages[0]["role"] != "user":
+    dialogue = messages[messages[0]["role"] == "system" :]
+    if dialogue[0]["role"] != "user":
         raise Dropped("does not start with user")
-    if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(messages)):
+    if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(dialogue)):
         raise Dropped("roles do not alternate")
-    for message in messages:
-        if not message["content"].strip():
-            raise Dropped("empty answer" if message["role"] == "assistant" else "empty user message")
+    if blank := next((message for message in dialogue if not message["content"].strip()), None):
+        raise Dropped("empty answer" if blank["role"] == "assistant" else "empty user message")
+    return messages, count - len(messages)
 
 
 def _message(turn: Any) -> Message:
@@ -139,16 +135,16 @@ def _in_turn(contents: Sequence[Any] | None) -> list[Row] | None:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def _text_of(row: Row, columns: Sequence[str]) -> str | None:
-    return next((row[name] for name in columns if isinstance(row.get(name), str)), None)
-
-
-def _pair(question: str | None, answer: str | None) -> list[Row] | None:
-    return None if question is None or answer is None else _in_turn((question, answer))
+def _pair(row: Row, question_columns: Sequence[str], answer_columns: Sequence[str]) -> list[Row] | None:
+    """The first text of each group of columns, as messages of user and assistant."""
+    texts = [name for name in row if isinstance(row[name], str)]
+    questions = [row[name] for name in question_columns if name in texts]
+    answers = [row[name] for name in answer_columns if name in texts]
+    return _in_turn((questions[0], answers[0])) if questions and answers else None
 
 
 def _alpaca(row: Row) -> Iterator[Row] | None:
-    turns = _pair(_text_of(row, ("instruction",)), _text_of(row, ALPACA_ANSWER_COLUMNS))
+    turns = _pair(row, ("instruction",), ALPACA_ANSWER_COLUMNS)
     return None if turns is None else _with_context(turns, _first(row, CONTEXT_COLUMNS))
 
 
@@ -240,7 +236,7 @@ CONVERSATION_FORMATS = {
     "pairs": Format(
         f"one of {', '.join(QUESTION_COLUMNS)} and one of {', '.join(ANSWER_COLUMNS)}",
         (*QUESTION_COLUMNS, *ANSWER_COLUMNS),
-        lambda row: _pair(_text_of(row, QUESTION_COLUMNS), _text_of(row, ANSWER_COLUMNS)),
+        lambda row: _pair(row, QUESTION_COLUMNS, ANSWER_COLUMNS),
     ),
 }
 
@@ -285,14 +281,12 @@ def documents(lines: Iterable[str]) -> Iterator[str]:
         parts = _split(lines, lambda line, _: not line.strip())
     else:
         parts = ([line] for line in lines)
-    for part in parts:
-        text = "".join(part).strip().removeprefix(END_OF_TEXT).strip()
-        if text:
-            yield text
+    texts = ("".join(part).strip().removeprefix(END_OF_TEXT).strip() for part in parts)
+    yield from filter(None, texts)
 
 
 def _split(lines: Iterable[str], begins: Callable[[str, str], bool]) -> Iterator[list[str]]:
-    """Lines in parts, each from a line that begins a part (judged with the line before it) up to the next."""
+    """Lines in parts, each from a line that begins a part (seen together with the line before it) up to the next."""
     part: list[str] = []
     before = ""
     for line in lines:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
-from verl_speculator.utils.errors import UserError
+from verl_speculator.base_model.loading import load_base
+from verl_speculator.utils.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,17 @@ class Answer(NamedTuple):
     finished: bool
 
 
-class Backend(Protocol):
-    """One way to generate for many prompts. `limit` is the number of positions, None if the base model names none."""
+class Backend:
+    """One way to generate for many prompts. An answer ends at any of `end_tokens`.
+
+    Attributes:
+        limit: the number of positions, None if the base model names none.
+    """
 
     limit: int | None
+
+    def __init__(self, settings: RegenerateSettings, end_tokens: Sequence[int]) -> None:
+        self.settings, self.end_tokens = settings, tuple(end_tokens)
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """Answers of at most `max_new_tokens` tokens, in any order. What is drawn follows from the arguments alone.
@@ -34,12 +42,12 @@ class Backend(Protocol):
             prompts: token ids, each shorter than `limit`; answers end with the last position.
             seeds: one for each prompt.
         """
-        ...
+        raise NotImplementedError
 
-
-def _max_tokens(limit: int | None, prompt: list[int], max_new_tokens: int) -> int:
-    """How many tokens may follow a prompt."""
-    return max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    def max_tokens(self, prompt: list[int]) -> int:
+        """How many tokens may follow a prompt."""
+        maximum = self.settings.max_new_tokens
+        return maximum if self.limit is None else min(maximum, self.limit - len(prompt))
 
 
 def cut_at_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> tuple[list[int], bool]:
@@ -48,8 +56,8 @@ def cut_at_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> tuple[list[i
     return list(tokens[:end]), end is not None
 
 
-class HuggingFaceBackend:
-    """`generate` of transformers over batches padded on the left. An answer ends at any of `end_tokens`."""
+class HuggingFaceBackend(Backend):
+    """`generate` of transformers over batches padded on the left."""
 
     def __init__(
         self,
@@ -59,17 +67,16 @@ class HuggingFaceBackend:
         end_tokens: Sequence[int],
         pad_token: int | None,
     ) -> None:
-        from verl_speculator.base_model.loading import load_base
         from verl_speculator.decoding.target import position_limit
 
+        super().__init__(settings, end_tokens)
         self.base = load_base(settings.base, device=device, dtype=dtype)
         self.limit = position_limit(self.base)
-        self.settings, self.end_tokens = settings, tuple(end_tokens)
         self.pad_token = pad_token if pad_token is not None else next(iter(self.end_tokens), 0)
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """`Backend.generate`"""
-        max_tokens = [_max_tokens(self.limit, prompt, self.settings.max_new_tokens) for prompt in prompts]
+        max_tokens = list(map(self.max_tokens, prompts))
         # The longest first: if memory runs out, it does so at once. A batch has one limit of new tokens, since no row
         # may pass the last position; it is less than `max_new_tokens` only for prompts near that position.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -104,12 +111,13 @@ class HuggingFaceBackend:
         return texts[:, width:].tolist()
 
 
-class VllmBackend:
+class VllmBackend(Backend):
     """vLLM, which batches by itself."""
 
     def __init__(self, settings: RegenerateSettings, dtype: torch.dtype, end_tokens: Sequence[int]) -> None:
         from vllm import LLM
 
+        super().__init__(settings, end_tokens)
         # generation_config="vllm": nothing from the base model's own, which may hold penalties.
         arguments = {
             "dtype": str(dtype).removeprefix("torch."),
@@ -120,10 +128,8 @@ class VllmBackend:
         try:
             self.engine = LLM(model=settings.base, **arguments)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"base={settings.base}: vLLM cannot load it: {reason}") from None
+            raise UserError(f"base={settings.base}: vLLM cannot load it: {one_line(error)}") from None
         self.limit = self.engine.llm_engine.model_config.max_model_len
-        self.settings, self.end_tokens = settings, tuple(end_tokens)
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """`Backend.generate`"""
@@ -132,7 +138,7 @@ class VllmBackend:
         policy = self.settings.policy
         sampling_params = [
             SamplingParams(
-                max_tokens=_max_tokens(self.limit, prompt, self.settings.max_new_tokens),
+                max_tokens=self.max_tokens(prompt),
                 temperature=policy.temperature,
                 top_p=policy.top_p,
                 top_k=policy.top_k or -1,

@@ -27,7 +27,7 @@ import numpy as np
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.provenance import file_digest, weights_fingerprint
 from verl_speculator.utils.atomic_io import atomic_directory, check_writable
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,9 +48,7 @@ IRRELEVANT = {
 def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     """All that the hidden states of a run depend on, by name: the `identity` of a manifest.
 
-    Args:
-        config: the resolved configuration.
-        tokenizer: of the base model, with the chat template that training uses.
+    Takes the resolved configuration, and the tokenizer with the chat template that training uses.
 
     Raises:
         UserError: if the base model's weights have no fingerprint.
@@ -91,11 +89,11 @@ def check_directory(directory: Path, identity: Mapping[str, Any]) -> bool:
         UserError: if it holds something else, a torn cache or one of other states, or cannot be written.
     """
     setting, advice = f"{SETTING}={directory}", "; remove it, or name another directory"
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{setting}: a file, expected a directory")
+    if not directory.exists() or not any(directory.iterdir()):
         check_writable(setting, directory)
         return False
-    if not directory.is_dir():
-        raise UserError(f"{setting}: a file, expected a directory")
     if not (directory / MANIFEST).is_file():
         raise UserError(f"{setting}: has no {MANIFEST}, so it is no cache; expected an empty directory, or a new one")
     try:
@@ -103,11 +101,10 @@ def check_directory(directory: Path, identity: Mapping[str, Any]) -> bool:
         recorded, rows, width = manifest["identity"], int(manifest["rows"]), int(manifest["width"])
         num_states = int(np.load(directory / LENGTHS).sum())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{setting}: torn, {' '.join(str(error).split())}{advice}") from None
+        raise UserError(f"{setting}: torn, {one_line(error)}{advice}") from None
     for name, size in {STATES: num_states * width * BYTES, CHECKSUMS: 4 * rows}.items():
         file = directory / name
-        actual = file.stat().st_size if file.is_file() else 0
-        if actual != size:
+        if (actual := file.stat().st_size if file.is_file() else 0) != size:
             raise UserError(f"{setting}: torn, {name} has {actual} bytes, expected {size}{advice}")
     if differing := list(_differences(recorded, dict(identity))):
         raise UserError(f"{setting}: holds other states (its own, this run's): {', '.join(differing)}{advice}")
@@ -129,8 +126,8 @@ def check_space(directory: Path, needed: int, *, estimated: bool = False) -> Non
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        about = "about " if estimated else ""
-        raise UserError(f"{SETTING}={directory}: needs {about}{say_size(needed)}, the disk has {say_size(free)} left")
+        size = f"{'about ' if estimated else ''}{say_size(needed)}"
+        raise UserError(f"{SETTING}={directory}: needs {size}, the disk has {say_size(free)} left")
 
 
 def say_size(count: int) -> str:
@@ -151,11 +148,10 @@ class StateCache:
         self.lengths = np.load(directory / LENGTHS)
         self._ends = self.lengths.cumsum()
         mode = "r+" if os.access(directory / STATES, os.W_OK) else "r"
-        self._checksums = np.memmap(directory / CHECKSUMS, np.uint32, mode, shape=(self.rows,))
-        shape = (int(self._ends[-1]), self.width)
+        self._checksums = np.memmap(directory / CHECKSUMS, np.uint32, mode)
         # A file without a byte cannot be mapped.
-        self._states = np.memmap(directory / STATES, np.uint16, mode, shape=shape) if shape[0] else np.empty(shape)
-        self._writable = mode == "r+"
+        states = np.memmap(directory / STATES, np.uint16, mode) if self.size else np.empty(0, np.uint16)
+        self._states = states.reshape(-1, self.width)
         self._verified = np.zeros(self.rows, bool)
 
     @classmethod
@@ -207,22 +203,20 @@ class StateCache:
     def has(self, rows: Sequence[int]) -> bool:
         """Whether all these rows are written and match their checksums."""
         for row in rows:
-            if not self._verified[row]:
-                self._verified[row] = self._checksums[row] == _checksum(self._part(row))
-        return all(self._verified[row] for row in rows)
+            self._verified[row] = self._verified[row] or self._checksums[row] == _checksum(self._part(row))
+        return bool(self._verified[list(rows)].all())
 
     def read(self, rows: Iterable[int]) -> Tensor:
         """[S, D] bf16, the states of these rows, concatenated."""
         import torch
 
-        parts = [self._part(row) for row in rows]
-        return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
+        return torch.from_numpy(np.concatenate([self._part(row) for row in rows])).view(torch.bfloat16)
 
     def write(self, row: int, states: Tensor) -> None:
         """Save [lengths[row], D] states in bf16, unless they are written, or the files are read-only."""
         import torch
 
-        if not self._writable or self.has([row]):
+        if not self._checksums.flags.writeable or self.has([row]):
             return
         part = self._part(row)
         if states.shape != part.shape:
@@ -234,4 +228,4 @@ class StateCache:
 
 def _checksum(part: np.ndarray) -> int:
     """CRC-32, never 0, which stands for a row that is not written."""
-    return zlib.crc32(np.ascontiguousarray(part)) or 1
+    return zlib.crc32(part) or 1

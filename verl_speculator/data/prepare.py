@@ -13,9 +13,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, compress, islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from verl_speculator.data.conversations import TEXT_SUFFIXES, find_suffix, open_rows
+from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, versions
+from verl_speculator.data.conversations import TEXT_SUFFIXES, find_suffix, messages_type, open_rows
 from verl_speculator.data.formats import (
     CONVERSATION_FORMATS,
     TEXT,
@@ -38,7 +40,7 @@ from verl_speculator.utils.options import Option, check_minimums
 if TYPE_CHECKING:
     import numpy as np
 
-TRAIN, VAL, REPORT, SPOOL = "train.parquet", "val.parquet", "prepare.json", "rows.jsonl"
+TRAIN, VAL, REPORT = "train.parquet", "val.parquet", "prepare.json"
 AUTO, MESSAGES = "auto", "messages"
 FORMATS = (AUTO, "sharegpt", "ultrachat", "oasst", "alpaca", "messages", "pairs", TEXT)
 DEFAULT_VAL_SHARE = 0.02
@@ -113,10 +115,7 @@ class PrepareSettings:
 
 @dataclass
 class RowCounts:
-    """Rows that are kept, rows that are dropped by reason, and turns cut from rows that are kept.
-
-    A tree of messages is one row.
-    """
+    """Rows that are kept, rows that are dropped by reason, and turns cut from rows that are kept; a tree is one row."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -138,8 +137,8 @@ class RowCounts:
 def prepare(settings: PrepareSettings) -> dict[str, Any]:
     """Write train.parquet, val.parquet (unless nothing is held out) and prepare.json.
 
-    Which rows are held out is known when all are read, so they go to a temporary file first. In memory stays what
-    de-duplication and the split need, some 150 bytes a row.
+    Which rows are held out is known when all are read, so they go to a file without a name first, which a kill removes.
+    In memory stays what de-duplication and the split need, some 150 bytes a row.
 
     Returns the contents of prepare.json.
 
@@ -161,22 +160,21 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _prepare(settings: PrepareSettings, suffixes: list[str]) -> dict[str, Any]:
-    _remove_leftovers(settings.out)
-    spool = settings.out / f"{TEMPORARY}{os.getpid()}.{SPOOL}"
-    try:
-        with spool.open("w", encoding="utf-8") as file:
-            writer = DedupWriter(file, settings)
-            results = [_read(name, suffix, writer) for name, suffix in zip(settings.inputs, suffixes, strict=True)]
+    # What killed runs left under temporary names; nothing else, since the directory may hold anything.
+    for name in (TRAIN, VAL, REPORT):
+        for path in settings.out.glob(f"{TEMPORARY}*.{name}"):
+            path.unlink(missing_ok=True)
+    with TemporaryFile("w+", encoding="utf-8", dir=settings.out) as file:
+        writer = DedupWriter(file, settings)
+        results = [_read(name, suffix, writer) for name, suffix in zip(settings.inputs, suffixes, strict=True)]
         total = sum((counts for _, counts in results), RowCounts())
         if not total.kept:
             reasons = ", ".join(f"{reason} {count}" for reason, count in total.dropped.most_common())
             raise UserError(f"no row is left: {total.dropped.total()} read, dropped: {reasons}")
         held_out = choose_held_out(writer.groups, share=settings.share, num_rows=settings.val_rows)
         report = _report(settings, results, total, int(held_out.sum()))
-        _write(settings.out, spool, writer.column, held_out, report)
+        _write(settings.out, writer, held_out, report)
         return report
-    finally:
-        spool.unlink(missing_ok=True)
 
 
 @dataclass
@@ -216,7 +214,7 @@ class DedupWriter:
         if isinstance(content, str):
             parts, opening = [content], content
         else:
-            parts = [part for message in content for part in (message["role"], message["content"])]
+            parts = [part for message in content for part in message.values()]
             opening = next(message["content"] for message in content if message["role"] == "user")
         if self.settings.dedup:
             identity = _hash(parts)
@@ -253,8 +251,9 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
     rows = chain(head, rows)
     if format_name == "oasst" and any(map(is_tree_message, head)):
         rows = gather_trees(rows)
-    elif format_name == TEXT and not is_text and _is_wikitext(head, column):
-        rows = _join_lines(rows, column)
+    elif format_name == TEXT and not is_text and is_title(next(filter(str.strip, _lines(head, column)), "")):
+        # Wikitext with a row for each line: its first line that is not blank is a title.
+        rows = ({column: text} for text in documents(_lines(rows, column)))
     for row in tqdm(rows, desc=name, unit=" rows", disable=None):
         try:
             content, cut = _content(row, format_name, column, settings)
@@ -271,37 +270,31 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
 
 def _recognise(name: str, settings: PrepareSettings, names: list[str], head: list[Row]) -> str:
     """The format of an input: that of its first row that is in one."""
-    for row in head:
-        if format_name := recognise(row, settings.formats, settings.text_key):
-            return format_name
+    formats = (recognise(row, settings.formats, settings.text_key) for row in head)
+    if format_name := next(filter(None, formats), None):
+        return format_name
     has = ", ".join(names or dict.fromkeys(column for row in head for column in row)) or "no column"
     needs = [settings.text_key if each == TEXT else CONVERSATION_FORMATS[each].needs for each in settings.formats]
     raise UserError(f"{name}: format={settings.format}: its rows hold {has}; expected {'; or '.join(needs)}")
 
 
-def _is_wikitext(head: list[Row], column: str) -> bool:
-    """Whether rows are the lines of wikitext, of which the first that is not blank is a title."""
-    texts = (row[column] for row in head if isinstance(row.get(column), str))
-    return is_title(next((text for text in texts if text.strip()), ""))
-
-
-def _join_lines(rows: Iterable[Row], column: str) -> Iterator[Row]:
-    """The documents of a text that has a row for each line."""
-    lines = (row[column] if isinstance(row.get(column), str) else "" for row in rows)
-    return ({column: text} for text in documents(line if line.endswith("\n") else line + "\n" for line in lines))
+def _lines(rows: Iterable[Row], column: str) -> Iterator[str]:
+    """The texts of rows, an empty one for a row without, each with one line break at its end."""
+    texts = (row[column] if isinstance(row.get(column), str) else "" for row in rows)
+    return (text if text.endswith("\n") else text + "\n" for text in texts)
 
 
 def _content(row: Row, format_name: str, column: str, settings: PrepareSettings) -> tuple[list[Message] | str, int]:
     """What is written of a row, and how many turns were cut from it."""
     if format_name == TEXT:
         content, cut = to_text(row, column), 0
-        chars = len(content)
+        texts = [content]
     else:
         content, cut = to_conversation(row, format_name, keep_system=settings.keep_system)
-        chars = sum(len(message["content"]) for message in content)
+        texts = [message["content"] for message in content]
         if sum(message["role"] == "assistant" for message in content) < settings.min_turns:
             raise Dropped("too few turns")
-    if settings.max_chars is not None and chars > settings.max_chars:
+    if settings.max_chars is not None and sum(map(len, texts)) > settings.max_chars:
         raise Dropped("too long")
     return content, cut
 
@@ -348,8 +341,6 @@ def _report(
 ) -> dict[str, Any]:
     import pyarrow as pa
 
-    from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, versions
-
     inputs = []
     for name, (format_name, counts) in zip(settings.inputs, results, strict=True):
         path = Path(name)
@@ -370,7 +361,7 @@ def _report(
     }
 
 
-def _write(out: Path, spool: Path, column: str, held_out: np.ndarray, report: dict[str, Any]) -> None:
+def _write(out: Path, rows: DedupWriter, held_out: np.ndarray, report: dict[str, Any]) -> None:
     """The results, complete before the first gets its name; train.parquet gets it last."""
     with (
         atomic_file(out / TRAIN) as train,
@@ -379,8 +370,8 @@ def _write(out: Path, spool: Path, column: str, held_out: np.ndarray, report: di
     ):
         for path, selected in ((train, ~held_out), (val, held_out)):
             if path is not None:
-                with spool.open(encoding="utf-8") as lines:
-                    write_parquet(path, column, compress(lines, selected))
+                rows.file.seek(0)
+                write_parquet(path, rows.column, compress(rows.file, selected))
         report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         # If the process dies between the renames, no file of an earlier run remains beside one of this run.
         for name in (TRAIN, REPORT, VAL):
@@ -392,8 +383,7 @@ def write_parquet(path: Path, column: str, lines: Iterator[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([(column, pa.list_(message) if column == MESSAGES else pa.string())])
+    schema = pa.schema([(column, messages_type() if column == MESSAGES else pa.string())])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := _next_group(lines):
             writer.write_table(pa.Table.from_pydict({column: group}, schema=schema))
@@ -401,16 +391,7 @@ def write_parquet(path: Path, column: str, lines: Iterator[str]) -> None:
 
 def _next_group(lines: Iterator[str]) -> list[Any]:
     group, chars = [], 0
-    for line in lines:
+    while len(group) < GROUP_ROWS and chars < GROUP_CHARS and (line := next(lines, None)):
         group.append(json.loads(line))
         chars += len(line)
-        if len(group) >= GROUP_ROWS or chars >= GROUP_CHARS:
-            break
     return group
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what killed runs left; nothing else, since the directory may hold anything."""
-    for name in (TRAIN, VAL, REPORT, SPOOL):
-        for path in out.glob(f"{TEMPORARY}*.{name}"):
-            path.unlink(missing_ok=True)

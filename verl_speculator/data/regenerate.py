@@ -9,12 +9,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from verl_speculator.base_model.loading import UNQUANTIZED
-from verl_speculator.checkpoint.provenance import file_digest
+from verl_speculator.base_model.chat_template import tokenize_prompt
+from verl_speculator.base_model.loading import BaseModelLoader
+from verl_speculator.checkpoint.provenance import file_digest, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.data.conversations import Conversation, PromptFile
 from verl_speculator.data.generation_backends import Backend, HuggingFaceBackend, VllmBackend
 from verl_speculator.decoding.sampling_policy import SamplingPolicy
@@ -33,9 +35,6 @@ from verl_speculator.utils.options import (
 )
 from verl_speculator.utils.process import progress_bar, spread
 
-if TYPE_CHECKING:
-    import torch
-
 BACKENDS = ("hf", "vllm")
 METADATA_KEY = b"verl_speculator"
 UNFINISHED, TOO_LONG, TOOLS = "unfinished", "too_long", "tools"
@@ -50,12 +49,9 @@ Record = dict[str, Any]
 
 def _read_vllm_args(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f'vllm_args={text}: expected a JSON object such as {{"tensor_parallel_size": 4}}')
-    return value
+        return dict(json.loads(text).items())
+    except (json.JSONDecodeError, AttributeError):
+        raise UserError(f'vllm_args={text}: expected a JSON object such as {{"tensor_parallel_size": 4}}') from None
 
 
 @dataclass(frozen=True)
@@ -107,50 +103,37 @@ class RegenerateSettings:
 
     def check_output(self) -> None:
         """Refuse an output that exists already or cannot be written, without creating anything."""
+        setting = f"out={self.out}"
         if self.out.is_dir():
-            raise UserError(f"out={self.out}: a directory, expected a name for a parquet file")
+            raise UserError(f"{setting}: a directory, expected a name for a parquet file")
         if self.out.suffix != ".parquet":
-            raise UserError(f"out={self.out}: expected a name that ends in .parquet")
+            raise UserError(f"{setting}: expected a name that ends in .parquet")
         if self.out.exists() and self.data.exists() and self.out.samefile(self.data):
-            raise UserError(f"out={self.out}: is the data itself, expected another file")
+            raise UserError(f"{setting}: is the data itself, expected another file")
         if self.out.exists() and not self.overwrite:
-            raise UserError(f"out={self.out}: exists already; expected a new name, or --overwrite")
-        check_writable(f"out={self.out}", self.out.parent)
+            raise UserError(f"{setting}: exists already; expected a new name, or --overwrite")
+        check_writable(setting, self.out.parent)
 
 
-@dataclass(frozen=True)
 class AnswerCounts:
-    """What became of the rows. Answers, tokens (without end tokens) and unfinished answers are of rows written.
+    """What became of the rows.
 
     Attributes:
+        rows: rows of the file that were to be answered.
+        written: rows that are written; `answers`, their `tokens` (without end tokens) and `unfinished` are of these.
         dropped: rows that are not written, by reason (of REASONS).
     """
 
-    rows: int
-    answers: int
-    tokens: int
-    unfinished: int
-    dropped: dict[str, list[int]]
-
-    @classmethod
-    def of(cls, records: list[Record]) -> AnswerCounts:
-        """The counts of some rows' records."""
-        written, dropped = [record for record in records if "dropped" not in record], {}
+    def __init__(self, records: list[Record]) -> None:
+        written = [record for record in records if "dropped" not in record]
+        self.rows, self.written = len(records), len(written)
+        self.answers = sum(len(record["answers"]) for record in written)
+        self.tokens = sum(record["tokens"] for record in written)
+        self.unfinished = sum(record["unfinished"] for record in written)
+        self.dropped: dict[str, list[int]] = {}
         for record in records:
             if reason := record.get("dropped"):
-                dropped.setdefault(reason, []).append(record["row"])
-        return cls(
-            rows=len(records),
-            answers=sum(len(record["answers"]) for record in written),
-            tokens=sum(record["tokens"] for record in written),
-            unfinished=sum(record["unfinished"] for record in written),
-            dropped=dropped,
-        )
-
-    @property
-    def written(self) -> int:
-        """Rows that are written."""
-        return self.rows - sum(map(len, self.dropped.values()))
+                self.dropped.setdefault(reason, []).append(record["row"])
 
     def summary(self) -> list[str]:
         """Lines for a reader: what is written, and what was dropped and why."""
@@ -164,7 +147,7 @@ class AnswerCounts:
 
 
 def regenerate(settings: RegenerateSettings) -> AnswerCounts:
-    """Write `settings.out`: the rows of `settings.data` with answers of the base model's own (docs/regenerate.md).
+    """Write `settings.out`: the rows of `settings.data` with the base model's own answers (docs/regenerate.md).
 
     A run that was killed is resumed.
 
@@ -174,14 +157,14 @@ def regenerate(settings: RegenerateSettings) -> AnswerCounts:
     """
     settings.check_output()
     file = PromptFile.read(settings.data)
-    run = _Run.resolve(settings)
+    run = _Run(settings)
     rows = spread(file.table.num_rows, settings.num_rows)
     shards = [rows[i : i + settings.shard_rows] for i in range(0, len(rows), settings.shard_rows)]
     log = AnswerLog(settings.out)
     resume = log.load(run.identity(), overwrite=settings.overwrite)
     with progress_bar() as progress:
         checking = progress.add_task("checking rows", total=len(rows))
-        num_answers = dict.fromkeys(rows, 0)
+        num_answers = {}
         for conversation in chain.from_iterable(map(file.conversations, shards)):
             if not resume and not conversation.uses_tools:  # the rows of a run that is resumed have been checked
                 run.prompt_ids(conversation, conversation.unanswered[-1])
@@ -195,7 +178,7 @@ def regenerate(settings: RegenerateSettings) -> AnswerCounts:
             task = progress.add_task(f"{settings.data.name} (answers)", total=total, completed=total - left)
             for shard in missing:
                 log.append(run.answer(list(file.conversations(shard)), backend, partial(progress.advance, task)))
-    counts = AnswerCounts.of([record for shard in log.shards for record in shard])
+    counts = AnswerCounts(list(chain.from_iterable(log.shards)))
     if not counts.written:
         log.remove()
         advice = f"; expected a larger --max-new-tokens than {settings.max_new_tokens}, or --keep-unfinished"
@@ -206,42 +189,29 @@ def regenerate(settings: RegenerateSettings) -> AnswerCounts:
     return counts
 
 
-def write_answers(out: Path, file: PromptFile, shards: list[list[Record]], metadata: Mapping[str, Any]) -> None:
+def write_answers(out: Path, file: PromptFile, shards: list[list[Record]], description: Mapping[str, Any]) -> None:
     """Write the rows that are not dropped, with their answers."""
     import pyarrow.parquet as pq
 
-    schema = file.schema.with_metadata({**(file.schema.metadata or {}), METADATA_KEY: json.dumps(metadata)})
+    schema = file.schema.with_metadata({**(file.schema.metadata or {}), METADATA_KEY: json.dumps(description)})
     with atomic_file(out) as path, pq.ParquetWriter(path, schema) as writer:
         for shard in shards:
             if answers := {record["row"]: record["answers"] for record in shard if "dropped" not in record}:
                 writer.write_table(file.answered(answers))
 
 
-@dataclass(frozen=True)
 class _Run:
     """Settings with what `auto` means and what the base model's files say."""
 
-    settings: RegenerateSettings
-    device: str
-    dtype: torch.dtype
-    tokenizer: Any
-    end_tokens: tuple[int, ...]
-
-    @classmethod
-    def resolve(cls, settings: RegenerateSettings) -> _Run:
-        # Imports torch, which an error of a setting or of the file should not wait for.
-        from verl_speculator.base_model.loading import choose_device, choose_dtype, load_tokenizer
-
-        device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, device)
-        tokenizer = load_tokenizer(settings.base)
-        end_tokens = _end_tokens(settings.base, tokenizer)
-        if not end_tokens and not settings.keep_unfinished:
+    def __init__(self, settings: RegenerateSettings) -> None:
+        base = BaseModelLoader(settings.base, device=settings.device, dtype=settings.dtype)
+        self.settings, self.device, self.dtype = settings, base.device, base.dtype
+        self.tokenizer, self.end_tokens = base.tokenizer, base.end_token_ids
+        if not self.end_tokens and not settings.keep_unfinished:
             raise UserError(
                 f"base={settings.base}: names no end token, so that no answer ends; expected --keep-unfinished, or an "
                 "eos_token_id in its generation_config.json"
             )
-        return cls(settings, device, dtype, tokenizer, end_tokens)
 
     def load_backend(self) -> Backend:
         if self.settings.backend == "vllm":
@@ -250,17 +220,15 @@ class _Run:
         return HuggingFaceBackend(self.settings, self.device, self.dtype, self.end_tokens, pad_token)
 
     def prompt_ids(self, conversation: Conversation, index: int) -> list[int]:
-        from verl_speculator.base_model.chat_template import tokenize_prompt
-
         try:
-            return tokenize_prompt(self.tokenizer, conversation.prompt(index))
+            return tokenize_prompt(self.tokenizer, conversation.messages[:index])
         except UserError as error:
             raise UserError(f"data={self.settings.data}, row {conversation.row}: {error}") from None
 
     def answer(
         self, conversations: list[Conversation], backend: Backend, advance: Callable[[int], None]
     ) -> list[Record]:
-        """Answer conversations, turn by turn, all that still wait for an answer together."""
+        """Answer conversations turn by turn: each round answers the next message of all that are not finished."""
         records: dict[int, Record] = {
             each.row: {"row": each.row, "answers": [], "tokens": 0, "unfinished": 0} for each in conversations
         }
@@ -300,8 +268,6 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for shards to belong together."""
-        from verl_speculator.checkpoint.provenance import weights_fingerprint
-
         settings = self.settings
         template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
         identity = asdict(settings) | {
@@ -318,12 +284,8 @@ class _Run:
             del identity["batch_size"]
         return identity
 
-    def provenance(self, total: AnswerCounts) -> dict[str, Any]:
+    def provenance(self, counts: AnswerCounts) -> dict[str, Any]:
         """The metadata of the result."""
-        from importlib import metadata
-
-        from verl_speculator.checkpoint.provenance import git_commit, hardware, versions, weights_fingerprint
-
         settings, identity = self.settings, self.identity()
         vllm = {"vllm": metadata.version("vllm")} if settings.backend == "vllm" else {}
         del identity["base"]
@@ -337,14 +299,14 @@ class _Run:
             "seed": settings.seed,
             "settings": identity | {"batch_size": settings.batch_size},
             "counts": {
-                "rows": total.rows,
-                "rows_written": total.written,
-                "answers": total.answers,
-                "answer_tokens": total.tokens,
-                "unfinished": total.unfinished,
-                "dropped": {reason: len(rows) for reason, rows in total.dropped.items()},
+                "rows": counts.rows,
+                "rows_written": counts.written,
+                "answers": counts.answers,
+                "answer_tokens": counts.tokens,
+                "unfinished": counts.unfinished,
+                "dropped": {reason: len(rows) for reason, rows in counts.dropped.items()},
             },
-            "dropped_rows": total.dropped,
+            "dropped_rows": counts.dropped,
             "versions": versions() | vllm,
             "commit": git_commit(),
             "hardware": hardware(self.device),
@@ -355,19 +317,6 @@ class _Run:
 def _seed(seed: int, row: int, index: int) -> int:
     """For one answer, so that what is drawn does not depend on where a run was interrupted."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row} {index}".encode()).digest()[:4])
-
-
-def _end_tokens(base: str, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end a turn, without loading the base model."""
-    from transformers import AutoConfig
-
-    from verl_speculator.base_model.chat_template import end_token_ids
-
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"base={base}: no model there: {' '.join(str(error).split())[:200]}") from None
-    return end_token_ids(tokenizer, UNQUANTIZED.read_generation_config(base, config))
 
 
 class AnswerLog:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.provenance import data_fingerprint, file_digest
@@ -83,20 +82,20 @@ def _objective(model: Mapping[str, Any], training: SpeculatorTraining) -> dict[s
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:
     unread = UNRECORDED_DATA | ({"max_length"} if data["truncation"] == "error" else set())  # nothing is cut there
+    custom = data["custom_cls"]
     return {
         "data.train_batch_size": data["train_batch_size"],
         **{f"data.{name}": value for name, value in data.items() if name not in unread},
-        TRAIN_CONTENTS: _contents(data["train_files"]),
-        VAL_CONTENTS: _contents(data["val_files"]),
-        CUSTOM_CODE: _custom_code(data["custom_cls"]),
+        TRAIN_CONTENTS: [_digest(file, data_fingerprint) for file in data["train_files"] or []],
+        VAL_CONTENTS: [_digest(file, data_fingerprint) for file in data["val_files"] or []],
+        # The user's dataset class and a digest of its file; None for verl's class.
+        CUSTOM_CODE: [custom.get("name"), _digest(custom["path"], file_digest)] if custom.get("path") else None,
     }
 
 
-def _custom_code(custom: Mapping[str, Any]) -> list[str | None] | None:
-    """The user's dataset class and a digest of its file (its name if it is not a file); None for verl's."""
-    if not (path := custom.get("path")):
-        return None
-    return [custom.get("name"), file_digest(Path(path)) if Path(path).is_file() else str(path)]
+def _digest(file: str, digest: Callable[[Path], str]) -> str:
+    """The digest of a file; the name itself if it is no file, since custom datasets may read other things."""
+    return digest(Path(file)) if Path(file).is_file() else str(file)
 
 
 def _base_configuration(model: Mapping[str, Any]) -> str:
@@ -109,13 +108,8 @@ def _base_configuration(model: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _contents(files: Any) -> list[str]:
-    """A fingerprint of each file, in order; a name that is no file, as custom datasets may read, stands for itself."""
-    return [data_fingerprint(Path(file)) if Path(file).is_file() else str(file) for file in files or []]
-
-
 def earlier_record(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of the record that the other sections of a provenance hold, for checkpoints without a record."""
+    """The part of the record that other sections of a provenance hold, for checkpoints without a record."""
     base, training = (provenance.get(section, {}) for section in ("base", "training"))
     joint = base.get("trained_jointly")
     known = {
@@ -132,8 +126,7 @@ def earlier_record(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A checkpoint's record compared with that of a run which resumes it; the checkpoint's value is named first.
 
     Attributes:
@@ -149,18 +142,19 @@ class Comparison:
 
 def compare_records(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> Comparison:
     """Compare a checkpoint's record with that of the current run."""
-    differing = [name for name in current if name in recorded and recorded[name] != current[name]]
-    values = {name: f"{name} ({_format(recorded[name])}, {_format(current[name])})" for name in differing}
-    texts = values | {name: name for name in differing if name in DIGESTS}
+    differing = {
+        name: name if name in DIGESTS else f"{name} ({_format(recorded[name])}, {_format(current[name])})"
+        for name in current
+        if name in recorded and recorded[name] != current[name]
+    }
     return Comparison(
-        refused=tuple(texts[name] for name in differing if not is_adjustable(name)),
-        adjusted=tuple(texts[name] for name in differing if is_adjustable(name)),
+        refused=tuple(text for name, text in differing.items() if not _is_adjustable(name)),
+        adjusted=tuple(text for name, text in differing.items() if _is_adjustable(name)),
         unrecorded=tuple(name for name in current if name not in recorded),
     )
 
 
-def is_adjustable(name: str) -> bool:
-    """Whether a run may continue with another value of this setting."""
+def _is_adjustable(name: str) -> bool:
     optimizer = name.startswith("optim.") and name not in OPTIMIZER_KIND
     return optimizer or name in ADJUSTABLE or name.startswith(("engine.", "model.override_config"))
 

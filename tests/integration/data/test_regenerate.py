@@ -33,7 +33,7 @@ ENDS = {"qwen2_untied": 4, "llama": 10, "gemma2": 3}
 
 
 def with_ends(folder: Path, out: Path, every: int) -> Path:
-    """A copy of a base for which many tokens end a turn, and that would punish repetition if it were asked."""
+    """A copy of a base for which many tokens end a turn, and that would punish repetition if it were applied."""
     shutil.copytree(folder, out)
     path = out / "generation_config.json"
     config = json.loads(path.read_text()) | {"eos_token_id": list(range(2, 330, every)), "repetition_penalty": 1.7}
@@ -52,59 +52,65 @@ def small(ending) -> Path:
     return ending["qwen2_untied"]
 
 
-def asked(base: Path, data: Path, out: Path, **more) -> RegenerateSettings:
+def make_settings(base: Path, data: Path, out: Path, **more) -> RegenerateSettings:
     settings = {"max_new_tokens": TOKENS, "dtype": "fp64", "batch_size": 4, "shard_rows": 8, "device": "cpu"} | more
     return RegenerateSettings(base=str(base), data=data, out=out, **settings)
 
 
-def described(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
     return json.loads(pq.read_schema(path).metadata[b"verl_speculator"])
 
 
 def answer_alone(base: Path, tokenizer, messages: list[dict], limit: int = TOKENS) -> tuple[str, bool]:
-    """What the base says after some messages, one prompt at a time, argmax by argmax; whether it ended."""
-    model, ids, said = load_base(base), tokenize_prompt(tokenizer, messages), []
+    """What the base model answers to some messages, one prompt at a time, argmax by argmax; whether it ended."""
+    model, ids, answered = load_base(base), tokenize_prompt(tokenizer, messages), []
     ends = end_token_ids(tokenizer, model.generation_config)
-    while len(said) < min(limit, 256 - len(ids)):
+    while len(answered) < min(limit, 256 - len(ids)):
         with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([ids + said]), use_cache=False).logits[0, -1].argmax())
+            token = int(model(input_ids=torch.tensor([ids + answered]), use_cache=False).logits[0, -1].argmax())
         if token in ends:
-            return tokenizer.decode(said, skip_special_tokens=True), True
-        said.append(token)
-    return tokenizer.decode(said, skip_special_tokens=True), False
+            return tokenizer.decode(answered, skip_special_tokens=True), True
+        answered.append(token)
+    return tokenizer.decode(answered, skip_special_tokens=True), False
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_every_answer_is_the_one_given_alone(ending, name, chat, tokenizer, tmp_path):
     """Turn by turn, with the base's own earlier answers before it; rows whose answer does not end are dropped."""
-    account = regenerate(asked(ending[name], chat, tmp_path / "out.parquet", num_rows=12))
+    counts = regenerate(make_settings(ending[name], chat, tmp_path / "out.parquet", num_rows=12))
     expected, dropped = [], []
     source = pq.read_table(chat)["messages"].to_pylist()
     for row in (i * 40 // 12 for i in range(12)):
-        talk = source[row]
-        for i, message in enumerate(talk):
+        conversation = source[row]
+        for i, message in enumerate(conversation):
             if message["role"] == "assistant":
-                text, ended = answer_alone(ending[name], tokenizer, talk[:i])
-                talk[i] = {"role": "assistant", "content": text}
+                text, ended = answer_alone(ending[name], tokenizer, conversation[:i])
+                conversation[i] = {"role": "assistant", "content": text}
                 if not ended:
                     dropped.append(row)
                     break
         else:
-            expected.append(talk)
+            expected.append(conversation)
     assert pq.read_table(tmp_path / "out.parquet")["messages"].to_pylist() == expected
-    assert account.dropped.get("unfinished", []) == dropped and account.written == 12 - len(dropped)
-    assert len(expected) >= 4 and any(len(talk) == 4 for talk in expected)
+    assert counts.dropped.get("unfinished", []) == dropped and counts.written == 12 - len(dropped)
+    assert len(expected) >= 4 and any(len(conversation) == 4 for conversation in expected)
 
 
 def test_unfinished_answers_are_kept_on_request(small, chat, tokenizer, tmp_path):
-    account = regenerate(asked(small, chat, tmp_path / "new" / "out.parquet", num_rows=12, max_new_tokens=2, seed=3))
-    assert 0 < account.written < 12 and account.unfinished == 0
-    kept = regenerate(asked(small, chat, tmp_path / "all.parquet", num_rows=12, max_new_tokens=2, keep_unfinished=True))
+    counts = regenerate(
+        make_settings(small, chat, tmp_path / "new" / "out.parquet", num_rows=12, max_new_tokens=2, seed=3)
+    )
+    assert 0 < counts.written < 12 and counts.unfinished == 0
+    kept = regenerate(
+        make_settings(small, chat, tmp_path / "all.parquet", num_rows=12, max_new_tokens=2, keep_unfinished=True)
+    )
     assert kept.written == 12 and kept.unfinished > 0 and not kept.dropped
-    for talk in pq.read_table(tmp_path / "all.parquet")["messages"].to_pylist():
-        said = [m["content"] for m in talk if m["role"] == "assistant"]
-        assert said == [
-            answer_alone(small, tokenizer, talk[:i], 2)[0] for i, m in enumerate(talk) if m["role"] == "assistant"
+    for conversation in pq.read_table(tmp_path / "all.parquet")["messages"].to_pylist():
+        answered = [m["content"] for m in conversation if m["role"] == "assistant"]
+        assert answered == [
+            answer_alone(small, tokenizer, conversation[:i], 2)[0]
+            for i, m in enumerate(conversation)
+            if m["role"] == "assistant"
         ]
 
 
@@ -124,7 +130,7 @@ def test_other_columns_stay_as_they_were(small, tmp_path):
         }
     ).replace_schema_metadata({"pandas": "{}", "mine": "yes"})
     pq.write_table(table, tmp_path / "in.parquet")
-    regenerate(asked(small, tmp_path / "in.parquet", tmp_path / "out.parquet", keep_unfinished=True))
+    regenerate(make_settings(small, tmp_path / "in.parquet", tmp_path / "out.parquet", keep_unfinished=True))
     out = pq.ParquetFile(tmp_path / "out.parquet").read()
     assert out.schema.equals(pq.ParquetFile(tmp_path / "in.parquet").schema_arrow)
     assert out.schema.metadata[b"mine"] == b"yes"
@@ -146,7 +152,7 @@ def test_other_columns_stay_as_they_were(small, tmp_path):
 )
 def test_rows_of_prompts_get_messages(small, tokenizer, tmp_path, columns, roles):
     data = write_parquet(tmp_path / "in.parquet", [columns | {"answer": "a person's"}] * 2)
-    regenerate(asked(small, data, tmp_path / "out.parquet", keep_unfinished=True))
+    regenerate(make_settings(small, data, tmp_path / "out.parquet", keep_unfinished=True))
     row = pq.read_table(tmp_path / "out.parquet").to_pylist()[1]
     assert "".join(m["role"][0] for m in row["messages"]) == roles
     assert {name: row[name] for name in columns if name != "messages"} == {
@@ -164,12 +170,15 @@ def test_rows_that_cannot_be_answered_are_counted_and_named(small, tokenizer, tm
     say = lambda text, **more: {"messages": [{"role": "user", "content": text, **more}]}  # noqa: E731
     rows = [say("red"), say("x" * 300), say(near), say("dog", tool_calls="f()")]
     data = write_parquet(tmp_path / "in.parquet", rows)
-    account = regenerate(asked(small, data, tmp_path / "out.parquet", keep_unfinished=True))
-    assert account.dropped == {"tools": [3], "too_long": [1]} and account.written == 2
-    assert "1 dropped, prompt does not fit the base model: row 1" in account.summary()
-    found = described(tmp_path / "out.parquet")
-    assert found["dropped_rows"] == account.dropped
-    assert found["counts"]["rows"] == 4 and found["counts"]["rows_written"] == 2 == found["counts"]["answers"]
+    counts = regenerate(make_settings(small, data, tmp_path / "out.parquet", keep_unfinished=True))
+    assert counts.dropped == {"tools": [3], "too_long": [1]} and counts.written == 2
+    assert "1 dropped, prompt does not fit the base model: row 1" in counts.summary()
+    description = read_metadata(tmp_path / "out.parquet")
+    assert description["dropped_rows"] == counts.dropped
+    assert (
+        description["counts"]["rows"] == 4
+        and description["counts"]["rows_written"] == 2 == description["counts"]["answers"]
+    )
     answer = pq.read_table(tmp_path / "out.parquet")["messages"].to_pylist()[1][-1]["content"]
     assert answer == answer_alone(small, tokenizer, rows[2]["messages"])[0]
 
@@ -183,11 +192,11 @@ def test_absolute_positions(tokenizer, tmp_path):
     base = GPT2LMHeadModel(GPT2Config(vocab_size=330, bos_token_id=None, eos_token_id=None, **shape))
     base.save_pretrained(tmp_path / "gpt2")
     ends = (1, 2, 3)
-    settings = asked(tmp_path / "gpt2", Path(), Path(), batch_size=8, max_new_tokens=10)
+    settings = make_settings(tmp_path / "gpt2", Path(), Path(), batch_size=8, max_new_tokens=10)
     many = HuggingFaceBackend(settings, "cpu", torch.float64, ends, None)
     prompts = [list(range(5, 5 + n)) for n in (3, 23, 9, 14, 20, 20)]
-    found = sorted(many.generate(prompts, [0] * 6))
-    for prompt, answer in zip(prompts, found, strict=True):
+    answers = sorted(many.generate(prompts, [0] * 6))
+    for prompt, answer in zip(prompts, answers, strict=True):
         alone, size = list(prompt), min(10, 24 - len(prompt))
         with torch.no_grad():
             for _ in range(size):
@@ -199,7 +208,7 @@ def test_sampling_follows_the_seed_wherever_it_was_interrupted(small, chat, tmp_
     settings = {"temperature": 1.0, "top_k": 50, "num_rows": 24}
 
     def run(name: str, **more) -> list:
-        regenerate(asked(small, chat, tmp_path / name, **(settings | more)))
+        regenerate(make_settings(small, chat, tmp_path / name, **(settings | more)))
         return pq.read_table(tmp_path / name)["messages"].to_pylist()
 
     whole = run("a.parquet")
@@ -232,20 +241,20 @@ def test_shards_of_other_settings_are_refused(small, chat, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("verl_speculator.data.regenerate.write_answers", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            regenerate(asked(small, chat, out, num_rows=8))
+            regenerate(make_settings(small, chat, out, num_rows=8))
     loads = []
     load = HuggingFaceBackend.__init__
     monkeypatch.setattr(HuggingFaceBackend, "__init__", lambda self, *a, **k: loads.append(1) or load(self, *a, **k))
     with pytest.raises(UserError) as error:
-        regenerate(asked(small, chat, out, num_rows=8, temperature=0.5))
+        regenerate(make_settings(small, chat, out, num_rows=8, temperature=0.5))
     assert "temperature (0.0, 0.5)" in str(error.value) and "--overwrite" in str(error.value) and not loads
     # Greedily the size of a batch is free, and finished shards need no base; --overwrite goes on as well.
-    regenerate(asked(small, chat, out, num_rows=8, batch_size=1, overwrite=True))
+    regenerate(make_settings(small, chat, out, num_rows=8, batch_size=1, overwrite=True))
     assert not loads
     with pytest.raises(UserError, match="exists already"):
-        regenerate(asked(small, chat, out, num_rows=8))
-    regenerate(asked(small, chat, out, num_rows=8, temperature=0.5, overwrite=True))
-    assert loads and described(out)["temperature"] == 0.5
+        regenerate(make_settings(small, chat, out, num_rows=8))
+    regenerate(make_settings(small, chat, out, num_rows=8, temperature=0.5, overwrite=True))
+    assert loads and read_metadata(out)["temperature"] == 0.5
 
 
 def test_a_killed_command_goes_on(small, chat, tmp_path):
@@ -270,29 +279,33 @@ def test_a_killed_command_goes_on(small, chat, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "of 40 rows" in ended.stdout and "chat.parquet (answers)" in ended.stderr
     assert not log.exists()
-    regenerate(asked(small, chat, tmp_path / "whole.parquet", shard_rows=40, batch_size=16))
+    regenerate(make_settings(small, chat, tmp_path / "whole.parquet", shard_rows=40, batch_size=16))
     assert pq.read_table(out)["messages"].equals(pq.read_table(tmp_path / "whole.parquet")["messages"])
 
 
 def test_training_reads_the_result(small, chat, tokenizer, tmp_path):
-    """The loss mask covers what the base said, and the result says what it is."""
+    """The loss mask covers what the base answered, and the result says what it is."""
     out = tmp_path / "out.parquet"
-    account = regenerate(asked(small, chat, out, num_rows=12))
+    counts = regenerate(make_settings(small, chat, out, num_rows=12))
     rows = load_rows(out, tokenizer)
-    talks = pq.read_table(out)["messages"].to_pylist()
-    assert len(rows) == account.written == len(talks)
-    for row, talk in zip(rows, talks, strict=True):
-        said = tokenizer.decode(row["input_ids"][row["loss_mask"].bool()])
-        assert said == "".join(f"{m['content']}<|im_end|>\n" for m in talk if m["role"] == "assistant")
-    found = described(out)
-    assert found["base"] == str(small) and len(found["base_fingerprint"]) == 32 and found["temperature"] == 0
-    assert found["settings"]["dtype"] == "float64" and found["settings"]["max_new_tokens"] == TOKENS
-    assert found["versions"]["transformers"] and found["data"] == str(chat) and found["hardware"]
+    conversations = pq.read_table(out)["messages"].to_pylist()
+    assert len(rows) == counts.written == len(conversations)
+    for row, conversation in zip(rows, conversations, strict=True):
+        answered = tokenizer.decode(row["input_ids"][row["loss_mask"].bool()])
+        assert answered == "".join(f"{m['content']}<|im_end|>\n" for m in conversation if m["role"] == "assistant")
+    description = read_metadata(out)
+    assert (
+        description["base"] == str(small)
+        and len(description["base_fingerprint"]) == 32
+        and description["temperature"] == 0
+    )
+    assert description["settings"]["dtype"] == "float64" and description["settings"]["max_new_tokens"] == TOKENS
+    assert description["versions"]["transformers"] and description["data"] == str(chat) and description["hardware"]
 
 
 def test_vllm_is_asked_for_the_same(small, chat, tmp_path, monkeypatch):
     """A stand-in for vLLM, which is not installed here: what it is given, and that what it gives is used."""
-    made, wishes = {}, []
+    made, sampling_params = {}, []
 
     class LLM:
         def __init__(self, **settings):
@@ -300,10 +313,10 @@ def test_vllm_is_asked_for_the_same(small, chat, tmp_path, monkeypatch):
             self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=256))
 
         def generate(self, prompts, sampling, *, use_tqdm):
-            wishes.extend(sampling)
-            for prompt, wish in zip(prompts, sampling, strict=True):
+            sampling_params.extend(sampling)
+            for prompt, params in zip(prompts, sampling, strict=True):
                 ended = len(prompt["prompt_token_ids"]) % 2 == 0
-                tokens = [100, 101] + ([wish.stop_token_ids[0]] if ended else [])
+                tokens = [100, 101] + ([params.stop_token_ids[0]] if ended else [])
                 one = types.SimpleNamespace(token_ids=tuple(tokens), finish_reason="stop" if ended else "length")
                 yield types.SimpleNamespace(outputs=[one])
 
@@ -313,12 +326,18 @@ def test_vllm_is_asked_for_the_same(small, chat, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
     more = {"backend": "vllm", "device": "auto", "dtype": "bf16", "temperature": 0.7, "top_k": 0}
-    account = regenerate(asked(small, chat, tmp_path / "out.parquet", vllm_args={"tensor_parallel_size": 2}, **more))
+    counts = regenerate(
+        make_settings(small, chat, tmp_path / "out.parquet", vllm_args={"tensor_parallel_size": 2}, **more)
+    )
     assert made["model"] == str(small) and made["tensor_parallel_size"] == 2 and made["generation_config"] == "vllm"
     assert made["dtype"] == "bfloat16"
-    assert wishes[0].temperature == 0.7 and wishes[0].top_k == -1 and wishes[0].stop_token_ids[0] < 330
-    assert len({wish.seed for wish in wishes}) == len(wishes) and 0 < account.written < 40
-    assert described(tmp_path / "out.parquet")["versions"]["vllm"] == "0.0"
+    assert (
+        sampling_params[0].temperature == 0.7
+        and sampling_params[0].top_k == -1
+        and sampling_params[0].stop_token_ids[0] < 330
+    )
+    assert len({params.seed for params in sampling_params}) == len(sampling_params) and 0 < counts.written < 40
+    assert read_metadata(tmp_path / "out.parquet")["versions"]["vllm"] == "0.0"
 
 
 @pytest.mark.parametrize(
@@ -367,7 +386,7 @@ def test_files_that_cannot_be_used(small, tmp_path, monkeypatch, rows, message):
     data = tmp_path / "in.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=None if rows else pa.schema({"prompt": pa.string()})), data)
     with pytest.raises(UserError) as error:
-        regenerate(asked(small, data, tmp_path / "out.parquet"))
+        regenerate(make_settings(small, data, tmp_path / "out.parquet"))
     assert message in str(error.value) and str(data) in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
 
@@ -375,18 +394,18 @@ def test_files_that_cannot_be_used(small, tmp_path, monkeypatch, rows, message):
 def test_places_that_cannot_be_used(small, chat, tmp_path):
     data = shutil.copy(chat, tmp_path / "in.parquet")
     with pytest.raises(UserError, match="is the data itself"):
-        regenerate(asked(small, data, data, overwrite=True))
+        regenerate(make_settings(small, data, data, overwrite=True))
     with pytest.raises(UserError, match=r"in.parquet is a file, expected a directory"):
-        regenerate(asked(small, data, data / "out.parquet"))
+        regenerate(make_settings(small, data, data / "out.parquet"))
     log = tmp_path / "out.parquet.answers.jsonl"
     for content in ("", "a thesis\n", "[1]\n", "{}"):
         log.write_text(content)
         with pytest.raises(UserError, match=r"answers.jsonl: expected answers for out.parquet"):
-            regenerate(asked(small, data, tmp_path / "out.parquet", overwrite=True))
+            regenerate(make_settings(small, data, tmp_path / "out.parquet", overwrite=True))
         assert log.read_text() == content
     data.write_bytes(data.read_bytes()[:-100])
     with pytest.raises(UserError, match="truncated, or not a parquet file"):
-        regenerate(asked(small, data, tmp_path / "other.parquet"))
+        regenerate(make_settings(small, data, tmp_path / "other.parquet"))
 
 
 def test_a_template_that_refuses_is_named_with_the_row(small, tmp_path, monkeypatch):
@@ -396,13 +415,13 @@ def test_a_template_that_refuses_is_named_with_the_row(small, tmp_path, monkeypa
     data = write_parquet(tmp_path / "in.parquet", [{"prompt": "dog"}, {"prompt": "cat"}])
     monkeypatch.setattr(HuggingFaceBackend, "__init__", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=r"row 1: the chat template refuses it: no cats"):
-        regenerate(asked(base, data, tmp_path / "out.parquet"))
+        regenerate(make_settings(base, data, tmp_path / "out.parquet"))
 
 
 def test_a_base_that_never_ends(tokenizer, chat, tmp_path):
     base = make_base("llama", tmp_path / "base", tokenizer)
     with pytest.raises(UserError) as error:
-        regenerate(asked(base, chat, tmp_path / "out.parquet", num_rows=2, max_new_tokens=1))
+        regenerate(make_settings(base, chat, tmp_path / "out.parquet", num_rows=2, max_new_tokens=1))
     assert str(error.value).endswith(
         "no row is left: 2 dropped, answer did not end within max_new_tokens: rows 0, 20; expected a larger "
         "--max-new-tokens than 1, or --keep-unfinished"

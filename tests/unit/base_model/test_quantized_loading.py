@@ -18,7 +18,7 @@ from helpers.tiny_models import GGUF_FILE as FILE
 from helpers.tiny_models import make_gguf
 from helpers.training_runs import environment, overrides, read_log, script, train
 from verl_speculator import build_speculator, load_speculator
-from verl_speculator.base_model.loading import BaseModelFormat, base_shape, load_base, load_tokenizer
+from verl_speculator.base_model.loading import BaseModelFormat, BaseModelLoader, base_shape, load_base, load_tokenizer
 from verl_speculator.checkpoint.format import read_checkpoint_info, write_checkpoint
 from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
 from verl_speculator.cli.options import LoadingOptions
@@ -163,13 +163,11 @@ def test_end_tokens_folder_with_the_gguf_readers_eos_come_from_the_generation_co
     """A GGUF file that was saved as a folder: the tokenizer's class has an end token of its own."""
     from transformers import AutoTokenizer
 
-    from verl_speculator.data.regenerate import _end_tokens
-
     folder = shutil.copytree(bases["qwen2_untied"], tmp_path / "folder")
     read = AutoTokenizer.from_pretrained(folder)
     read.eos_token = "<|im_start|>"
     read.save_pretrained(folder)
-    assert _end_tokens(str(folder), load_tokenizer(folder)) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert BaseModelLoader(folder, device="cpu").end_token_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 
 
 @needs_gguf

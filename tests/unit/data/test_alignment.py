@@ -37,7 +37,7 @@ def pack(documents):
     return tokens, mask, lengths.cumsum(0)
 
 
-def found(rows):
+def valid_pairs(rows):
     return {
         (int(t), k): int(rows.targets[k, r])
         for r, t in enumerate(rows.positions)
@@ -56,7 +56,7 @@ document = st.lists(st.tuples(st.integers(0, END), st.integers(0, 1)), min_size=
 def test_pairs_are_those_of_the_definition(documents, n_predict):
     tokens, mask, cu_seqlens = pack(documents)
     rows = align(tokens, mask, cu_seqlens, n_predict, [END])
-    assert found(rows) == reference(documents, n_predict)
+    assert valid_pairs(rows) == reference(documents, n_predict)
     assert rows.valid[0].all(), "a row without a valid pair was kept"
     assert (rows.valid[1:] <= rows.valid[:-1]).all(), "a deeper pair is valid where an earlier one is not"
     for r, t in enumerate(rows.positions.tolist()):
@@ -70,39 +70,39 @@ def test_pairs_are_those_of_the_definition(documents, n_predict):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(document, min_size=2, max_size=4), st.integers(1, 4))
 def test_packed_equals_separate(documents, n_predict):
-    together = found(align(*pack(documents), n_predict, [END]))
+    together = valid_pairs(align(*pack(documents), n_predict, [END]))
     apart, offset = {}, 0
-    for one in documents:
-        rows = align(*pack([one]), n_predict, [END])
-        apart |= {(t + offset, k): target for (t, k), target in found(rows).items()}
-        offset += len(one[0])
+    for each in documents:
+        rows = align(*pack([each]), n_predict, [END])
+        apart |= {(t + offset, k): target for (t, k), target in valid_pairs(rows).items()}
+        offset += len(each[0])
     assert together == apart
 
 
 def test_worked_example():
     a, b, c, d, e, f = range(6)
     rows = align(*pack([([a, b, c, d, e, f], [0, 0, 1, 1, 1, 1])]), 2, [END])
-    assert found(rows) == {(1, 0): d, (1, 1): e, (2, 0): e, (2, 1): f, (3, 0): f}
+    assert valid_pairs(rows) == {(1, 0): d, (1, 1): e, (2, 0): e, (2, 1): f, (3, 0): f}
     assert rows.tokens.tolist() == [[c, d], [d, e], [e, f]]
 
 
 def test_the_newline_behind_the_end_token_is_no_target():
     tokens, newline = [1, 2, 3, END], 4
     rows = align(*pack([([*tokens, newline], [0, 1, 1, 1, 1])]), 3, [END])
-    assert newline not in found(rows).values()
-    assert END in found(rows).values()
+    assert newline not in valid_pairs(rows).values()
+    assert END in valid_pairs(rows).values()
 
 
 def test_no_draft_crosses_into_the_users_turn():
     # user 1, assistant 2 3 END, user 5 6, assistant 7 8 END
     document = ([1, 2, 3, END, 5, 6, 7, 8, END], [0, 1, 1, 1, 0, 0, 1, 1, 1])
     rows = align(*pack([document]), 5, [END])
-    assert set(found(rows)) == {(0, 0), (0, 1), (1, 0), (5, 0), (5, 1), (6, 0)}
+    assert set(valid_pairs(rows)) == {(0, 0), (0, 1), (1, 0), (5, 0), (5, 1), (6, 0)}
 
 
 def test_plain_text_has_no_end_tokens():
     rows = align(*pack([([1, END, 2, 3], [1, 1, 1, 1])]), 1, [])
-    assert found(rows) == {(0, 0): 2, (1, 0): 3}
+    assert valid_pairs(rows) == {(0, 0): 2, (1, 0): 3}
 
 
 def test_padded_positions():

@@ -49,9 +49,9 @@ def test_the_default_template_fits_verls_dataset(tmp_path, eos):
     rows = make_chat_rows(4)
     loaded = load_rows(write_parquet(tmp_path / "rows.parquet", rows), tokenizer)
     for row, source in zip(loaded, rows, strict=True):
-        said = tokenizer.decode(row["input_ids"][row["loss_mask"].bool()])
+        answered = tokenizer.decode(row["input_ids"][row["loss_mask"].bool()])
         end = tokenizer.eos_token if eos else "\n"
-        assert said == "".join(f" {m['content']}{end}" for m in source["messages"] if m["role"] == "assistant")
+        assert answered == "".join(f" {m['content']}{end}" for m in source["messages"] if m["role"] == "assistant")
 
 
 def test_text_rows(tokenizer, tmp_path):
@@ -98,10 +98,10 @@ def test_a_global_batch_does_not_depend_on_the_ranks(ranks):
         samplers = [ResumableSampler(data, num_replicas=ranks, rank=r, seed=3, drop_last=True) for r in range(ranks)]
         for sampler in samplers:
             sampler.set_position(epoch=1, skip=skip * batch // ranks)
-        mine = [list(sampler) for sampler in samplers]
+        rows_of_ranks = [list(sampler) for sampler in samplers]
         per_rank = batch // ranks
         return [
-            {i for rows in mine for i in rows[b * per_rank : (b + 1) * per_rank]}
+            {i for rows in rows_of_ranks for i in rows[b * per_rank : (b + 1) * per_rank]}
             for b in range(len(data) // batch - skip)
         ]
 

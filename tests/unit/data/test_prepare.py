@@ -29,9 +29,9 @@ SYSTEM = {"role": "system", "content": "sings"}
 ANSWER_PART = {"type": "text", "text": "red cat"}
 
 
-def turns(*said):
+def turns(*contents):
     """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def oasst(message, parent, role, text, **more):
@@ -339,8 +339,8 @@ def test_training_reads_text(tmp_path, tokenizer):
     config = {"messages_key": "messages", "text_key": "text", "max_length": 64, "truncation": "error", "custom_cls": {}}
     files = [str(tmp_path / "out" / "train.parquet")]
     dataset = build_dataset(files, OmegaConf.create(config), tokenizer, None, -1)
-    said = [tokenizer.decode(dataset[i]["input_ids"]) for i in range(len(dataset))]
-    assert said == ["one two<|im_end|>", "red cat<|im_end|>"]
+    texts = [tokenizer.decode(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    assert texts == ["one two<|im_end|>", "red cat<|im_end|>"]
 
 
 def test_results_are_replaced_only_when_told(tmp_path):
@@ -376,7 +376,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == before
 
 
-def test_a_kill_leaves_nothing_under_the_final_names(tmp_path):
+def test_prepare_killed_while_reading_leaves_no_file(tmp_path):
     pipe, out = tmp_path / "rows.jsonl", tmp_path / "out"
     os.mkfifo(pipe)
     arguments = [sys.executable, "-m", "verl_speculator", "prepare", str(pipe), "--out", str(out)]
@@ -393,8 +393,8 @@ def test_a_kill_leaves_nothing_under_the_final_names(tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert all(path.name.startswith(".tmp.") for path in out.iterdir())
-    (out / ".tmp.1.rows.jsonl").write_text("left over")
+    assert not any(out.iterdir())
+    (out / ".tmp.1.train.parquet").write_text("left over")
     (out / ".tmp.1.other").write_text("not ours")
     rows = write(tmp_path / "whole.jsonl", [{"messages": turns(word, "red")} for word in WORDS])
     prepare(PrepareSettings((str(rows),), out))
