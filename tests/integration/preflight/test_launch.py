@@ -19,7 +19,7 @@ from helpers.training_runs import SCRIPT, overrides, script
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import STATE_FILES
 from verl_speculator.config.hydra import flash_attention_installed, load_run_config, load_settings
-from verl_speculator.preflight.settings import LOGGER_PACKAGES
+from verl_speculator.preflight.settings import LOGGERS
 from verl_speculator.utils.errors import UserError
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
@@ -180,6 +180,7 @@ def test_one_machine_meets_where_torchrun_is_told_to(attempt, monkeypatch, name)
         ("trainer.seed=abc", "trainer.seed=abc: expected an integer"),
         ("trainer.logger=wandbb", "did you mean 'wandb'"),
         ("trainer.logger=[console,swanlab]", "the package swanlab is not installed"),
+        ("trainer.logger=[console,wandbb]", "trainer.logger=[console,wandbb]: wandbb is no backend; expected one or"),
         ("trainer.logger=null", "trainer.logger=null: expected one or several of console"),
         ("trainer.experiment_name=null", "trainer.experiment_name=null: expected a name"),
         ("data.train_max_samples=null", "data.train_max_samples=null: expected an integer of at least -1"),
@@ -324,7 +325,7 @@ def test_wandb_offline_needs_no_login(attempt, no_credentials):
 def test_loggers_without_login_refused(attempt, tmp_path, tmp_path_factory, no_credentials, name, words):
     """The packages, which are not installed here, are empty ones: their credentials lie outside them."""
     packages = tmp_path_factory.mktemp("packages")
-    (packages / f"{LOGGER_PACKAGES[name]}.py").write_text("")
+    (packages / f"{LOGGERS[name][0]}.py").write_text("")
     no_credentials.syspath_prepend(packages)
     assert_refused(attempt, f"trainer.logger={name}: {words}", tmp_path, f"trainer.logger={name}")
 
@@ -380,6 +381,13 @@ def test_the_row_that_is_too_long_is_named(attempt, tmp_path):
     assert_refused(attempt, "row 7 has", tmp_path, data__train_files=file)
     with pytest.raises(Started):
         attempt("data.truncation=right", data__train_files=file)
+
+
+def test_chat_template_index_error_refused_in_one_line(attempt, base, tmp_path, tmp_path_factory):
+    folder = copy_of(base, tmp_path_factory.mktemp("bases") / "base", "config.json", lambda config: None)
+    (folder / "chat_template.jinja").write_text("{{ '{1}'.format(0) }}")
+    words = "row 0: the chat template refuses it: Replacement index 1 out of range"
+    assert_refused(attempt, words, tmp_path, model__partial_pretrain=folder)
 
 
 @pytest.fixture
