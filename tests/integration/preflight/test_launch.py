@@ -386,7 +386,7 @@ def test_the_row_that_is_too_long_is_named(attempt, tmp_path):
 def test_chat_template_index_error_refused_in_one_line(attempt, base, tmp_path, tmp_path_factory):
     folder = copy_of(base, tmp_path_factory.mktemp("bases") / "base", "config.json", lambda config: None)
     (folder / "chat_template.jinja").write_text("{{ '{1}'.format(0) }}")
-    words = "row 0: the chat template refuses it: Replacement index 1 out of range"
+    words = "row 0: the chat template refuses it: tuple index out of range"
     assert_refused(attempt, words, tmp_path, model__partial_pretrain=folder)
 
 
