@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.errors import UserError, one_line
 
 RESULTS, CATEGORIES = "results.csv", "categories.csv"
 LOOKUP, RANDOM = "prompt_lookup", "random"
@@ -121,9 +121,8 @@ def _read(path: Path, expected: Sequence[str]) -> list[dict[str, Any]]:
         # Without pandas' list of words for missing values, which has `none`.
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False).fillna("")
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a table: {' '.join(str(error).split())}") from None
-    missing = [name for name in expected if name not in frame.columns]
-    if missing:
+        raise UserError(f"{path}: not a table: {one_line(error)}") from None
+    if missing := [name for name in expected if name not in frame.columns]:
         raise UserError(f"{path}: no column {', '.join(missing)} (expected the table of an evaluation)")
     for name in frame.columns:
         if name in POLICY or NUMBER.fullmatch(name):

@@ -30,21 +30,15 @@ AXIS = {
 FRONT = "#A8A8A8"
 CROWD = 8  # speculators in a panel: with more, bars need more width and points need numbers
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.5,
     "lines.linewidth": 1.4,
-    "lines.markersize": 6,
     "pdf.fonttype": 42,
     # A dollar in a path or a category is a dollar.
     "text.parse_math": False,

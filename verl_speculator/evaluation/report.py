@@ -241,11 +241,11 @@ def print_results(out: Path, console: Any) -> None:
     from rich.table import Table
 
     results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
-    is_wide = console.width >= WIDE
     keys = ["prompts", "base", "temperature", "top_p", "top_k", "max_new_tokens"]
     for (prompts, base, temperature, *_, limit), rows in results.groupby(keys, sort=False):
         cells = [_cells(row) for row in rows.to_dict("records")]
-        names = [name for name in cells[0] if (is_wide or name in NARROW) and any(row[name] != "–" for row in cells)]
+        names = [name for name in cells[0] if console.width >= WIDE or name in NARROW]
+        names = [name for name in names if any(row[name] != "–" for row in cells)]
         table = Table(title=f"{prompts}, base {base}, temperature {temperature:g}, at most {limit} tokens")
         for name in names:
             is_text = name in ("speculator", "method")

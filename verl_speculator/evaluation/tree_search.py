@@ -43,8 +43,7 @@ class RankSample:
 
     def shares(self) -> list[list[float]]:
         """For each depth, the shares of the ranks 0 … SHOWN_RANKS − 1."""
-        depths = zip(*self.paths, strict=True)
-        return [[ranks.count(rank) / len(ranks) for rank in range(SHOWN_RANKS)] for ranks in depths]
+        return [[ranks.count(i) / len(ranks) for i in range(SHOWN_RANKS)] for ranks in zip(*self.paths, strict=True)]
 
     def chosen(self, nodes: int) -> tuple[DraftTree, dict[str, Any]]:
         """The tree of `nodes` nodes with the largest τ, and the figures that led to it."""

@@ -21,17 +21,9 @@ SAMPLED_ROWS = 1000
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of parquet files that training reads.
+    """The first `count` rows of parquet files, in one column: plain texts or conversations."""
 
-    Attributes:
-        setting: the setting that names the files.
-        files: paths, in order.
-        column: the column that holds the rows.
-        is_text: whether it holds plain text; conversations otherwise.
-        count: number of rows that are used.
-    """
-
-    setting: str
+    setting: str  # names the files
     files: list[str]
     column: str
     is_text: bool

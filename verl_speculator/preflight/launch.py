@@ -19,13 +19,7 @@ from verl_speculator.config.hydra import RunConfig, common_overrides, compose, r
 from verl_speculator.config.schema import ignored_settings
 from verl_speculator.preflight.base_model import check_base, check_checkpoints
 from verl_speculator.preflight.data import check_cache, check_data, check_rows
-from verl_speculator.preflight.settings import (
-    check_batch,
-    check_device,
-    check_loggers,
-    check_optimizer,
-    check_settings,
-)
+from verl_speculator.preflight.settings import check_batch, check_device, check_loggers, check_optimizer, check_settings
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import CPU_ALLOCATOR
