@@ -158,7 +158,7 @@ class Document:
             loss), and whether the text's token is the draft's most likely one, or among its five most likely ones.
         """
         rows, states = self.unroll(speculator, end_token_ids)
-        sums: dict[str, list[float]] = {name: [] for name in ("pairs", *QUALITY_METRICS)}
+        sums: dict[str, list[float]] = {}
         for k, state in enumerate(states):
             valid = rows.valid[k]
             target = rows.targets[k][valid]
@@ -174,7 +174,7 @@ class Document:
                 "top5": is_target,
             }
             for name, value in values.items():
-                sums[name].append(float(value.sum()))
+                sums.setdefault(name, []).append(float(value.sum()))
         return sums
 
     @torch.inference_mode()

@@ -408,13 +408,14 @@ class Evaluator:
                     for ids, seed in zip(turns, seeds, strict=True)
                 ]
                 peaks[method] = max(peaks[method], peak_memory(self.base.device))
+        trial_texts = [{m: [run.tokens for run in runs] for m, runs in trial.items()} for trial in trials]
         # A greedy text is the same in every trial: its rounds count once.
         counted = trials[:1] if self.policy.greedy else trials
         return {
             row: {
                 "alone": [_times(runs[self.vanilla]) for runs in trials],
                 "own": [_times(runs[row.method]) for runs in trials],
-                "identical": sum(_texts(runs[row.method]) == _texts(runs[self.vanilla]) for runs in trials),
+                "identical": sum(texts[row.method] == texts[self.vanilla] for texts in trial_texts),
                 "peak_mb": peaks[row.method],
                 **_sum_counts([run.counts for runs in counted for run in runs[row.method]]),
             }
@@ -447,11 +448,11 @@ def _identity(info: CheckpointInfo) -> dict[str, Any]:
 def _missing(name: str, logs: Mapping[Any, ResultsLog], scope: list[int], progress: Progress) -> Iterator[int]:
     """The indices that a log still lacks, under a progress bar."""
     indices = sorted({index for log in logs.values() for index in log.missing()})
-    yield from progress.track(indices, total=len(scope), completed=len(scope) - len(indices), description=name)
-
-
-def _texts(runs: Sequence[MethodRun]) -> list[list[int]]:
-    return [run.tokens for run in runs]
+    # Not `track`, whose bar of a resumed run would end at the number of these indices.
+    task = progress.add_task(name, total=len(scope), completed=len(scope) - len(indices))
+    for index in indices:
+        yield index
+        progress.advance(task)
 
 
 def _times(runs: Sequence[MethodRun]) -> dict[str, float]:

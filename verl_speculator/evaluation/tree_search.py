@@ -23,12 +23,8 @@ SHOWN_RANKS = 4
 
 @dataclass(frozen=True)
 class RankSample:
-    """Ranks of the tokens of the base model's answers.
-
-    Attributes:
-        answers: number of answers.
-        paths: for each position of an answer at which all depths are valid, the ranks of the K tokens that follow.
-    """
+    """Ranks of the tokens of the base model's answers: of the K tokens behind each position at which all depths are
+    valid."""
 
     answers: int
     paths: list[tuple[int, ...]]

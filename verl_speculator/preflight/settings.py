@@ -263,14 +263,10 @@ def _check_tensorboard(setting: str, trainer: DictConfig) -> None:
     check_writable(setting, Path(os.environ.get("TENSORBOARD_DIR", default)))
 
 
-def _check_file(setting: str, trainer: DictConfig) -> None:
-    check_metrics_file(setting, trainer.project_name, trainer.experiment_name)
-
-
 # verl's logging backends: the package that each needs, and a check of its credentials or its file.
 LOGGERS: dict[str, tuple[str | None, Callable[[str, DictConfig], None] | None]] = {
     "console": (None, None),
-    "file": (None, _check_file),
+    "file": (None, lambda setting, run: check_metrics_file(setting, run.project_name, run.experiment_name)),
     "wandb": ("wandb", _check_wandb),
     "mlflow": ("mlflow", None),
     "swanlab": ("swanlab", _check_swanlab),
