@@ -31,7 +31,7 @@ def measure(args: argparse.Namespace, contender: str) -> dict[str, Any]:
 
     from verl_speculator import SpeculatorConfig, build_speculator
     from verl_speculator.decoding import speculative_generate
-    from verl_speculator.evaluation.run import PeakMemory
+    from verl_speculator.evaluation.run import peak_memory, reset_peak_memory
     from verl_speculator.models.layers import block_shapes, copy_norm
 
     torch.manual_seed(0)
@@ -60,11 +60,10 @@ def measure(args: argparse.Namespace, contender: str) -> dict[str, Any]:
         copy_norm(speculator, base)
         speculator.copy_block(base)
         size = sum(p.numel() * p.element_size() for p in speculator.parameters())
-    peak = PeakMemory(base.device)
-    peak.reset()
+    reset_peak_memory(base.device)
     prompt = torch.randint(args.vocab, (PROMPT,), generator=torch.Generator().manual_seed(1))
     speculative_generate(base, speculator, prompt, max_new_tokens=TOKENS, eos_token_id=())
-    return {"peak_mb": peak.read(), "parameters_mb": size / 2**20}
+    return {"peak_mb": peak_memory(base.device), "parameters_mb": size / 2**20}
 
 
 def main() -> None:

@@ -18,8 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from verl_speculator.config.hydra import common_overrides, load_run_config
-from verl_speculator.preflight import check_run
-from verl_speculator.preflight.launch import worker_environment
+from verl_speculator.preflight.launch import check_run, worker_environment
 from verl_speculator.preflight.settings import check_settings
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError

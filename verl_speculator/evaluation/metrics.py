@@ -85,11 +85,7 @@ def bootstrap(
 ) -> dict[str, float]:
     """Percentile intervals over resampled prompts, as `NAME_lo` and `NAME_hi` of every figure.
 
-    Args:
-        count: P.
-        figures: maps [B, P], how often each prompt is in each sample, to [B] of each figure.
-        seed: of the resampling.
-        samples: B.
+    `count` is P, `samples` B; `figures` maps [B, P], how often each prompt is in each sample, to [B] of each figure.
     """
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
     bounds = {}
@@ -109,19 +105,16 @@ def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     order = np.argsort(values)
     cumulative = weights[..., order].cumsum(-1)
     total = cumulative[..., -1:]
-    # The median is the mean of the two values around the middle, which are one and the same for an odd total.
+    # The median is the mean of the two values around the middle, which are the same value for an odd total.
     low = (cumulative >= total / 2).argmax(-1)
     high = (cumulative > total / 2).argmax(-1)
     return np.where(total[..., 0] > 0, (values[order][low] + values[order][high]) / 2, np.nan)
 
 
 def speed(vanilla: np.ndarray, speculative: np.ndarray, weights: np.ndarray) -> Figures:
-    """Medians over pairs of runs, one of the base model alone and one of a method.
+    """Medians over pairs of runs, from tokens per second [P, N] of the base model alone and of a method in N trials.
 
-    Args:
-        vanilla: [P, N] tokens per second of the base model alone in N trials.
-        speculative: [P, N] tokens per second of the method.
-        weights: [..., P] how often each prompt counts.
+    Each prompt counts as often as `weights` [..., P] say.
     """
     weights = np.repeat(weights, vanilla.shape[-1], axis=-1)
     return {
@@ -134,12 +127,8 @@ def speed(vanilla: np.ndarray, speculative: np.ndarray, weights: np.ndarray) -> 
 class Document:
     """A text with the base model's logits and hidden states, on which every speculator is measured.
 
-    The base model runs once for each kind of hidden state that the speculators read.
-
-    Args:
-        base: in evaluation mode.
-        tokens: [T]
-        loss_mask: [T] 1 where the assistant produced the token.
+    The base model, in evaluation mode, runs once for each kind of hidden state that the speculators read. `loss_mask`
+    [T] is 1 where the assistant produced the token.
     """
 
     def __init__(self, base: nn.Module, tokens: list[int], loss_mask: list[int]) -> None:
@@ -169,7 +158,7 @@ class Document:
             loss), and whether the text's token is the draft's most likely one, or among its five most likely ones.
         """
         rows, states = self.unroll(speculator, end_token_ids)
-        sums: dict[str, list[float]] = {name: [] for name in ("pairs", *QUALITY_METRICS)}
+        sums: dict[str, list[float]] = {}
         for k, state in enumerate(states):
             valid = rows.valid[k]
             target = rows.targets[k][valid]
@@ -185,7 +174,7 @@ class Document:
                 "top5": is_target,
             }
             for name, value in values.items():
-                sums[name].append(float(value.sum()))
+                sums.setdefault(name, []).append(float(value.sum()))
         return sums
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.errors import UserError, one_line
 
 RESULTS, CATEGORIES = "results.csv", "categories.csv"
 LOOKUP, RANDOM = "prompt_lookup", "random"
@@ -68,7 +68,7 @@ class PlotRow:
 
     def has(self, name: str) -> bool:
         """Whether the table has a finite number in a column."""
-        return math.isfinite(self.value(name))
+        return not math.isnan(self.value(name))
 
     def series(self, prefix: str) -> dict[int, str]:
         """Index → column of those columns `prefix`0, `prefix`1, … that have values."""
@@ -121,9 +121,8 @@ def _read(path: Path, expected: Sequence[str]) -> list[dict[str, Any]]:
         # Without pandas' list of words for missing values, which has `none`.
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False).fillna("")
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a table: {' '.join(str(error).split())}") from None
-    missing = [name for name in expected if name not in frame.columns]
-    if missing:
+        raise UserError(f"{path}: not a table: {one_line(error)}") from None
+    if missing := [name for name in expected if name not in frame.columns]:
         raise UserError(f"{path}: no column {', '.join(missing)} (expected the table of an evaluation)")
     for name in frame.columns:
         if name in POLICY or NUMBER.fullmatch(name):
@@ -147,16 +146,15 @@ def _varying_policy(lines: list[dict[str, Any]]) -> list[str]:
 
     Draft lengths and seeds that differ only between speculators do not count: such rows belong in one panel.
     """
-    varying = []
-    for name in POLICY:
+
+    def varies(name: str) -> bool:
         values: dict[Any, set[float]] = {}
-        for line in lines:
+        for line in filter(lambda line: math.isfinite(line[name]), lines):
             group = (_identity(line), line["base"], line["prompts"]) if name in ("draft_length", "seed") else None
-            if math.isfinite(line[name]):
-                values.setdefault(group, set()).add(line[name])
-        if any(len(group) > 1 for group in values.values()):
-            varying.append(name)
-    return varying
+            values.setdefault(group, set()).add(line[name])
+        return any(len(group) > 1 for group in values.values())
+
+    return list(filter(varies, POLICY))
 
 
 def _short_labels(paths: Iterable[str]) -> dict[str, str]:
@@ -164,12 +162,12 @@ def _short_labels(paths: Iterable[str]) -> dict[str, str]:
     paths = sorted(set(paths))
     stems = {p: Path(p).with_suffix("") if Path(p).suffix.lower() in SUFFIXES else Path(p) for p in paths}
     parts = {p: (stems[p] if len(set(stems.values())) == len(paths) else Path(p)).parts for p in paths}
-
-    def is_unique(path: str, count: int) -> bool:
-        return not any(parts[other][-count:] == parts[path][-count:] for other in paths if other != path)
-
-    counts = {p: next((n for n in range(1, len(parts[p])) if is_unique(p, n)), len(parts[p])) for p in paths}
-    labels = {p: str(Path(*parts[p][-counts[p] :])) for p in paths}
+    labels = {}
+    for path in paths:
+        others, count = [parts[other] for other in paths if other != path], 1
+        while count < len(parts[path]) and any(other[-count:] == parts[path][-count:] for other in others):
+            count += 1
+        labels[path] = str(Path(*parts[path][-count:]))
     short = {p: f"{label[:14]}…{label[-25:]}" if len(label) > LABEL_WIDTH else label for p, label in labels.items()}
     return short if len(set(short.values())) == len(paths) else labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,27 +30,19 @@ AXIS = {
 FRONT = "#A8A8A8"
 CROWD = 8  # speculators in a panel: with more, bars need more width and points need numbers
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "hatch.linewidth": 0.5,
     "lines.linewidth": 1.4,
-    "lines.markersize": 6,
     "pdf.fonttype": 42,
     # A dollar in a path or a category is a dollar.
     "text.parse_math": False,
 }
-
-Panels = dict[tuple[str, str], list[PlotRow]]  # by prompts and policy
 
 
 def plot(directory: Path) -> list[Path]:
@@ -112,7 +105,7 @@ def acceptance_per_depth(rows: list[PlotRow]) -> Figure | None:
     rows = [row for row in rows if row.series("accept_depth_")]
     if not rows:
         return None
-    figure, panels = panel_sheet(by_panel(rows), ylabel="acceptance rate at this depth", sharey=True)
+    figure, panels = panel_sheet(rows, ylabel="acceptance rate at this depth", sharey=True)
     for axis, panel_rows in panels:
         draw_per_depth(axis, panel_rows, "accept_depth_")
         axis.set_ylim(0, 1.02)
@@ -129,14 +122,13 @@ def accepted_length_histogram(rows: list[PlotRow]) -> Figure | None:
         return None
     # Many bars need the whole width of a page.
     most = 2 if len(styles_of(rows)) <= CROWD else 1
-    figure, panels = panel_sheet(by_panel(rows), ylabel="share of rounds", most=most, sharey=True)
+    figure, panels = panel_sheet(rows, ylabel="share of rounds", most=most, sharey=True)
     for axis, panel_rows in panels:
         width = 0.84 / len(panel_rows)
         for i, row in enumerate(panel_rows):
-            counts = {length: row.value(name) for length, name in row.series("hist_").items()}
-            places = [length + (i - (len(panel_rows) - 1) / 2) * width for length in counts]
-            shares = [count / sum(counts.values()) for count in counts.values()]
-            axis.bar(places, shares, width, **bar_style(row.style))
+            counts = [row.value(name) for name in row.series("hist_").values()]
+            places = [length + (i - (len(panel_rows) - 1) / 2) * width for length in row.series("hist_")]
+            axis.bar(places, [count / sum(counts) for count in counts], width, **bar_style(row.style))
         axis.set_xlabel("draft tokens accepted in a round")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(visible=False, axis="x")
@@ -148,16 +140,16 @@ def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
     """Bars of one metric for each category and speculator, of the prompts files with more than one category."""
     from matplotlib.patheffects import withStroke
 
-    panels = by_panel(row for row in rows if row.category and row.has(metric))
-    orders = {panel: list(dict.fromkeys(row.category for row in members)) for panel, members in panels.items()}
-    panels = {panel: members for panel, members in panels.items() if len(orders[panel]) > 1}
-    if not panels:
+    rows = [row for row in rows if row.category and row.has(metric)]
+    orders = {panel: list(dict.fromkeys(row.category for row in part)) for panel, part in by_panel(rows).items()}
+    rows = [row for row in rows if len(orders[row.panel]) > 1]
+    if not rows:
         return None
-    styles = styles_of(row for members in panels.values() for row in members)
+    styles, panels = styles_of(rows), by_panel(rows)
     thick = 0.1 if len(styles) <= CROWD else 0.05
-    height = max(len(orders[panel]) * (len(styles_of(members)) * thick + 0.08) for panel, members in panels.items())
+    height = max(len(orders[panel]) * (len(styles_of(part)) * thick + 0.08) for panel, part in panels.items())
     is_same = len({tuple(orders[panel]) for panel in panels}) == 1
-    figure, drawn = panel_sheet(panels, height=height + 0.7, most=3 if is_same else 2, sharey=is_same, sharex=True)
+    figure, drawn = panel_sheet(rows, height=height + 0.7, most=3 if is_same else 2, sharey=is_same, sharex=True)
     outline = {"ecolor": INK, "elinewidth": 0.8, "path_effects": [withStroke(linewidth=2, foreground="white")]}
     for axis, panel_rows in drawn:
         order, panel_styles = orders[panel_rows[0].panel], styles_of(panel_rows)
@@ -181,10 +173,8 @@ def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
 def quality_per_depth(rows: list[PlotRow]) -> Figure | None:
     """Cross-entropy, KL divergence and top-1 accuracy at each depth: a line of panels for each base model.
 
-    They are measured on the held-out text, and depend on neither prompts nor policy.
-
-    Untrained speculators, which are at chance, are drawn only where there are no trained ones: they would stretch the
-    axes.
+    They depend on neither prompts nor policy. Untrained speculators would stretch the axes: they are drawn only where
+    there are no trained ones.
     """
     rows = [row for row in rows if row.series("ce_depth_")]
     rows = [row for row in rows if row.is_trained] or rows
@@ -216,16 +206,18 @@ def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
     """
     from matplotlib.ticker import MaxNLocator
 
-    panels = by_panel(row for row in rows if row.has("speedup"))
-    panels = {panel: members for panel, members in panels.items() if _quality(members)[1]}
+    panels = by_panel(row for row in rows if row.has("speedup")).values()
+    panels = [members for members in panels if _quality(members)[1]]
     if not panels:
         return None
-    figure, drawn = panel_sheet(panels, ylabel=AXIS["speedup"], height=3.0, most=2)
-    styles = styles_of(row for members in panels.values() for row in _quality(members)[1])
+    figure, drawn = panel_sheet(list(chain(*panels)), ylabel=AXIS["speedup"], height=3.0, most=2)
+    styles = styles_of(row for members in panels for row in _quality(members)[1])
     numbers = {style: str(i) for i, style in enumerate(styles, 1)} if len(styles) > CROWD else {}
     labels = {style: f"{numbers.get(style, '')}  {style.label}".strip() for style in styles}
-    points = line_handles(replace(style, label=labels[style], line="") for style in styles)
-    handles = {handle.get_label(): handle for handle in points}
+    handles = {
+        handle.get_label(): handle
+        for handle in line_handles(replace(style, label=labels[style], line="") for style in styles)
+    }
     for axis, panel_rows in drawn:
         metric, members = _quality(panel_rows)
         lines = [axis.axhline(1, color=INK, linestyle="--", linewidth=0.9, label="base alone")]
@@ -243,8 +235,8 @@ def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
         axis.margins(0.15, 0.12)
         axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         is_larger_better = metric == "accept_rate"
-        front = [(row.value(metric), row.value("speedup")) for row in members]
-        lines.append(_draw_front(axis, front, is_larger_better))
+        points = [(row.value(metric), row.value("speedup")) for row in members]
+        lines.append(_draw_front(axis, points, is_larger_better))
         handles |= {line.get_label(): line for line in lines}
         axis.set_xlabel(AXIS[metric] + (" (better →)" if is_larger_better else " (← better)"))
     add_legend(figure, list(handles.values()))
@@ -277,9 +269,9 @@ def _draw_front(axis: Axes, points: list[tuple[float, float]], is_larger_better:
 # Panels and legends.
 
 
-def by_panel(rows: Iterable[PlotRow]) -> Panels:
-    """The rows of each panel, in the order of the rows."""
-    panels: Panels = {}
+def by_panel(rows: Iterable[PlotRow]) -> dict[tuple[str, str], list[PlotRow]]:
+    """The rows of each panel, by prompts and policy, in the order of the rows."""
+    panels: dict[tuple[str, str], list[PlotRow]] = {}
     for row in rows:
         panels.setdefault(row.panel, []).append(row)
     return panels
@@ -301,9 +293,10 @@ def sheet(lines: int, columns: int, width: float, height: float, **options: Any)
 
 
 def panel_sheet(
-    panels: Panels, height: float = 2.6, most: int = 3, ylabel: str = "", **options: Any
+    rows: list[PlotRow], height: float = 2.6, most: int = 3, ylabel: str = "", **options: Any
 ) -> tuple[Figure, list[tuple[Axes, list[PlotRow]]]]:
     """A figure with one titled panel for each prompts file and policy; `ylabel` is that of the first column."""
+    panels = by_panel(rows)
     # Prompts against policies, or the other way round, where that fits into `most` columns.
     names = [list(dict.fromkeys(panel[i] for panel in panels)) for i in (0, 1)]
     down, across = (1, 0) if len(names[1]) > most else (0, 1)
@@ -311,8 +304,7 @@ def panel_sheet(
     columns = len(names[across])
     if len(names[down]) * columns != len(panels) or not 1 < columns <= most:
         columns = math.ceil(len(panels) / math.ceil(len(panels) / most))
-    is_crowded = len(styles_of(row for members in panels.values() for row in members)) > CROWD
-    width = {1: 7.2 if is_crowded else 5.0, 2: 3.6}.get(columns, 3.0)
+    width = {1: 7.2 if len(styles_of(rows)) > CROWD else 5.0, 2: 3.6}.get(columns, 3.0)
     figure, axes = sheet(math.ceil(len(panels) / columns), columns, width, height, **options)
     for axis in axes[len(panels) :]:
         axis.remove()
@@ -363,13 +355,9 @@ def marker_style(style: PlotStyle) -> dict[str, Any]:
 
 def interval(rows: Sequence[PlotRow], names: Sequence[str]) -> list[list[float]]:
     """How far down and up the intervals of `names` reach, NaN where a row has none."""
-    reach: list[list[float]] = [[], []]
-    for row, name in zip(rows, names, strict=True):
-        value, low, high = (row.value(name + end) for end in ("", "_lo", "_hi"))
-        # A bootstrap interval may miss its own estimate by a hair; an error bar may not.
-        reach[0].append(max(value - low, 0.0) if math.isfinite(low) else math.nan)
-        reach[1].append(max(high - value, 0.0) if math.isfinite(high) else math.nan)
-    return reach
+    ends = [[row.value(name + end) for end in ("", "_lo", "_hi")] for row, name in zip(rows, names, strict=True)]
+    # A bootstrap interval may miss its own estimate by a hair; an error bar may not. `max` keeps NaN in first place.
+    return [[max(value - low, 0.0) for value, low, _ in ends], [max(high - value, 0.0) for value, _, high in ends]]
 
 
 def draw_intervals(axis: Axes, style: PlotStyle, xs: Sequence[float], ys: Sequence[float], **reach: Any) -> None:

@@ -20,7 +20,7 @@ NO_CATEGORY = "all"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as it stands in the file: a chat, or a plain text of which the model continues the first half.
+    """One prompt of a file: a chat, or a plain text whose first half the model continues.
 
     Attributes:
         index: row in the file, from 0.
@@ -63,12 +63,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, replies: Sequence[str] = ()) -> list[int]:
-    """Token ids that the model continues at turn `len(replies)`.
+    """Token ids that the model continues at turn `len(replies)`: a chat as the chat template renders it, or the first
+    half of a plain text's tokens (of an odd number, the larger half).
 
     Args:
-        prompt: a chat is written by the chat template; of a plain text, the first half of its tokens is kept (of an
-            odd number, the larger half).
-        tokenizer: of the base.
+        prompt: of `read_prompts`.
+        tokenizer: of the base model.
         replies: the model's answers to the turns before, fewer than `prompt.num_turns`.
 
     Raises:
@@ -83,8 +83,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, replies: Sequence[str] = ()) -> l
                 messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
             return tokenize_prompt(tokenizer, messages)
         (ids,) = tokenize_texts(tokenizer, [prompt.text], plain=True)
-        if ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]
+        ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
         if not ids:
             raise UserError("text has no tokens")
         return ids[: (len(ids) + 1) // 2]
@@ -102,21 +101,21 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[tuple[list[int], list[i
         UserError: as `read_prompts`; also if the chat template cannot be used, or no row holds an assistant's token.
     """
     column, rows = read_rows(path, TEXT_COLUMNS)
-    found = []
+    texts = []
     for i, row in enumerate(rows):
         value, where = row.get(column), f"{path}, row {i}"
         if column == "text":
             (ids,) = tokenize_texts(tokenizer, [check_text(value, f"{where}: {column}")], plain=True)
-            found.append((ids, [1] * len(ids)))
+            texts.append((ids, [1] * len(ids)))
             continue
         messages = check_messages(value, f"{where}: {column}")
         try:
-            found.append(tokenize_conversation(tokenizer, messages))
+            texts.append(tokenize_conversation(tokenizer, messages))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    if not any(any(mask) for _, mask in found):
+    if not any(any(mask) for _, mask in texts):
         raise UserError(f"{path}: no token of an assistant's in column {column!r}, expected answers to measure on")
-    return found
+    return texts
 
 
 def _parse(value: Any, column: str, where: str) -> dict[str, Any]:

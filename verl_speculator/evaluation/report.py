@@ -33,41 +33,34 @@ Record = dict[str, Any]
 
 @dataclass
 class ResultsLog:
-    """The measurements of one row of the results on one file, as JSON lines.
+    """The measurements of one row of the results on one file, as JSON lines: a head, then a record a line.
 
     Attributes:
         path: of the log.
         settings: columns of the row; the log is named by their hash.
         identity: fingerprints and versions; a log with another identity starts from nothing.
-        records: measurements by the index of their prompt or text.
         origin: date and commit of the first run; recorded, never compared.
         scope: the indices that are asked for. Records of other indices are kept for a run that asks for them again.
+        records: measurements by the index of their prompt or text.
     """
 
     path: Path
     settings: dict[str, Any]
     identity: dict[str, Any]
+    origin: dict[str, Any]
+    scope: list[int]
     records: dict[int, Record] = field(default_factory=dict)
-    origin: dict[str, Any] = field(default_factory=dict)
-    scope: list[int] = field(default_factory=list)
 
     @classmethod
-    def open(
-        cls,
-        directory: Path,
-        settings: dict[str, Any],
-        identity: dict[str, Any],
-        origin: dict[str, Any],
-        scope: list[int],
-    ) -> ResultsLog:
+    def open(cls, directory: Path, settings: Record, identity: Record, origin: Record, scope: list[int]) -> ResultsLog:
         """The log of these settings in a directory, with its records if its identity is the same."""
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        log = cls(directory / f"{name}.jsonl", settings, identity, origin=origin, scope=scope)
+        log = cls(directory / f"{name}.jsonl", settings, identity, origin, scope)
         earlier = cls.read(log.path)
         if earlier is not None and earlier.identity == identity:
             log.records, log.origin = earlier.records, earlier.origin
         # Rewritten, since a killed run may have left half a line at the end.
-        head = {"settings": settings, "identity": identity, "origin": log.origin, "scope": scope}
+        head = {name: getattr(log, name) for name in ("settings", "identity", "origin", "scope")}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with atomic_file(log.path) as path:
@@ -79,16 +72,13 @@ class ResultsLog:
     @classmethod
     def read(cls, path: Path) -> ResultsLog | None:
         """A log from its file, without half a line at its end; None if there is none."""
-        lines: list[dict[str, Any]] = []
+        lines: list[Record] = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        if not lines:
-            return None
-        head, records = lines[0], {record["index"]: record for record in lines[1:]}
-        return cls(path, head["settings"], head["identity"], records, head["origin"], head["scope"])
+        return cls(path, **lines[0], records={record["index"]: record for record in lines[1:]}) if lines else None
 
     def measured(self) -> list[Record]:
         """The records that are asked for."""
@@ -107,28 +97,31 @@ class ResultsLog:
 
 def write_results(out: Path, logs_directory: Path) -> None:
     """Write the three tables from all logs of a directory."""
-    import pandas as pd
-
     logs = [log for path in sorted(logs_directory.glob("*.jsonl")) if (log := ResultsLog.read(path)) is not None]
     on_texts = {_checkpoint(log): _quality_figures(log) for log in logs if log.settings["kind"] == "quality"}
     results, categories, skipped = [], [], []
     for log in sorted((log for log in logs if log.settings["kind"] == "behaviour"), key=_order):
-        records = [record for record in log.measured() if "own" in record]
-        skipped += _skipped(log)
-        if not records:
-            continue
-        seed = log.settings["seed"]
-        on_text = on_texts.get(_checkpoint(log), {})
-        results.append(_settings_columns(log, records) | on_text | _behaviour_figures(records, seed))
+        skipped += [
+            {"prompts": log.settings["file"], "index": r["index"], "category": r["category"], "reason": r["skipped"]}
+            for r in log.measured()
+            if "skipped" in r
+        ]
+        if records := [record for record in log.measured() if "own" in record]:
+            results.append(_row(log, records, on_texts.get(_checkpoint(log), {})))
         for category in dict.fromkeys(record["category"] for record in records):
             part = [record for record in records if record["category"] == category]
-            row = _settings_columns(log, part) | {"category": category}
-            categories.append(row | _behaviour_figures(part, seed))
-    columns = {RESULTS: _columns(results), CATEGORIES: _columns(categories)}
-    columns[SKIPPED] = ["prompts", "index", "category", "reason"]
-    for (name, names), rows in zip(columns.items(), (results, categories, skipped), strict=True):
-        with atomic_file(out / name) as path:
-            pd.DataFrame(rows, columns=names).drop_duplicates().to_csv(path, index=False)
+            categories.append(_row(log, part, {"category": category}))
+    _write_table(out / RESULTS, results, _columns(results))
+    _write_table(out / CATEGORIES, categories, _columns(categories))
+    _write_table(out / SKIPPED, skipped, ["prompts", "index", "category", "reason"])
+
+
+def _write_table(path: Path, rows: Sequence[Record], columns: Sequence[str]) -> None:
+    """Write rows as CSV, each once; whole numbers stay whole in a column with empty cells."""
+    import pandas as pd
+
+    with atomic_file(path) as temporary:
+        pd.DataFrame(rows, columns=columns, dtype=object).drop_duplicates().to_csv(temporary, index=False)
 
 
 def _checkpoint(log: ResultsLog) -> tuple[str, ...]:
@@ -138,34 +131,26 @@ def _checkpoint(log: ResultsLog) -> tuple[str, ...]:
 
 def _order(log: ResultsLog) -> tuple[Any, ...]:
     """Sorts by prompt file, then policy, then method, the baselines first."""
-    row = log.settings
-    is_baseline = row["speculator"] in BASELINE_ORDER
-    rank = BASELINE_ORDER.index(row["speculator"]) if is_baseline else len(BASELINE_ORDER)
-    policy = (row["temperature"], row["top_p"], row["top_k"])
-    length = row["draft_length"] if rank else 0
-    return (row["file"], *policy, rank, row["speculator"], row.get("draft_shape", ""), length)
+    row, order = log.settings, (*BASELINE_ORDER, log.settings["speculator"])
+    rank = order.index(row["speculator"])
+    policy = (row["file"], row["temperature"], row["top_p"], row["top_k"])
+    return (*policy, rank, row["speculator"], row.get("draft_shape", ""), row["draft_length"] if rank else 0)
 
 
-def _skipped(log: ResultsLog) -> list[Record]:
-    return [
-        {"prompts": log.settings["file"], "index": r["index"], "category": r["category"], "reason": r["skipped"]}
-        for r in log.measured()
-        if "skipped" in r
-    ]
-
-
-def _settings_columns(log: ResultsLog, records: Sequence[Record]) -> Record:
-    """The columns of a row besides its figures."""
+def _row(log: ResultsLog, records: Sequence[Record], more: Record) -> Record:
+    """A row of a table: the settings, `more`, and the figures of some records of the log."""
     settings = {name: value for name, value in log.settings.items() if name not in ("kind", "file")}
     return {
         "draft_shape": "chain" if settings.get("draft_length") else "",
         **settings,
         "prompts": log.settings["file"],
         "prompts_used": len(records),
-        "prompts_skipped": len(_skipped(log)),
+        "prompts_skipped": sum("skipped" in record for record in log.measured()),
         "hardware": log.identity["hardware"],
         **{f"version_{name}": version for name, version in log.identity["versions"].items()},
         **log.origin,
+        **more,
+        **_behaviour_figures(records, settings["seed"]),
     }
 
 
@@ -185,15 +170,14 @@ def _behaviour_figures(records: Sequence[Record], seed: int) -> Record:
         return acceptance(*(weights @ table for table in tables)) | speed(vanilla, speculative, weights)
 
     histogram = tables[0].sum(0).astype(int)
-    rounds, nodes = int(histogram.sum()), sum(record["nodes"][0] for record in records)
-    runs = [run for record in records for run in record["own"]]
+    rounds, runs = int(histogram.sum()), [run for record in records for run in record["own"]]
     tokens, decode, draft, target = (sum(run[name] for run in runs) for name in ("tokens", "decode", "draft", "target"))
     speedups = _rates(records, "own", decode_only=True) / _rates(records, "alone", decode_only=True)
     return {
         **_with_intervals(len(records), figures, seed),
         **{f"hist_{j}": int(count) for j, count in enumerate(histogram)},
         "rounds": rounds,
-        "drafts_per_round": nodes / rounds if rounds else np.nan,
+        "drafts_per_round": sum(record["nodes"][0] for record in records) / rounds if rounds else np.nan,
         "tokens": tokens,
         "identical": sum(record["identical"] for record in records),
         "runs": len(runs),
@@ -210,13 +194,11 @@ def _behaviour_figures(records: Sequence[Record], seed: int) -> Record:
 def _rates(records: Sequence[Record], runs: str, *, decode_only: bool = False) -> np.ndarray:
     """[P, N] tokens per second of the `runs` "alone" or "own"; `decode_only` is without the prefill and the one token
     that it gives in every turn."""
-
-    def rate(record: Record, run: dict[str, float]) -> float:
-        tokens = run["tokens"] - (record["turns"] if decode_only else 0)
-        seconds = run["decode"] + (0 if decode_only else run["prefill"])
-        return tokens / seconds if tokens > 0 else float("nan")
-
-    return np.array([[rate(record, run) for run in record[runs]] for record in records])
+    names = ("tokens", "decode", "prefill")
+    tokens, decode, prefill = (np.array([[run[n] for run in record[runs]] for record in records]) for n in names)
+    if decode_only:
+        tokens, prefill = tokens - np.array([[record["turns"]] for record in records]), 0
+    return np.divide(tokens, decode + prefill, out=np.full(tokens.shape, np.nan), where=tokens > 0)
 
 
 def _quality_figures(log: ResultsLog) -> Record:
@@ -254,19 +236,16 @@ def _columns(rows: Sequence[Record]) -> list[str]:
 
 
 def print_results(out: Path, console: Any) -> None:
-    """Print a table for each prompt file and policy, and which prompts were left out.
-
-    A narrow terminal gets the most important columns.
-    """
+    """Print a table for each prompt file and policy, and the prompts left out; a narrow terminal gets few columns."""
     import pandas as pd
     from rich.table import Table
 
     results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
-    is_wide = console.width >= WIDE
     keys = ["prompts", "base", "temperature", "top_p", "top_k", "max_new_tokens"]
     for (prompts, base, temperature, *_, limit), rows in results.groupby(keys, sort=False):
         cells = [_cells(row) for row in rows.to_dict("records")]
-        names = [name for name in cells[0] if (is_wide or name in NARROW) and any(row[name] != "–" for row in cells)]
+        names = [name for name in cells[0] if console.width >= WIDE or name in NARROW]
+        names = [name for name in names if any(row[name] != "–" for row in cells)]
         table = Table(title=f"{prompts}, base {base}, temperature {temperature:g}, at most {limit} tokens")
         for name in names:
             is_text = name in ("speculator", "method")
@@ -275,10 +254,8 @@ def print_results(out: Path, console: Any) -> None:
             table.add_row(*(row[name] for name in names))
         console.print(table)
     for prompts, rows in skipped.groupby("prompts", sort=False):
-        indices = ", ".join(map(str, rows["index"]))
-        console.print(
-            f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): {indices}"
-        )
+        text = f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): "
+        console.print(text + ", ".join(map(str, rows["index"])))
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

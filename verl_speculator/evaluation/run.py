@@ -6,7 +6,7 @@ import datetime
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +33,7 @@ from verl_speculator.decoding.generate import generation_settings
 from verl_speculator.decoding.target import position_limit, windows
 from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
-from verl_speculator.evaluation.report import ResultsLog, write_results
+from verl_speculator.evaluation.report import Record, ResultsLog, write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.utils.errors import UserError
@@ -69,14 +69,11 @@ class MethodRun:
 
 @dataclass(frozen=True, eq=False)
 class SpeculativeMethod:
-    """This package's decoding loop.
+    """This package's decoding loop, with a base model in evaluation mode.
 
     Attributes:
-        base: in evaluation mode.
         speculator: None for the base model alone.
-        policy: of sampling.
         draft_length: None for the speculator's `n_predict`.
-        eos_token_ids: tokens that end a text.
         draft_tree: drafted instead of a chain.
     """
 
@@ -96,17 +93,9 @@ class SpeculativeMethod:
 
     def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> MethodRun:
         """Continue a prompt."""
-        generation = speculative_generate(
-            self.base,
-            self.speculator,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            **asdict(self.policy),
-            seed=seed,
-            draft_length=self.draft_length,
-            draft_tree=self.draft_tree,
-            eos_token_id=self.eos_token_ids,
-        )
+        drafts = {"draft_length": self.draft_length, "draft_tree": self.draft_tree}
+        options = asdict(self.policy) | drafts | {"seed": seed, "eos_token_id": self.eos_token_ids}
+        generation = speculative_generate(self.base, self.speculator, prompt, max_new_tokens=max_new_tokens, **options)
         seconds = asdict(generation.seconds)
         if self.base.device.type != "cpu":  # to tell the two apart, each would have to wait for the device
             seconds |= {"draft": NAN, "target": NAN}
@@ -115,8 +104,7 @@ class SpeculativeMethod:
 
 def count_rounds(generation: Generation) -> dict[str, list[float]]:
     """`MethodRun.counts`"""
-    rounds, depths = generation.counted, range(generation.draft_length)
-    lengths = range(generation.draft_length + 1)
+    rounds, depths, lengths = generation.counted, range(generation.draft_length), range(generation.draft_length + 1)
     return {
         "histogram": [sum(r.accepted == length for r in rounds) for length in lengths],
         "overlap": [sum(r.overlap[k] for r in rounds if len(r.overlap) > k) for k in depths],
@@ -131,10 +119,7 @@ class HuggingFaceMethod:
     """`base.generate`, plain or with prompt lookup, which drafts by copying from the text so far.
 
     Attributes:
-        base: in evaluation mode.
-        policy: of sampling.
         max_draft_length: number of tokens that prompt lookup copies, 0 for plain generation.
-        eos_token_ids: tokens that end a text.
     """
 
     base: nn.Module
@@ -148,7 +133,7 @@ class HuggingFaceMethod:
         if (limit := position_limit(self.base)) is not None:  # `generate` only warns, and goes on
             max_new_tokens = min(max_new_tokens, limit - len(prompt))
         torch.manual_seed(seed)
-        # Assisted generation cannot do without an end token; no token of the vocabulary is -1.
+        # Assisted generation needs an end token; no token of the vocabulary is -1.
         ends = list(self.eos_token_ids)
         options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or [-1], "pad_token_id": (ends or [0])[0]}
         if self.max_draft_length:
@@ -207,60 +192,39 @@ def _record_calls(base: nn.Module) -> Iterator[tuple[list[int], list[float]]]:
 
 @dataclass(frozen=True, eq=False)
 class MethodRow:
-    """A method and its row of the results.
-
-    Attributes:
-        speculator: the checkpoint as it was given, or the name of a baseline.
-        method: generates.
-        columns: what the row says about the method.
-        identity: fingerprints of what is measured.
-    """
+    """A method with its row's columns; the speculator is a checkpoint as it was given, or the name of a baseline."""
 
     speculator: str
     method: Method
     columns: dict[str, Any]
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # fingerprints of what is measured
 
 
 # Measuring.
 
 
-class PeakMemory:
-    """The largest memory in use since `reset`.
-
-    On an accelerator, what torch allocated there. On a CPU, the resident size of the process; where the kernel does not
-    let the mark be reset, the peak since the process began.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def reset(self) -> None:
-        """Start a new measurement."""
-        if self.device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats()
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-    def read(self) -> float:
-        """The peak, in MiB."""
-        if self.device.type != "cpu":
-            return torch.accelerator.max_memory_allocated() / MEBIBYTE
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:", 1)[1].split()[0]) / 1024
-        except (OSError, IndexError):
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of `peak_memory`; on a CPU only where the kernel allows it."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def evaluate(settings: EvaluationSettings) -> Path:
+def peak_memory(device: torch.device) -> float:
+    """The most memory in use since the reset, in MiB: what torch allocated on an accelerator, on a CPU the resident
+    size of the process (since its start if the kernel allows no reset)."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated() / MEBIBYTE
+    try:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:", 1)[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def evaluate(settings: EvaluationSettings) -> None:
     """Measure, and write `results.csv`, `categories.csv` and `skipped.csv` (docs/evaluation.md).
-
-    Returns:
-        The output directory.
 
     Raises:
         UserError: for a setting, a prompt file or a checkpoint that cannot be used; before the base model is loaded
@@ -289,7 +253,6 @@ def evaluate(settings: EvaluationSettings) -> Path:
         if texts:
             evaluator.measure_quality(settings.texts, texts, progress)
     write_results(settings.out, settings.out / LOGS)
-    return settings.out
 
 
 def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: torch.dtype) -> Speculator:
@@ -303,28 +266,20 @@ def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: t
     return speculator
 
 
+@dataclass
 class Evaluator:
-    """Runs the methods on prompts, and the speculators on texts.
+    """Runs the methods on prompts, and the speculators on texts; `infos` and `speculators` are by checkpoint."""
 
-    Args:
-        settings: of the evaluation.
-        base: in evaluation mode.
-        tokenizer: of the base model.
-        infos, speculators: the checkpoints by name.
-    """
+    settings: EvaluationSettings
+    base: nn.Module
+    tokenizer: Any
+    infos: dict[str, CheckpointInfo]
+    speculators: dict[str, Speculator]
 
-    def __init__(
-        self,
-        settings: EvaluationSettings,
-        base: nn.Module,
-        tokenizer: Any,
-        infos: dict[str, CheckpointInfo],
-        speculators: dict[str, Speculator],
-    ) -> None:
-        self.settings, self.base, self.tokenizer = settings, base, tokenizer
-        self.infos, self.speculators = infos, speculators
-        self.ends = end_token_ids(tokenizer, base.generation_config)
-        self.policy, self.limit, self.memory = settings.policy, position_limit(base), PeakMemory(base.device)
+    def __post_init__(self) -> None:
+        settings, base = self.settings, self.base
+        self.ends = end_token_ids(self.tokenizer, base.generation_config)
+        self.policy, self.limit = settings.policy, position_limit(base)
         self.vanilla = SpeculativeMethod(base, None, self.policy, None, self.ends)
         self.greedy = SpeculativeMethod(base, None, SamplingPolicy(), None, self.ends)
         device = choose_device(settings.device)
@@ -334,10 +289,9 @@ class Evaluator:
             "device": device,
             "threads": torch.get_num_threads(),
         }
-        self.base_identity = {
-            "base": weights_fingerprint(settings.base, settings.gguf_file),
-            **({"quantization": settings.quantization} if settings.quantization is not None else {}),
-        }
+        self.base_identity = {"base": weights_fingerprint(settings.base, settings.gguf_file)}
+        if settings.quantization is not None:
+            self.base_identity["quantization"] = settings.quantization
 
     def method_rows(self) -> list[MethodRow]:
         """The rows of the results: baselines first, then each checkpoint with its draft trees.
@@ -348,10 +302,8 @@ class Evaluator:
         settings, trees = self.settings, self.settings.trees()
         if trees:
             windows(self.base)
-        rows = []
         first = next(iter(self.infos.values()), None)
-        if "none" in settings.baselines:
-            rows.append(MethodRow("none", self.vanilla, {"method": "none"}, {}))
+        rows = [MethodRow("none", self.vanilla, {"method": "none"}, {})] if "none" in settings.baselines else []
         # Prompt lookup copies as many tokens as the first checkpoint drafts at most.
         length = first.config.n_predict if first else LOOKUP_LENGTH
         length = settings.draft_length if isinstance(settings.draft_length, int) else length
@@ -370,12 +322,7 @@ class Evaluator:
         return rows
 
     def _speculator_row(
-        self,
-        name: str,
-        speculator: Speculator,
-        identity: dict[str, Any],
-        path: Path | None = None,
-        tree: DraftTree | None = None,
+        self, name: str, speculator: Speculator, identity: Record, path: Any = None, tree: DraftTree | None = None
     ) -> MethodRow:
         """The row of a chain, or of a draft tree and its file."""
         length = self.settings.draft_length if tree is None else None
@@ -394,15 +341,15 @@ class Evaluator:
         return MethodRow(name, method, columns, identity)
 
     def _open_log(
-        self, kind: str, name: str, columns: dict[str, Any], identity: dict[str, Any], file: Path, scope: list[int]
+        self, kind: str, name: str, columns: Record, identity: Record, file: Path, scope: list[int]
     ) -> ResultsLog:
         """The log of one row on one file; its settings become columns of the results."""
         row = {"kind": kind, "speculator": name, "file": str(file), **columns, **self.base_columns}
         if kind == "behaviour":
             names = ("seed", "num_trials", "warmup_steps", "max_new_tokens")
             row |= asdict(self.policy) | {name: getattr(self.settings, name) for name in names}
-        identity = {**self.base_identity, **identity, "file": file_fingerprint(file), "versions": versions()}
-        identity["hardware"] = hardware(self.base.device.type)
+        fingerprints = {**self.base_identity, **identity, "file": file_fingerprint(file)}
+        identity = fingerprints | {"versions": versions(), "hardware": hardware(self.base.device.type)}
         origin = {"date": datetime.date.today().isoformat(), "commit": git_commit()}
         return ResultsLog.open(self.settings.out / LOGS, row, identity, origin, scope)
 
@@ -413,9 +360,7 @@ class Evaluator:
     ) -> None:
         """Run every method on the prompts of one file that its log does not have yet."""
         scope = spread(len(prompts), self.settings.num_prompts)
-        logs = {
-            row: self._open_log("behaviour", row.speculator, row.columns, row.identity, path, scope) for row in rows
-        }
+        logs = {r: self._open_log("behaviour", r.speculator, r.columns, r.identity, path, scope) for r in rows}
         is_warm = False
         for index in _missing(path.name, logs, scope, progress):
             due = [row for row in rows if index not in logs[row].records]
@@ -447,12 +392,8 @@ class Evaluator:
         return turns, None
 
     def _measure_prompt(
-        self,
-        index: int,
-        turns: list[list[int]],
-        methods: Sequence[Method],
-        rows: Sequence[MethodRow],
-    ) -> dict[MethodRow, dict[str, Any]]:
+        self, index: int, turns: list[list[int]], methods: Sequence[Method], rows: Sequence[MethodRow]
+    ) -> dict[MethodRow, Record]:
         """Records of a prompt. Every other trial runs the methods backwards, so that a machine that slows down favours
         none of them."""
         trials: list[dict[Any, list[MethodRun]]] = []
@@ -461,23 +402,20 @@ class Evaluator:
             seeds = [hash((self.settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
             trials.append({})
             for method in methods if (index + trial) % 2 == 0 else reversed(methods):
-                self.memory.reset()
+                reset_peak_memory(self.base.device)
                 trials[-1][method] = [
                     method.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
                     for ids, seed in zip(turns, seeds, strict=True)
                 ]
-                peaks[method] = max(peaks[method], self.memory.read())
-
-        def same_text(runs: list[MethodRun], others: list[MethodRun]) -> bool:
-            return [run.tokens for run in runs] == [run.tokens for run in others]
-
+                peaks[method] = max(peaks[method], peak_memory(self.base.device))
+        trial_texts = [{m: [run.tokens for run in runs] for m, runs in trial.items()} for trial in trials]
         # A greedy text is the same in every trial: its rounds count once.
         counted = trials[:1] if self.policy.greedy else trials
         return {
             row: {
                 "alone": [_times(runs[self.vanilla]) for runs in trials],
                 "own": [_times(runs[row.method]) for runs in trials],
-                "identical": sum(same_text(runs[row.method], runs[self.vanilla]) for runs in trials),
+                "identical": sum(texts[row.method] == texts[self.vanilla] for texts in trial_texts),
                 "peak_mb": peaks[row.method],
                 **_sum_counts([run.counts for runs in counted for run in runs[row.method]]),
             }
@@ -488,12 +426,10 @@ class Evaluator:
 
     def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
         """Measure every checkpoint on the texts of one file that its log does not have yet."""
-        scope = spread(len(texts), self.settings.num_texts)
-        logs, temperatures = {}, {}
+        scope, logs = spread(len(texts), self.settings.num_texts), {}
         for name, info in self.infos.items():
             trained_at = info.provenance.get("training", {}).get("kl_temperature", 1.0)
-            temperatures[name] = self.settings.kl_temperature or float(trained_at)
-            columns = {"training_temperature": temperatures[name]}
+            columns = {"training_temperature": self.settings.kl_temperature or float(trained_at)}
             logs[name] = self._open_log("quality", name, columns, _identity(info), path, scope)
         for i in _missing(f"{path.name} (text)", logs, scope, progress):
             ids, mask = texts[i]
@@ -501,7 +437,8 @@ class Evaluator:
             document = Document(self.base, ids[: self.limit], mask[: self.limit])
             for name, log in logs.items():
                 if i not in log.records:
-                    log.add(i, document.measure(self.speculators[name], self.ends, temperatures[name]))
+                    temperature = log.settings["training_temperature"]
+                    log.add(i, document.measure(self.speculators[name], self.ends, temperature))
 
 
 def _identity(info: CheckpointInfo) -> dict[str, Any]:
@@ -511,6 +448,7 @@ def _identity(info: CheckpointInfo) -> dict[str, Any]:
 def _missing(name: str, logs: Mapping[Any, ResultsLog], scope: list[int], progress: Progress) -> Iterator[int]:
     """The indices that a log still lacks, under a progress bar."""
     indices = sorted({index for log in logs.values() for index in log.missing()})
+    # Not `track`, whose bar of a resumed run would end at the number of these indices.
     task = progress.add_task(name, total=len(scope), completed=len(scope) - len(indices))
     for index in indices:
         yield index

@@ -30,7 +30,7 @@ from verl_speculator.utils.options import (
 )
 
 BASELINES = ("none", "prompt_lookup", "random")
-# Hugging Face's own loop without drafts runs only if it is named: the base model alone is measured anyway.
+# Hugging Face's loop without drafts; runs only if it is named, since the base model alone is measured anyway.
 OPTIONAL_BASELINES = ("generate",)
 
 
@@ -69,7 +69,7 @@ class EvaluationSettings:
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: Annotated[int, Option("of sampling, the random baseline and the intervals")] = 0
-    # The base alone is run beside each of the others in any case.
+    # The base model alone is measured with each of the others in any case.
     baselines: Annotated[
         tuple[str, ...],
         Option(f"comma-separated: {', '.join((*BASELINES, *OPTIONAL_BASELINES))}", parse=split_names),

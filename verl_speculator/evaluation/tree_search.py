@@ -23,12 +23,8 @@ SHOWN_RANKS = 4
 
 @dataclass(frozen=True)
 class RankSample:
-    """Ranks of the tokens of the base model's answers.
-
-    Attributes:
-        answers: number of answers.
-        paths: for each position of an answer at which all depths are valid, the ranks of the K tokens that follow.
-    """
+    """Ranks of the tokens of the base model's answers: of the K tokens behind each position at which all depths are
+    valid."""
 
     answers: int
     paths: list[tuple[int, ...]]
@@ -43,8 +39,7 @@ class RankSample:
 
     def shares(self) -> list[list[float]]:
         """For each depth, the shares of the ranks 0 … SHOWN_RANKS − 1."""
-        depths = zip(*self.paths, strict=True)
-        return [[ranks.count(rank) / len(ranks) for rank in range(SHOWN_RANKS)] for ranks in depths]
+        return [[ranks.count(i) / len(ranks) for i in range(SHOWN_RANKS)] for ranks in zip(*self.paths, strict=True)]
 
     def chosen(self, nodes: int) -> tuple[DraftTree, dict[str, Any]]:
         """The tree of `nodes` nodes with the largest τ, and the figures that led to it."""
@@ -71,13 +66,10 @@ def sample_ranks(
     """Let the base model answer greedily, and rank the tokens of its answers in the speculator's drafts.
 
     Args:
-        base: in evaluation mode.
-        tokenizer: of the base model.
-        speculator: of this base model; it also speeds up the answers.
+        base: in evaluation mode, with its tokenizer and a speculator, which also speeds up the answers.
         prompts: every turn is answered, up to the first one that exceeds the base model's positions.
         ends: tokens that end an answer.
         num_prompts: size of the sample, at even distances; 0 for all.
-        max_new_tokens: of an answer.
 
     Raises:
         UserError: if no answer is long enough for all depths.
@@ -90,9 +82,8 @@ def sample_ranks(
                 ids = prompt_ids(prompts[index], tokenizer, replies)
                 if limit is not None and len(ids) >= limit:
                     break
-                answer = speculative_generate(
-                    base, speculator, ids, max_new_tokens=max_new_tokens, eos_token_id=tuple(ends)
-                ).tokens
+                options = {"max_new_tokens": max_new_tokens, "eos_token_id": tuple(ends)}
+                answer = speculative_generate(base, speculator, ids, **options).tokens
                 replies.append(tokenizer.decode(answer, skip_special_tokens=True))
                 answers += 1
                 document = Document(base, ids + answer, [0] * len(ids) + [1] * len(answer))

@@ -26,7 +26,7 @@ from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.hydra import RunConfig
 from verl_speculator.config.schema import PREFIX, SpeculatorConfig, SpeculatorSettings
 from verl_speculator.data.run_record import RECORD, compare_records, earlier_record, record_settings
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,18 @@ def _load(setting: str, load: Callable[..., Any], name: str, **options: Any) -> 
     try:
         return load(name, **options)
     except Exception as error:  # OSError, ValueError, ImportError and, for a broken tokenizer.json, a bare Exception
-        reason = " ".join(str(error).split())[:200]
-        where = "" if Path(name).exists() else "no directory, and not to be had from the hub: "
-        raise UserError(f"{setting}: {where}{reason}") from None
+        where = "" if Path(name).exists() else "no directory, and not available from the hub: "
+        raise UserError(f"{setting}: {where}{one_line(error)}") from None
 
 
-def _check_files(setting: str, path: Path) -> None:
+def _check_files(setting: str, name: str, form: BaseModelFormat) -> None:
+    """Check that a directory of a base model holds a configuration and weights."""
+    path = Path(name)
+    if not path.exists() and not HUB_NAME.match(name):
+        raise UserError(f"{setting}: no such directory")
+    form.check_file(name, "model.")
+    if not path.exists() or form.gguf_file is not None:
+        return
     if not (path / "config.json").is_file():
         raise UserError(f"{setting}: no model there (no config.json)")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
@@ -73,22 +79,15 @@ def check_base(run: RunConfig) -> Base:
     model = run.tree.model
     name, form = model.path, BaseModelFormat(model.quantization, model.gguf_file)
     setting = f"model.partial_pretrain={name}"
-    path = Path(name)
-    if not path.exists() and not HUB_NAME.match(name):
-        raise UserError(f"{setting}: no such directory")
-    form.check_file(name, "model.")
-    if path.exists() and form.gguf_file is None:
-        _check_files(setting, path)
+    _check_files(setting, name, form)
 
     from transformers import AutoConfig, AutoTokenizer
 
     options = {"trust_remote_code": model.trust_remote_code}
     if form.gguf_file is not None:
         setting = f"model.gguf_file={form.gguf_file}"
-    if model.hf_config_path:
-        hf_config = _load(setting, AutoConfig.from_pretrained, model.hf_config_path, **options)
-    else:
-        hf_config = _load(setting, AutoConfig.from_pretrained, name, **form.read_options, **options)
+    source, more = (model.hf_config_path, {}) if model.hf_config_path else (name, form.read_options)
+    hf_config = _load(setting, AutoConfig.from_pretrained, source, **more, **options)
     quantized = getattr(hf_config, "quantization_config", None) or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
     if method == "bitsandbytes" and form.quantization is None:  # verl would cast the weights
@@ -101,16 +100,10 @@ def check_base(run: RunConfig) -> Base:
     if model.custom_chat_template is not None:
         tokenizer.chat_template = model.custom_chat_template
     ensure_chat_template(tokenizer)
-    text_config = hf_config.get_text_config()
-    block_shapes, logit_cap = _check_copied_modules(run.speculator, hf_config, **options)
-    return Base(
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size,
-        tokenizer=tokenizer,
-        end_token_ids=end_token_ids(tokenizer, form.read_generation_config(name, hf_config)),
-        block_shapes=block_shapes,
-        logit_cap=logit_cap,
-    )
+    text_config, generation_config = hf_config.get_text_config(), form.read_generation_config(name, hf_config)
+    sizes = (text_config.hidden_size, text_config.vocab_size)
+    copied = _check_copied_modules(run.speculator, hf_config, **options)
+    return Base(*sizes, tokenizer, end_token_ids(tokenizer, generation_config), *copied)
 
 
 def _check_copied_modules(
@@ -169,7 +162,7 @@ def check_checkpoints(run: RunConfig, base: Base, train_rows: int) -> None:
 
 
 def _check_initial_widths(config: SpeculatorConfig, base: Base) -> None:
-    """Check that embeddings and LM heads are as wide as those of the base model that they are copied from."""
+    """Check that embeddings and LM heads have the width of the base model's, from which they are copied."""
     from verl_speculator.models import build_speculator
     from verl_speculator.models.layers import vocabulary_slots
 
@@ -196,12 +189,12 @@ def _check_record(
     comparison = compare_records(*_records(info.provenance, run, base, train_rows))
     if refused := (*comparison.refused, *info.differences(run.speculator.config, logit_cap)):
         raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(refused)}{NEW_RUN}")
-    if comparison.adjusted:
-        adjusted = ", ".join(comparison.adjusted)
-        logger.warning("note: %s: goes on with this run's values (its own, this run's): %s", setting, adjusted)
-    if comparison.unrecorded:
-        names = ", ".join(comparison.unrecorded)
-        logger.warning("note: %s: not compared, the checkpoint does not record %s", setting, names)
+    for text, names in (
+        ("goes on with this run's values (its own, this run's):", comparison.adjusted),
+        ("not compared, the checkpoint does not record", comparison.unrecorded),
+    ):
+        if names:
+            logger.warning("note: %s: %s %s", setting, text, ", ".join(names))
 
 
 def _records(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_texts
 from verl_speculator.data.conversations import check_messages, check_text, open_parquet, read_parquet
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.preflight.base_model import Base
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.errors import UserError, one_line
 from verl_speculator.utils.process import spread
 
 SAMPLED_ROWS = 1000
@@ -21,17 +21,9 @@ SAMPLED_ROWS = 1000
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of parquet files that training reads.
+    """The first `count` rows of parquet files, in one column: plain texts or conversations."""
 
-    Attributes:
-        setting: the setting that names the files.
-        files: paths, in order.
-        column: the column that holds the rows.
-        is_text: whether it holds plain text; conversations otherwise.
-        count: number of rows that are used.
-    """
-
-    setting: str
+    setting: str  # names the files
     files: list[str]
     column: str
     is_text: bool
@@ -50,8 +42,10 @@ class Rows:
                 first, remaining = first + len(rows), remaining - len(rows)
 
 
-def _open_rows(config: DictConfig, setting: str, max_samples: int) -> Rows:
-    data, files = config.data, list(OmegaConf.select(config, setting))
+def _open_rows(config: DictConfig, split: str) -> Rows:
+    """Check the files of a split (train or val) and their columns by the footers."""
+    data, setting = config.data, f"data.{split}_files"
+    files, max_samples = list(data[f"{split}_files"]), data[f"{split}_max_samples"]
     if not files:
         raise UserError(f"{setting} is not set: expected one parquet file or a list of them")
     count, text_flags = 0, set()
@@ -73,10 +67,10 @@ def _open_rows(config: DictConfig, setting: str, max_samples: int) -> Rows:
 
 
 def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:
-    """Check files, columns and row counts by the files' footers; training and validation rows."""
+    """Check files, columns and row counts; training and validation rows."""
     data = config.data
-    train = _open_rows(config, "data.train_files", data.train_max_samples)
-    val = _open_rows(config, "data.val_files", data.val_max_samples) if data.val_files else None
+    train = _open_rows(config, "train")
+    val = _open_rows(config, "val") if data.val_files else None
     if val is not None and val.is_text != train.is_text:
         kinds = ("conversations", "plain text")
         raise UserError(f"data.val_files hold {kinds[val.is_text]}, data.train_files {kinds[train.is_text]}")
@@ -137,8 +131,8 @@ def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], place: str,
         return tokenizer.apply_chat_template(
             row[data.messages_key], tools=row.get(data.tools_key), tokenize=False, **options
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{place}: the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"{place}: the chat template refuses it: {one_line(error)}") from None
 
 
 def _has_target(config: DictConfig, base: Base, row: dict[str, Any]) -> bool:
@@ -159,25 +153,18 @@ def _has_target(config: DictConfig, base: Base, row: dict[str, Any]) -> bool:
 
 
 def check_cache(config: DictConfig, base: Base, train: Rows) -> None:
-    """Check that the directory of `data.cache_hidden_states` can be read or written. Reads a sample of the rows."""
+    """Check that the directory of `data.cache_hidden_states` can be read, or has the space for what is written."""
     if config.data.cache_hidden_states is None:
         return
     directory = Path(config.data.cache_hidden_states)
     if check_directory(directory, identify_states(config, base.tokenizer)) or config.data.custom_cls.get("path"):
         return
-    check_space(directory, _estimate_states(config, base, train) * base.hidden_size * BYTES, estimated=True)
-
-
-def _estimate_states(config: DictConfig, base: Base, train: Rows) -> int:
-    """The number of hidden states that the drafts of all rows read, estimated from a sample."""
+    # The hidden states that the drafts of all rows read, estimated from a sample.
     sample, counts = set(spread(train.count, SAMPLED_ROWS)), []
-    values = (row[train.column] for _, batch in train.read() for row in batch)
-    for i, value in enumerate(values):
-        if i not in sample:
-            continue
-        if train.is_text:
-            mask = [1] * len(tokenize_texts(base.tokenizer, [value], plain=True)[0])
-        else:
-            _, mask = tokenize_conversation(base.tokenizer, value)
-        counts.append(sum(mask[: config.data.max_length]))
-    return sum(counts) * train.count // len(counts)
+    for i, value in enumerate(row[train.column] for _, batch in train.read() for row in batch):
+        if i in sample and train.is_text:
+            counts.append(min(len(tokenize_texts(base.tokenizer, [value], plain=True)[0]), config.data.max_length))
+        elif i in sample:
+            counts.append(sum(tokenize_conversation(base.tokenizer, value)[1][: config.data.max_length]))
+    states = sum(counts) * train.count // len(counts)
+    check_space(directory, states * base.hidden_size * BYTES, estimated=True)

@@ -1,4 +1,8 @@
-"""The launcher behind `run_speculator_training.sh`: check the run in this process, then become torchrun."""
+"""The launcher behind `run_speculator_training.sh`: check the run in this process, then become torchrun.
+
+The checks run before the base model loads and before anything is written, from the cheapest to the most expensive. Each
+raises `UserError` with one line.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 import verl_speculator
-from verl_speculator.config.hydra import common_overrides, compose, resolve
+from verl_speculator.config.hydra import RunConfig, common_overrides, compose, resolve
 from verl_speculator.config.schema import ignored_settings
-from verl_speculator.preflight import check_run
+from verl_speculator.preflight.base_model import check_base, check_checkpoints
+from verl_speculator.preflight.data import check_cache, check_data, check_rows
+from verl_speculator.preflight.settings import check_batch, check_device, check_loggers, check_optimizer, check_settings
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import CPU_ALLOCATOR
@@ -33,13 +39,44 @@ own PET_* variables.
 """
 # Options of torchrun and the variables that set them, besides the PET_* variables that torchrun reads itself.
 TORCHRUN_ENVIRONMENT = {
-    "--nnodes": "NNODES",
-    "--node-rank": "NODE_RANK",
-    "--master-addr": "MASTER_ADDR",
-    "--master-port": "MASTER_PORT",
+    f"--{name.lower().replace('_', '-')}": name for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 }
 # Prefixes of torchrun's own variables for the rendezvous; others, such as PET_LOG_DIR, do not concern it.
 RENDEZVOUS = ("PET_RDZV_", "PET_MASTER_", "PET_NODE_RANK", "PET_STANDALONE")
+
+
+def check_run(
+    run: RunConfig, *, processes: int, processes_per_node: int, first_node: bool = True, read_rows: bool = True
+) -> None:
+    """Check everything that can be wrong with a run.
+
+    Args:
+        run: from `config.hydra.load_run_config`.
+        processes: over all nodes.
+        processes_per_node: on this node.
+        first_node: whether this machine reads and writes checkpoints and logs.
+        read_rows: whether to read every row of the data. A sweep reads those of many runs once.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    config = run.tree
+    check_settings(run)
+    if first_node:
+        check_loggers(config)
+    check_optimizer(config)
+    check_device(run, processes, processes_per_node)
+    check_batch(config, processes)
+    train, val = check_data(config)
+    base = check_base(run)
+    if first_node:
+        check_checkpoints(run, base, train.count)
+    if read_rows and not config.data.custom_cls.get("path"):
+        check_rows(config, base, train)
+        if val is not None:
+            check_rows(config, base, val)
+    if first_node:
+        check_cache(config, base, train)
 
 
 def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -49,13 +86,10 @@ def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapp
 
 
 def _rendezvous(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's options for the rendezvous.
-
-    One machine needs no address: MASTER_* variables that a scheduler or an outer job left in the environment do not
-    concern this run. torchrun reads the PET_* variables itself.
-    """
+    """torchrun's options for the rendezvous; it reads the PET_* variables itself."""
     if node_count(environment) > 1:
         return [f"{option}={environment[name]}" for option, name in TORCHRUN_ENVIRONMENT.items() if name in environment]
+    # One machine needs no address: a scheduler or an outer job may have left MASTER_* variables in the environment.
     return [] if any(name.startswith(RENDEZVOUS) for name in environment) else ["--standalone"]
 
 
@@ -82,11 +116,7 @@ def worker_environment(device: str, processes: int, environment: Mapping[str, st
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
-    """Processes per node, save path and overrides.
-
-    Raises:
-        UserError: for a missing argument, or a number of processes that is none.
-    """
+    """Processes per node, save path and overrides."""
     if len(argv) < 2 or any(re.match(r"[+~]*\w+(\.\w+)+=", argument) for argument in argv[:2]):
         raise UserError(f"expected <nproc_per_node> <save_path>, got {' '.join(argv[:2]) or 'nothing'}\n\n{USAGE}")
     if not (argv[0].isascii() and argv[0].isdigit()) or int(argv[0]) < 1:
@@ -97,11 +127,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
 
 
 def launch(argv: Sequence[str]) -> None:
-    """Check the run and replace this process by torchrun.
-
-    Raises:
-        UserError: for the first thing that is wrong.
-    """
+    """Check the run and replace this process by torchrun."""
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         sys.exit(0 if argv else 2)

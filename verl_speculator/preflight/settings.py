@@ -1,4 +1,7 @@
-"""Checks of single settings, the optimizer, the loggers, the device and the batch. No data and no model is read."""
+"""Checks of single settings, the optimizer, the loggers, the device and the batch. No data and no model is read.
+
+Each check raises `UserError`, one line that names the setting.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,9 @@ from pydantic import Field
 
 from verl_speculator.base_model.loading import BaseModelFormat, check_frozen_type
 from verl_speculator.config.hydra import RunConfig, compose, compute_dtype, flash_attention_installed
-from verl_speculator.config.schema import (
-    Count,
-    Directory,
-    NonNegativeInt,
-    PositiveNumber,
-    as_written,
-    check_value,
-)
+from verl_speculator.config.schema import Count, Directory, NonNegativeInt, PositiveNumber, as_written, check_value
 from verl_speculator.utils.atomic_io import check_metrics_file, check_writable
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.errors import UserError, nearest, one_line
 
 # Features of verl's engine that change the module or the forward pass which the speculator is attached to.
 UNSUPPORTED = {
@@ -59,35 +55,21 @@ SETTINGS: dict[str, Any] = {
     "engine.strategy": Literal["fsdp2", "fsdp"],
     "optim.lr_scheduler_type": Literal["cosine", "constant"],
     "optim.warmup_style": Literal[None, "cosine", "constant"],
-    "optim.zero_indexed_step": bool,
     "engine.model_dtype": Dtype,
-    "model.freeze_base_model": bool,
-    "data.use_dynamic_bsz": bool,
+    **dict.fromkeys(("optim.zero_indexed_step", "model.freeze_base_model", "data.use_dynamic_bsz"), bool),
     "model.use_remove_padding": Literal["auto"] | bool,
-    "data.train_batch_size": Count,
-    "data.micro_batch_size_per_gpu": Count,
-    "data.max_token_len_per_gpu": Count,
+    **dict.fromkeys(("data.train_batch_size", "data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu"), Count),
     "data.max_length": Annotated[int, Field(ge=2)],
-    "data.train_max_samples": CountOrAll,
-    "data.val_max_samples": CountOrAll,
-    "data.num_workers": NonNegativeInt,
+    **dict.fromkeys(("data.train_max_samples", "data.val_max_samples"), CountOrAll),
+    **dict.fromkeys(("data.num_workers", "trainer.seed"), NonNegativeInt),
+    **dict.fromkeys(("trainer.total_epochs", "trainer.nnodes", "trainer.n_gpus_per_node"), Count),
+    **dict.fromkeys(("trainer.total_training_steps", "trainer.max_ckpt_to_keep"), Count | None),
+    **dict.fromkeys(("trainer.save_freq", "trainer.test_freq"), CountOrAll | Literal["after_each_epoch"]),
+    **dict.fromkeys(("trainer.project_name", "trainer.experiment_name"), Name),
+    **dict.fromkeys(("optim.lr", "optim.clip_grad"), PositiveNumber),
+    **dict.fromkeys(("optim.weight_decay", "optim.num_cycles"), NonNegativeNumber),
+    **dict.fromkeys(("optim.lr_warmup_steps_ratio", "optim.min_lr_ratio"), Ratio),
     "optim.lr_warmup_steps": CountOrAll | None,  # null and -1: by the ratio; 0 has become a ratio of 0
-    "trainer.seed": NonNegativeInt,
-    "trainer.total_epochs": Count,
-    "trainer.total_training_steps": Count | None,
-    "trainer.save_freq": CountOrAll | Literal["after_each_epoch"],
-    "trainer.test_freq": CountOrAll | Literal["after_each_epoch"],
-    "trainer.max_ckpt_to_keep": Count | None,
-    "trainer.nnodes": Count,
-    "trainer.n_gpus_per_node": Count,
-    "trainer.project_name": Name,
-    "trainer.experiment_name": Name,
-    "optim.lr": PositiveNumber,
-    "optim.clip_grad": PositiveNumber,
-    "optim.weight_decay": NonNegativeNumber,
-    "optim.lr_warmup_steps_ratio": Ratio,
-    "optim.min_lr_ratio": Ratio,
-    "optim.num_cycles": NonNegativeNumber,
     "optim.betas": Annotated[
         list[Beta],
         Field(min_length=2, max_length=2, description="two numbers of at least 0 and below 1, such as [0.9,0.95]"),
@@ -101,11 +83,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def check_settings(run: RunConfig) -> None:
-    """Check the values of single settings and of some pairs.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    """Check the values of single settings and of some pairs."""
     config, model = run.tree, run.tree.model
     kinds = dict(SETTINGS)
     kinds["model.speculator_loss_coeff"] = NonNegativeNumber if model.freeze_base_model is False else PositiveNumber
@@ -116,46 +94,42 @@ def check_settings(run: RunConfig) -> None:
     for key, kind in kinds.items():
         check_value(key, _select(config, key), kind)
     logger_names(config.trainer.logger)
-    _check_profile_interval(_select(config, "trainer.profile_interval"))
+    steps = _select(config, "trainer.profile_interval")
+    is_pair = isinstance(steps, list) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not is_pair or steps[1] < steps[0] or steps[0] < 0 <= steps[1]:
+        raise UserError(
+            f"trainer.profile_interval={as_written(steps)}: expected two steps, the first to the last, or [-1,-1]"
+        )
     BaseModelFormat(model.quantization, model.gguf_file).check("model.", frozen=model.freeze_base_model)
     if model.freeze_base_model:
         check_frozen_type(config.engine.model_dtype, compute_dtype(config))
-    _check_cache_setting(run)
-    if model.quantization is not None and run.speculator.config.trainable == "head_and_block":
+    _check_pairs(run)
+    for key, supported in UNSUPPORTED.items():
+        if (value := OmegaConf.select(config, key)) != supported:
+            raise UserError(f"{key}={value}: a speculator trains with {key}={json.dumps(supported)} only")
+
+
+def _check_pairs(run: RunConfig) -> None:
+    """Check the settings that the trained parts of the two models exclude."""
+    model, config, directory = run.tree.model, run.speculator.config, run.tree.data.cache_hidden_states
+    if directory is not None and not model.freeze_base_model:
+        raise UserError(f"{CACHE}={directory}: the states of a base that is trained change; expected null")
+    if directory is not None and config.method == "early_exit":
+        raise UserError(
+            f"{CACHE}={directory}: model.speculator.method=early_exit reads states inside the base, which are not "
+            "kept; expected null"
+        )
+    if model.quantization is not None and config.trainable == "head_and_block":
         raise UserError(
             f"model.quantization={model.quantization}: a block in 4 bits cannot be trained; "
             "expected model.speculator.trainable=head"
         )
-    for key, supported in UNSUPPORTED.items():
-        if (value := OmegaConf.select(config, key)) != supported:
-            raise UserError(f"{key}={value}: a speculator trains with {key}={json.dumps(supported)} only")
 
 
 def _select(config: DictConfig, key: str) -> Any:
     """A value of the tree in plain Python."""
     value = OmegaConf.select(config, key)
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _check_profile_interval(steps: Any) -> None:
-    is_pair = isinstance(steps, list) and len(steps) == 2 and all(type(step) is int for step in steps)
-    if not is_pair or steps[1] < steps[0] or steps[0] < 0 <= steps[1]:
-        raise UserError(
-            f"trainer.profile_interval={as_written(steps)}: expected two steps, the first to the last, or [-1,-1]"
-        )
-
-
-def _check_cache_setting(run: RunConfig) -> None:
-    directory = run.tree.data.cache_hidden_states
-    if directory is None:
-        return
-    if not run.tree.model.freeze_base_model:
-        raise UserError(f"{CACHE}={directory}: the states of a base that is trained change; expected null")
-    if run.speculator.config.method == "early_exit":
-        raise UserError(
-            f"{CACHE}={directory}: model.speculator.method=early_exit reads states inside the base, which are not "
-            "kept; expected null"
-        )
 
 
 @functools.cache
@@ -165,43 +139,17 @@ def _optimizer_settings() -> tuple[str, ...]:
 
 
 def check_optimizer(config: DictConfig) -> None:
-    """Check that the optimizer exists and takes its settings, by making a small one. Imports torch.
+    """Check that the optimizer takes its settings: make one for a matrix and a vector, as verl makes the run's, and
+    take a step if torch ships it."""
+    import torch
 
-    Raises:
-        UserError: naming the setting.
-    """
-    names = _optimizer_settings()
-    for name in map(str, config.optim):
+    optim, names = config.optim, _optimizer_settings()
+    for name in map(str, optim):
         if name not in names:
             raise UserError(
                 f"optim.{name} is not a setting{nearest(name, names)}; arguments of the optimizer's own go into "
                 f"{OPTIMIZER_ARGUMENTS}={{{name}: …}}"
             )
-    _try_optimizer(config.optim)
-
-
-def _optimizer_class(optim: DictConfig) -> Any:
-    import torch
-
-    try:
-        module = importlib.import_module(str(optim.optimizer_impl))
-    except (ImportError, ValueError) as error:
-        setting = f"optim.optimizer_impl={optim.optimizer_impl}"
-        raise UserError(f"{setting}: {error}; expected a module of optimizers, such as torch.optim") from None
-    optimizer_class = getattr(module, str(optim.optimizer), None)
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
-        classes = [name for name, kind in vars(module).items() if isinstance(kind, type) and name != "Optimizer"]
-        raise UserError(
-            f"optim.optimizer={optim.optimizer}: {optim.optimizer_impl} has no such optimizer"
-            f"{nearest(str(optim.optimizer), classes)}"
-        )
-    return optimizer_class
-
-
-def _try_optimizer(optim: DictConfig) -> None:
-    """Make an optimizer for a matrix and a vector, as verl makes the run's, and take a step if torch ships it."""
-    import torch
-
     optimizer_class = _optimizer_class(optim)
     arguments = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     if "adam" in optim.optimizer.lower() or "ademamix" in optim.optimizer.lower():
@@ -217,52 +165,50 @@ def _try_optimizer(optim: DictConfig) -> None:
             optimizer.step()
     except Exception as error:  # optimizers raise ValueError, TypeError, RuntimeError and others
         shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
-        raise UserError(f"optim.optimizer={optim.optimizer}: not with {shown}: {_one_line(error)}") from None
+        raise UserError(f"optim.optimizer={optim.optimizer}: not with {shown}: {one_line(error)}") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _optimizer_class(optim: DictConfig) -> Any:
+    import torch
 
-
-# verl's logging backends, with the package that each needs.
-LOGGER_PACKAGES = {
-    **{name: None for name in ("console", "file")},
-    **{name: name for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")},
-    "vemlp_wandb": "volcengine_ml_platform",
-    "rl_insight": "rl_insight",
-}
-VOLCENGINE_VARIABLES = ("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION")
+    try:
+        module = importlib.import_module(str(optim.optimizer_impl))
+    except (ImportError, ValueError) as error:
+        setting = f"optim.optimizer_impl={optim.optimizer_impl}"
+        raise UserError(f"{setting}: {error}; expected a module of optimizers, such as torch.optim") from None
+    classes = {name: kind for name, kind in vars(module).items() if isinstance(kind, type) and name != "Optimizer"}
+    optimizer_class = getattr(module, str(optim.optimizer), None)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        raise UserError(
+            f"optim.optimizer={optim.optimizer}: {optim.optimizer_impl} has no such optimizer"
+            f"{nearest(str(optim.optimizer), classes)}"
+        )
+    return optimizer_class
 
 
 def check_loggers(config: DictConfig) -> None:
-    """Check that every backend of `trainer.logger` is installed, logged in and can write. Sends nothing.
-
-    Raises:
-        UserError: naming the backend and what it lacks.
-    """
+    """Check that every backend of `trainer.logger` is installed, logged in and can write. Sends nothing."""
     for name in logger_names(config.trainer.logger):
-        setting, package = f"trainer.logger={name}", LOGGER_PACKAGES[name]
+        setting, (package, check) = f"trainer.logger={name}", LOGGERS[name]
         # verl does not use rl_insight unless it is switched on.
         if name == "rl_insight" and os.environ.get("VERL_RL_INSIGHT_ENABLE") != "1":
             continue
         if package is not None and find_spec(package) is None:
             raise UserError(f"{setting}: the package {package} is not installed")
-        if name in LOGGER_CHECKS:
-            LOGGER_CHECKS[name](setting, config.trainer)
+        if check is not None:
+            check(setting, config.trainer)
 
 
 def logger_names(value: Any) -> list[str]:
-    """The backends that `trainer.logger` names.
-
-    Raises:
-        UserError: for one that verl does not have, or for null.
-    """
+    """The backends that `trainer.logger` names. Refuses null, and a backend that verl does not have."""
     names = [value] if isinstance(value, str) or value is None else list(value)
     for name in names:
-        if name not in LOGGER_PACKAGES:
+        if name not in LOGGERS:
+            written = as_written(name) if len(names) == 1 else f"[{','.join(map(as_written, names))}]"
+            word = "" if len(names) == 1 else f"{as_written(name)} is no backend; "
             raise UserError(
-                f"trainer.logger={as_written(name)}: expected one or several of {', '.join(LOGGER_PACKAGES)}"
-                + nearest(str(name), LOGGER_PACKAGES)
+                f"trainer.logger={written}: {word}expected one or several of {', '.join(LOGGERS)}"
+                + nearest(str(name), LOGGERS)
             )
     return names
 
@@ -270,7 +216,7 @@ def logger_names(value: Any) -> list[str]:
 def _check_wandb(setting: str, trainer: DictConfig) -> None:
     import wandb
 
-    advice = "; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
+    reason = "not logged in"
     try:
         if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
             return
@@ -279,11 +225,11 @@ def _check_wandb(setting: str, trainer: DictConfig) -> None:
         else:  # before wandb 0.31
             logged_in = bool(wandb.api.api_key)
     except Exception as error:  # wandb's errors have no other common class
-        raise UserError(f"{setting}: {_one_line(error)}{advice}") from None
+        logged_in, reason = False, one_line(error)
     finally:
         wandb.teardown()  # the process that trains reads the settings again
     if not logged_in:
-        raise UserError(f"{setting}: not logged in{advice}")
+        raise UserError(f"{setting}: {reason}; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
 
 
 def _check_swanlab(setting: str, trainer: DictConfig) -> None:
@@ -307,7 +253,8 @@ def _check_clearml(setting: str, trainer: DictConfig) -> None:
 
 
 def _check_volcengine(setting: str, trainer: DictConfig) -> None:
-    if missing := [name for name in VOLCENGINE_VARIABLES if name not in os.environ]:
+    variables = ("VOLC_ACCESS_KEY_ID", "VOLC_SECRET_ACCESS_KEY", "MLP_TRACKING_REGION")
+    if missing := [name for name in variables if name not in os.environ]:
         raise UserError(f"{setting}: no credentials; set {', '.join(missing)}")
 
 
@@ -316,26 +263,23 @@ def _check_tensorboard(setting: str, trainer: DictConfig) -> None:
     check_writable(setting, Path(os.environ.get("TENSORBOARD_DIR", default)))
 
 
-def _check_file(setting: str, trainer: DictConfig) -> None:
-    check_metrics_file(setting, trainer.project_name, trainer.experiment_name)
-
-
-LOGGER_CHECKS: dict[str, Callable[[str, DictConfig], None]] = {
-    "wandb": _check_wandb,
-    "swanlab": _check_swanlab,
-    "clearml": _check_clearml,
-    "vemlp_wandb": _check_volcengine,
-    "tensorboard": _check_tensorboard,
-    "file": _check_file,
+# verl's logging backends: the package that each needs, and a check of its credentials or its file.
+LOGGERS: dict[str, tuple[str | None, Callable[[str, DictConfig], None] | None]] = {
+    "console": (None, None),
+    "file": (None, lambda setting, run: check_metrics_file(setting, run.project_name, run.experiment_name)),
+    "wandb": ("wandb", _check_wandb),
+    "mlflow": ("mlflow", None),
+    "swanlab": ("swanlab", _check_swanlab),
+    "clearml": ("clearml", _check_clearml),
+    "trackio": ("trackio", None),
+    "tensorboard": ("tensorboard", _check_tensorboard),
+    "vemlp_wandb": ("volcengine_ml_platform", _check_volcengine),
+    "rl_insight": ("rl_insight", None),
 }
 
 
 def check_device(run: RunConfig, processes: int, processes_per_node: int) -> None:
-    """Check that the device supports the settings.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    """Check that the device supports the settings."""
     config = run.tree
     device, strategy = config.trainer.device, config.engine.strategy
     if device == "cpu" and strategy == "fsdp":
@@ -363,23 +307,21 @@ def check_device(run: RunConfig, processes: int, processes_per_node: int) -> Non
 
 
 def _check_flash_attention(device: str, dtype: str) -> None:
-    setting = "model.override_config.attn_implementation=flash_attention_2"
+    problem = None
     if not flash_attention_installed():
-        raise UserError(f"{setting}: the package flash-attn is not installed; install it or use sdpa")
-    if device == "cpu":
-        raise UserError(f"{setting}: not on a CPU; use sdpa")
-    if dtype not in HALF_TYPES:
-        raise UserError(f"{setting}: needs a half type, {PRECISION}.param_dtype is {dtype}")
+        problem = "the package flash-attn is not installed; install it or use sdpa"
+    elif device == "cpu":
+        problem = "not on a CPU; use sdpa"
+    elif dtype not in HALF_TYPES:
+        problem = f"needs a half type, {PRECISION}.param_dtype is {dtype}"
+    if problem is not None:
+        raise UserError(f"model.override_config.attn_implementation=flash_attention_2: {problem}")
 
 
 def check_batch(config: DictConfig, processes: int) -> None:
-    """Check that the global batch divides into processes and micro-batches.
-
-    Raises:
-        UserError: naming the setting.
-    """
+    """Check that the global batch divides into processes and micro-batches."""
     data = config.data
-    setting = f"data.train_batch_size={data.train_batch_size}"
+    setting, rows = f"data.train_batch_size={data.train_batch_size}", data.train_batch_size // processes
     if data.train_batch_size % processes:
         raise UserError(f"{setting}: not divisible by {processes} processes")
     if data.use_dynamic_bsz and data.max_token_len_per_gpu < data.max_length:
@@ -387,7 +329,6 @@ def check_batch(config: DictConfig, processes: int) -> None:
             f"data.max_token_len_per_gpu={data.max_token_len_per_gpu}: must hold a whole row, "
             f"data.max_length is {data.max_length}"
         )
-    rows = data.train_batch_size // processes
     if not data.use_dynamic_bsz and rows % data.micro_batch_size_per_gpu:
         raise UserError(
             f"{setting}: its {rows} rows per process are not divisible by "

@@ -19,7 +19,7 @@ from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fing
 from verl_speculator.config.hydra import RunConfig, load_run_config
 from verl_speculator.decoding.draft_length import check_length
 from verl_speculator.evaluation.prompts import read_prompts, read_texts
-from verl_speculator.preflight import check_run
+from verl_speculator.preflight.launch import check_run
 from verl_speculator.sweep.report import Row, number, write_results
 from verl_speculator.sweep.settings import SweepSettings, Values, hydra_value, labels_of
 from verl_speculator.sweep.trial import (

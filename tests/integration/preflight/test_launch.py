@@ -19,7 +19,7 @@ from helpers.training_runs import SCRIPT, overrides, script
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import STATE_FILES
 from verl_speculator.config.hydra import flash_attention_installed, load_run_config, load_settings
-from verl_speculator.preflight.settings import LOGGER_PACKAGES
+from verl_speculator.preflight.settings import LOGGERS
 from verl_speculator.utils.errors import UserError
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
@@ -53,7 +53,7 @@ def assert_refused(attempt, words, tmp_path, *more, **settings):
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
-def test_a_good_run_starts_one_torchrun(attempt, tmp_path):
+def test_launch_valid_run_starts_one_torchrun(attempt, tmp_path):
     with pytest.raises(Started) as started:
         attempt('model.speculator.inner_dim="16.24"', nproc="2")
     command, environment = started.value.args
@@ -64,7 +64,7 @@ def test_a_good_run_starts_one_torchrun(attempt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
+def test_launch_several_machines_passes_rendezvous_options(attempt, monkeypatch):
     for name, value in {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Started) as started:
@@ -83,8 +83,8 @@ def test_several_machines_as_torchrun_users_expect(attempt, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [{}, {"PET_LOG_DIR": "log", "PET_NPROC_PER_NODE": "2"}, {"PET_NNODES": "1"}], ids=str)
-def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt, monkeypatch, more):
-    """Whatever else of torchrun's is set there."""
+def test_launch_one_machine_ignores_master_address(attempt, monkeypatch, more):
+    """Also with other variables of torchrun in the environment."""
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **more}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Started) as started:
@@ -95,8 +95,8 @@ def test_one_machine_does_not_wait_at_an_address_left_in_the_environment(attempt
 
 
 @pytest.mark.parametrize("name", ["PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK"])
-def test_one_machine_meets_where_torchrun_is_told_to(attempt, monkeypatch, name):
-    """By its own variables, which it reads itself: a bare MASTER_ADDR would replace them."""
+def test_launch_one_machine_keeps_rendezvous_variables(attempt, monkeypatch, name):
+    """torchrun reads its own variables; an option from MASTER_ADDR would replace them."""
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.9")
     monkeypatch.setenv(name, "0")
     with pytest.raises(Started) as started:
@@ -180,6 +180,7 @@ def test_one_machine_meets_where_torchrun_is_told_to(attempt, monkeypatch, name)
         ("trainer.seed=abc", "trainer.seed=abc: expected an integer"),
         ("trainer.logger=wandbb", "did you mean 'wandb'"),
         ("trainer.logger=[console,swanlab]", "the package swanlab is not installed"),
+        ("trainer.logger=[console,wandbb]", "trainer.logger=[console,wandbb]: wandbb is no backend; expected one or"),
         ("trainer.logger=null", "trainer.logger=null: expected one or several of console"),
         ("trainer.experiment_name=null", "trainer.experiment_name=null: expected a name"),
         ("data.train_max_samples=null", "data.train_max_samples=null: expected an integer of at least -1"),
@@ -211,7 +212,7 @@ def test_settings_accepted(attempt, more):
         attempt(*more)
 
 
-def test_type_of_a_frozen_base_is_its_compute_type(attempt, tmp_path):
+def test_model_dtype_of_frozen_base_must_be_compute_dtype(attempt, tmp_path):
     types = ("engine.model_dtype=fp32", "engine.mixed_precision.param_dtype=bf16")
     words = "engine.model_dtype=fp32: a frozen base is held in the type that it computes in"
     assert_refused(attempt, words, tmp_path, *types)
@@ -229,41 +230,41 @@ def test_fsdp1_in_one_process_refused(attempt, tmp_path):
 
 @pytest.mark.parametrize("name", VISION)
 def test_base_that_reads_images_refused(attempt, tmp_path_factory, tmp_path, tokenizer, name):
-    """verl gives some of them positions in four rows, and no command of ours could load them."""
+    """verl gives some of them positions in four rows, and no command of this package can load them."""
     base = make_vision_base(name, tmp_path_factory.mktemp(name), tokenizer)
     words = f"model.partial_pretrain={base}: {name} is a model of images and text"
     assert_refused(attempt, words, tmp_path, model__partial_pretrain=base)
 
 
-def test_sum_lstm_needs_tied_weights(attempt, tmp_path):
+def test_sum_lstm_untied_weights_refused(attempt, tmp_path):
     more = ("model.speculator.method=sum_lstm", "model.speculator.tie_weights=false")
     assert_refused(attempt, "needs model.speculator.tie_weights=true", tmp_path, *more)
 
 
 @pytest.mark.skipif(flash_attention_installed(), reason="flash-attn is installed here")
-def test_flash_attention_has_to_be_installed(attempt, tmp_path):
+def test_flash_attention_not_installed_refused(attempt, tmp_path):
     more = "+model.override_config.attn_implementation=flash_attention_2"
     assert_refused(attempt, "flash-attn is not installed", tmp_path, more)
 
 
-def test_compiling_needs_a_compiler(attempt, tmp_path, monkeypatch):
+def test_compile_without_compiler_refused(attempt, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     words = "model.speculator.compile=true: no C++ compiler (no-such-compiler)"
     assert_refused(attempt, words, tmp_path, "model.speculator.compile=true")
 
 
 @pytest.mark.parametrize("nproc", ["two", "0", "-1", "1.5", "", "²"])
-def test_nproc_is_a_number(attempt, nproc, tmp_path):
+def test_nproc_invalid_refused(attempt, nproc, tmp_path):
     assert_refused(attempt, f"nproc_per_node={nproc}: expected a positive integer", tmp_path, nproc=nproc)
 
 
 @pytest.mark.parametrize("argv", [["2"], ["optim.lr=1", "x"], ["2", "optim.lr=1"]])
-def test_missing_arguments_show_the_usage(argv):
+def test_launch_missing_arguments_shows_usage(argv):
     with pytest.raises(UserError, match=r"usage: run_speculator_training\.sh"):
         launch.launch(argv)
 
 
-def test_any_name_of_a_folder(attempt, tmp_path):
+def test_save_path_with_special_characters_accepted(attempt, tmp_path):
     for name in ("bob's", "runs/lr=1e-4", "a b"):
         with pytest.raises(Started) as started:
             attempt(save_path=tmp_path / name)
@@ -322,9 +323,9 @@ def test_wandb_offline_needs_no_login(attempt, no_credentials):
     ],
 )
 def test_loggers_without_login_refused(attempt, tmp_path, tmp_path_factory, no_credentials, name, words):
-    """The packages, which are not installed here, are empty ones: their credentials lie outside them."""
+    """The packages, which are not installed here, are empty ones: their credentials are stored elsewhere."""
     packages = tmp_path_factory.mktemp("packages")
-    (packages / f"{LOGGER_PACKAGES[name]}.py").write_text("")
+    (packages / f"{LOGGERS[name][0]}.py").write_text("")
     no_credentials.syspath_prepend(packages)
     assert_refused(attempt, f"trainer.logger={name}: {words}", tmp_path, f"trainer.logger={name}")
 
@@ -342,7 +343,7 @@ def test_loggers_without_a_place_to_write_refused(attempt, tmp_path, monkeypatch
     assert_refused(attempt, f"trainer.logger={logger}: ", tmp_path, f"trainer.logger={logger}")
 
 
-def test_a_file_in_the_way(attempt, tmp_path):
+def test_save_path_is_a_file_refused(attempt, tmp_path):
     (tmp_path / "out").write_text("")
     assert_refused(attempt, "is a file, expected a directory", tmp_path)
 
@@ -373,13 +374,20 @@ def test_data_refused(attempt, tmp_path):
     assert_refused(attempt, "data.max_token_len_per_gpu=64: must hold a whole row", tmp_path, *short)
 
 
-def test_the_row_that_is_too_long_is_named(attempt, tmp_path):
+def test_row_over_max_length_refused(attempt, tmp_path):
     rows = make_chat_rows(9)
     rows[7]["messages"][-1]["content"] = "one two " * 600
     file = write_parquet(tmp_path / "long.parquet", rows)
     assert_refused(attempt, "row 7 has", tmp_path, data__train_files=file)
     with pytest.raises(Started):
         attempt("data.truncation=right", data__train_files=file)
+
+
+def test_chat_template_index_error_refused_in_one_line(attempt, base, tmp_path, tmp_path_factory):
+    folder = copy_of(base, tmp_path_factory.mktemp("bases") / "base", "config.json", lambda config: None)
+    (folder / "chat_template.jinja").write_text("{{ '{1}'.format(0) }}")
+    words = "row 0: the chat template refuses it: tuple index out of range"
+    assert_refused(attempt, words, tmp_path, model__partial_pretrain=folder)
 
 
 @pytest.fixture
@@ -467,7 +475,7 @@ def record(run_folder, **sections):
             "model.speculator.lk_eta (3.0, 5)",
         ),
         ({}, {"the contents of data.train_files": ["other"]}, (), "the contents of data.train_files"),
-        ({}, {"data.messages_key": "talk"}, (), "data.messages_key (talk, messages)"),
+        ({}, {"data.messages_key": "chat"}, (), "data.messages_key (chat, messages)"),
         ({}, {"optim.optimizer": "SGD"}, (), "optim.optimizer (SGD, AdamW)"),
     ],
 )
@@ -546,7 +554,7 @@ def test_resume_other_optimizer_values_named_in_one_line(attempt, run_folder, ca
     assert message.startswith(f"note: resume={run_folder}: ")
 
 
-def test_resume_checkpoint_without_record_accepted_and_said(attempt, run_folder, caplog):
+def test_resume_checkpoint_without_record_accepted_with_a_note(attempt, run_folder, caplog):
     with pytest.raises(Started):
         attempt()
     (message,) = caplog.messages
@@ -554,7 +562,7 @@ def test_resume_checkpoint_without_record_accepted_and_said(attempt, run_folder,
     assert "the contents of data.train_files" in message
 
 
-def test_a_base_without_a_chat_template_is_fine(attempt, bases, tmp_path):
+def test_base_without_chat_template_accepted(attempt, bases, tmp_path):
     from helpers.tiny_models import make_base, make_tokenizer
 
     plain = make_base("llama", tmp_path / "plain", make_tokenizer(chat_template=None))
@@ -571,7 +579,7 @@ def test_a_base_without_a_chat_template_is_fine(attempt, bases, tmp_path):
         (["1", "OUT", "model.partial_pretrain=/no/such"], "data.train_files"),
     ],
 )
-def test_the_script_exits_with_2(arguments, words, tmp_path):
+def test_script_user_error_exits_with_2(arguments, words, tmp_path):
     out = tmp_path / "out"
     result = script(*(out if argument == "OUT" else argument for argument in arguments), HOME=str(tmp_path))
     assert result.returncode == 2
@@ -580,7 +588,7 @@ def test_the_script_exits_with_2(arguments, words, tmp_path):
     assert not out.exists()
 
 
-def test_help_and_configuration_are_shown(tmp_path):
+def test_script_shows_help_and_configuration(tmp_path):
     assert "usage:" in script("--help").stdout
     shown = script(1, tmp_path / "out", "--cfg", "job", "model.speculator.inner_dim=8.16")
     assert "inner_dim: '8.16'" in shown.stdout or "inner_dim: 8.16" in shown.stdout

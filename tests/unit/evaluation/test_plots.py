@@ -33,8 +33,8 @@ def names(paths: Iterable[Path]) -> set[str]:
     return {path.stem for path in paths}
 
 
-def least() -> dict:
-    """A row of the columns that no table is without: one plot, soon drawn."""
+def required_columns() -> dict:
+    """A row of the required columns: one plot, soon drawn."""
     return {name: line(RNN)[name] for name in EXPECTED}
 
 
@@ -95,16 +95,16 @@ def process(evaluation) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-W", "error", "-c", code, evaluation], capture_output=True, text=True)
 
 
-def test_light_to_import_and_quiet_to_use(process):
-    """No library before it is needed, and no trace in pyplot or in the settings of whoever calls."""
+def test_plot_imports_lazily_and_leaves_matplotlib_unchanged(process):
+    """No library before it is needed, and no trace in pyplot or in the caller's settings."""
     assert (process.returncode, process.stdout) == (0, ""), process.stderr
 
 
-def test_every_plot(drawn):
+def test_every_figure_full_tables_gives_all_plots(drawn):
     assert set(drawn) == ALWAYS | BY_CATEGORY
 
 
-def test_every_file(evaluation, process):
+def test_plot_writes_png_and_pdf(evaluation, process):
     written = list((evaluation / "plots").iterdir())
     expected = ALWAYS | {"categories_tau"}
     assert {path.name for path in written} == {f"{name}.{kind}" for name in expected for kind in ("png", "pdf")}
@@ -118,18 +118,18 @@ def test_every_file(evaluation, process):
             assert b"/FontFile2" in content and b"/Type3" not in content
 
 
-def test_a_speculator_looks_the_same_in_every_plot(drawn):
+def test_every_figure_speculator_has_one_colour(drawn):
     seen: dict[str, set] = {}
     for figure in drawn.values():
         for label, colour in colours(figure).items():
             if label not in ("base alone", "Pareto front"):
                 seen.setdefault(label, set()).add(colour)
     assert set(seen) == {"sum_rnn: global_step_4000", "sum_lstm: global_step_4000", "random sum_rnn", "prompt lookup"}
-    assert all(len(found) == 1 for found in seen.values())
+    assert all(len(shades) == 1 for shades in seen.values())
     assert len(set.union(*seen.values())) == len(seen)
 
 
-def test_one_panel_for_each_prompts_file_with_what_belongs_there(drawn):
+def test_every_figure_has_a_panel_for_each_prompts_file(drawn):
     assert titles(drawn["acceptance_per_depth"]) == ["spec_bench", "gsm8k_test"]
     assert titles(drawn["categories_tau"]) == ["spec_bench"], "one category is no comparison"
     (axis,) = drawn["categories_tau"].axes
@@ -141,7 +141,7 @@ def test_one_panel_for_each_prompts_file_with_what_belongs_there(drawn):
     assert set(colours(drawn["speedup_against_quality"])) == set(colours(drawn["quality_per_depth"])) | lines
 
 
-def test_values_and_intervals_are_those_of_the_table(tmp_path):
+def test_figures_show_values_and_intervals_of_the_table(tmp_path):
     row = line(RNN)
     write(tmp_path / "results.csv", [row])
     (axis,) = one_figure(acceptance_per_depth, tmp_path).axes
@@ -155,15 +155,15 @@ def test_values_and_intervals_are_those_of_the_table(tmp_path):
     assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(1)
 
 
-def test_the_same_table_gives_the_same_bytes(tmp_path):
-    write(tmp_path / "results.csv", [least()])
+def test_plot_same_table_gives_same_bytes(tmp_path):
+    write(tmp_path / "results.csv", [required_columns()])
     written = plot(tmp_path)
     assert names(written) == {"speedup_against_quality"}
     first = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in plot(tmp_path)] == first
 
 
-def test_the_base_alone_has_no_plot(tmp_path):
+def test_plot_base_model_alone_writes_nothing(tmp_path):
     write(tmp_path / "results.csv", [line("none")])
     assert plot(tmp_path) == []
     assert not (tmp_path / "plots").exists()
@@ -180,7 +180,7 @@ def test_the_base_alone_has_no_plot(tmp_path):
         (r"(temperature|top_p|top_k|draft_length|seed|n_predict|method|base|untrained)", set()),
     ],
 )
-def test_a_plot_without_data_is_skipped(tmp_path, emptied, gone):
+def test_every_figure_empty_columns_skips_their_plot(tmp_path, emptied, gone):
     rows = [line(RNN), line("prompt_lookup")]
     for row in rows:
         for name in [name for name in row if re.fullmatch(emptied, name)]:
@@ -189,15 +189,15 @@ def test_a_plot_without_data_is_skipped(tmp_path, emptied, gone):
     assert set(figures(tmp_path)) == ALWAYS - gone
 
 
-def test_the_columns_that_no_table_is_without_suffice(tmp_path):
-    write(tmp_path / "results.csv", [least()])
+def test_every_figure_required_columns_suffice(tmp_path):
+    write(tmp_path / "results.csv", [required_columns()])
     assert set(figures(tmp_path)) == {"speedup_against_quality"}
 
 
 @pytest.mark.parametrize(
     ("emptied", "label"), [((), "KL"), (("kl",), "cross-entropy"), (("kl", "ce"), "acceptance rate")]
 )
-def test_what_stands_for_quality(tmp_path, emptied, label):
+def test_speedup_against_quality_falls_back_to_available_metric(tmp_path, emptied, label):
     rows = [line(RNN), line(LSTM) | dict.fromkeys(emptied, ""), line("prompt_lookup"), line("random")]
     write(tmp_path / "results.csv", rows)
     figure = one_figure(speedup_against_quality, tmp_path)
@@ -208,7 +208,7 @@ def test_what_stands_for_quality(tmp_path, emptied, label):
     assert len(points) == (4 if label == "acceptance rate" else 2)
 
 
-def test_the_front_holds_whom_no_other_beats(tmp_path):
+def test_speedup_against_quality_front_holds_undominated_points(tmp_path):
     points = {"a": (1.0, 1.5), "b": (2.0, 2.0), "c": (1.5, 1.2), "d": (3.0, 1.9)}
     rows = [line(f"/runs/{name}") | {"kl": x, "speedup": y} for name, (x, y) in points.items()]
     write(tmp_path / "results.csv", rows)
@@ -218,7 +218,7 @@ def test_the_front_holds_whom_no_other_beats(tmp_path):
     assert {name for name, point in points.items() if point in corners} == {"a", "b"}
 
 
-def test_panels_by_policy(tmp_path):
+def test_read_tables_varying_policy_divides_panels(tmp_path):
     rows = [line(who, p, temperature=t) for t in (0, 0.7) for p in (CHAT, MATHS) for who in WHO]
     rows += [line("none", p, temperature=t, seed=9, top_p=0.5) for t in (0, 0.7) for p in (CHAT, MATHS)]
     for row in rows:
@@ -235,7 +235,7 @@ def test_panels_by_policy(tmp_path):
     ]
 
 
-def test_quality_that_does_not_depend_on_the_policy_is_drawn_once(tmp_path):
+def test_quality_per_depth_several_policies_drawn_once(tmp_path):
     one = line(RNN)
     write(tmp_path / "results.csv", [one, one | {"temperature": 1.0}])
     assert titles(one_figure(quality_per_depth, tmp_path))[0] == ""
@@ -256,13 +256,13 @@ def test_quality_that_does_not_depend_on_the_policy_is_drawn_once(tmp_path):
         ),
     ],
 )
-def test_labels(tmp_path, paths, labels):
+def test_read_tables_labels_are_short_and_unique(tmp_path, paths, labels):
     rows = [line(path) | {"method": "sum_lstm" if "lstm" in path else "sum_rnn"} for path in paths]
     write(tmp_path / "results.csv", rows)
     assert list(colours(one_figure(acceptance_per_depth, tmp_path))) == labels
 
 
-def test_random_speculators_of_several_shapes(tmp_path):
+def test_read_tables_random_speculators_are_labelled_by_shape(tmp_path):
     rows = [line("random", method="sum_rnn"), line("random", method="sum_lstm"), line("random", n_predict=5)]
     write(tmp_path / "results.csv", rows)
     seen = colours(one_figure(acceptance_per_depth, tmp_path))
@@ -271,7 +271,7 @@ def test_random_speculators_of_several_shapes(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "files"), [(1, [CHAT]), (4, [CHAT, MATHS]), (20, [CHAT])])
-def test_no_legend_covers_anything(tmp_path, count, files):
+def test_add_legend_covers_no_panel(tmp_path, count, files):
     who = [
         f"/experiments/qwen2.5-7b-instruct-{'x' * (i % 7)}/sum_rnn/global_step_{1000 * i}" for i in range(1, count + 1)
     ]
@@ -292,48 +292,48 @@ def test_no_legend_covers_anything(tmp_path, count, files):
                 assert axis.bbox.height > 80 or name.startswith("categories"), f"{name}: squeezed"
 
 
-def refused(directory: Path) -> str:
+def error_of(directory: Path) -> str:
     with pytest.raises(UserError) as error:
         plot(directory)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_no_table(tmp_path):
-    assert "no results.csv" in refused(tmp_path) and str(tmp_path) in refused(tmp_path)
-    assert "no results.csv" in refused(tmp_path / "nowhere")
+def test_plot_without_table_refused(tmp_path):
+    assert "no results.csv" in error_of(tmp_path) and str(tmp_path) in error_of(tmp_path)
+    assert "no results.csv" in error_of(tmp_path / "nowhere")
 
 
-def test_wrong_tables(tmp_path):
+def test_plot_invalid_table_refused(tmp_path):
     results, categories = tmp_path / "results.csv", tmp_path / "categories.csv"
     results.write_text("")
-    assert f"{results}: not a table" in refused(tmp_path)
+    assert f"{results}: not a table" in error_of(tmp_path)
     results.write_text("speculator,prompts,depth\nnone,a,1\n")
-    assert f"{results}: no column base, method, temperature" in refused(tmp_path)
+    assert f"{results}: no column base, method, temperature" in error_of(tmp_path)
     results.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    assert str(results) in refused(tmp_path)
+    assert str(results) in error_of(tmp_path)
     write(results, [line(RNN)])
     results.write_text(results.read_text().splitlines()[0] + "\n")
-    assert f"{results}: no rows" in refused(tmp_path)
+    assert f"{results}: no rows" in error_of(tmp_path)
     write(results, [line(RNN, tau="high")])
-    assert f"{results}: column tau holds 'high', expected a number" in refused(tmp_path)
+    assert f"{results}: column tau holds 'high', expected a number" in error_of(tmp_path)
     write(results, [line(RNN)])
     write(categories, [line(RNN)])
-    assert f"{categories}: no column category" in refused(tmp_path)
+    assert f"{categories}: no column category" in error_of(tmp_path)
     write(categories, by_category())
     categories.write_text(categories.read_text().splitlines()[0] + "\n")
     assert set(figures(tmp_path)) == ALWAYS, "a table of categories may be without rows"
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
-    write(tmp_path / "results.csv", [least()])
+def test_plot_unwritable_directory_refused(tmp_path):
+    write(tmp_path / "results.csv", [required_columns()])
     (tmp_path / "plots").write_text("a file where the folder should be")
-    assert str(tmp_path / "plots") in refused(tmp_path)
+    assert str(tmp_path / "plots") in error_of(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "plots"}
 
 
-def test_a_failed_write_leaves_the_old_plot(tmp_path, monkeypatch):
-    write(tmp_path / "results.csv", [least()])
+def test_plot_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    write(tmp_path / "results.csv", [required_columns()])
     (tmp_path / "plots").mkdir()
     old = tmp_path / "plots" / "speedup_against_quality.png"
     old.write_text("old")
@@ -343,6 +343,6 @@ def test_a_failed_write_leaves_the_old_plot(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
-    assert refused(tmp_path) == f"{old}: cannot be written: No space left on device"
+    assert error_of(tmp_path) == f"{old}: cannot be written: No space left on device"
     assert [path.name for path in old.parent.iterdir()] == [old.name]
     assert old.read_text() == "old"

@@ -62,7 +62,7 @@ def verl_rows(file, tokenizer):
     return [(row["input_ids"].tolist(), row["loss_mask"].tolist()) for row in rows]
 
 
-def test_tokens_and_masks_are_those_of_training(chat, tokenizer):
+def test_read_texts_equals_training_dataset(chat, tokenizer):
     expected = verl_rows(chat, tokenizer)
     assert len(expected) == 40
     assert read_texts(chat, tokenizer) == expected
@@ -70,7 +70,7 @@ def test_tokens_and_masks_are_those_of_training(chat, tokenizer):
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
 @pytest.mark.parametrize("eos", [True, False])
-def test_masks_with_a_system_message(template, eos, tmp_path):
+def test_read_texts_system_message_equals_training_dataset(template, eos, tmp_path):
     tokenizer = make_tokenizer(chat_template=template)
     ensure_chat_template(tokenizer)
     if not eos:
@@ -80,7 +80,7 @@ def test_masks_with_a_system_message(template, eos, tmp_path):
     assert read_texts(file, tokenizer) == verl_rows(file, tokenizer)
 
 
-def test_masks_of_real_data(shared, tmp_path):
+def test_read_texts_real_data_equals_training_dataset(shared, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "gsm8k-4m")
@@ -91,7 +91,7 @@ def test_masks_of_real_data(shared, tmp_path):
     assert read_texts(file, tokenizer) == verl_rows(file, tokenizer)
 
 
-def test_real_prompts(shared):
+def test_read_prompts_real_files(shared):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "gsm8k-4m")
@@ -106,19 +106,19 @@ def test_real_prompts(shared):
     assert [prompt.messages for prompt in read_prompts(file)] == expected
 
 
-def test_what_the_mask_covers(tokenizer):
+def test_tokenize_conversation_mask_covers_answers(tokenizer):
     messages = [USER, ANSWER, USER, {"role": "assistant", "content": "dog"}]
     ids, mask = tokenize_conversation(tokenizer, messages)
-    said = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert tokenizer.decode(said) == "red cat<|im_end|>\ndog<|im_end|>\n"
+    answers = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode(answers) == "red cat<|im_end|>\ndog<|im_end|>\n"
     assert ids[: mask.index(1)] == tokenize_prompt(tokenizer, messages[:1])
     assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-def test_a_greeting_answers_nothing(tokenizer):
+def test_tokenize_conversation_first_assistant_message_is_masked(tokenizer):
     ids, mask = tokenize_conversation(tokenizer, [ANSWER, USER, ANSWER])
-    said = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert tokenizer.decode(said) == "red cat<|im_end|>\n"
+    answers = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode(answers) == "red cat<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_a_greeting_answers_nothing(tokenizer):
         CHAT_TEMPLATE + "{%- if not add_generation_prompt %}{{- messages | length }}{%- endif %}",
     ],
 )
-def test_templates_that_rewrite_are_refused(template):
+def test_tokenize_conversation_rewriting_template_refused(template):
     tokenizer = make_tokenizer(chat_template=template)
     words = "the chat template writes messages[1] otherwise alone than in the whole conversation"
     assert_refused(words, tokenize_conversation, tokenizer, [USER, ANSWER, USER, ANSWER])
 
 
-def test_a_beginning_that_merges_is_masked_as_in_training(tmp_path):
+def test_read_texts_merged_first_token_equals_training_dataset(tmp_path):
     template = (
         "{%- for m in messages %}{{- '<|im_start|>' + (' ' if m['role'] == 'assistant' else 'one') + m['content'] "
         "+ '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|> ' }}{%- endif %}"
@@ -146,18 +146,18 @@ def test_a_beginning_that_merges_is_masked_as_in_training(tmp_path):
     tokenizer = make_tokenizer(chat_template=template)
     messages = [USER, {"role": "assistant", "content": "red cat"}] * 2
     ids, mask = tokenize_conversation(tokenizer, messages)
-    said = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert tokenizer.decode(said) == " cat<|im_end|>" * 2
+    answers = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode(answers) == " cat<|im_end|>" * 2
     assert [(ids, mask)] == verl_rows(write_parquet(tmp_path / "rows.parquet", [{"messages": messages}]), tokenizer)
 
 
-def test_an_end_that_merges_is_refused():
+def test_tokenize_conversation_merged_end_refused():
     tokenizer = make_tokenizer(chat_template="{%- for m in messages %}{{- m['content'] }}{%- endfor %}")
     red = [{"role": "user", "content": " "}, {"role": "assistant", "content": "r"}, {"role": "user", "content": "ed"}]
     assert_refused("expected a template that only appends", tokenize_conversation, tokenizer, red)
 
 
-def test_the_template_refuses(tmp_path):
+def test_template_error_is_one_line(tmp_path):
     tokenizer = make_tokenizer(chat_template="{{- raise_exception('no\nsystem') }}")
     file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [USER, ANSWER]}])
     assert_refused("rows.jsonl, row 0: the chat template refuses it: no system", read_texts, file, tokenizer)
@@ -166,7 +166,7 @@ def test_the_template_refuses(tmp_path):
     assert_refused("the chat template refuses it", tokenize_prompt, make_tokenizer(), [])
 
 
-def test_turns(write, tokenizer):
+def test_read_prompts_turns(write, tokenizer):
     rows = [{"turns": ["one", "two", "six"], "category": "math"}, {"turns": ["cat"], "category": None}]
     first, second = read_prompts(write([row | {"prompt": "unread"} for row in rows]))
     assert first == Prompt(0, "math", ({"role": "user", "content": "one"},), ("two", "six"))
@@ -194,7 +194,7 @@ def test_turns(write, tokenizer):
         ([USER], 1),
     ],
 )
-def test_messages(write, tokenizer, column, messages, kept):
+def test_read_prompts_messages_drop_last_answer(write, tokenizer, column, messages, kept):
     # A key that one message has comes back from parquet as null in the others.
     named = [message | ({"name": "bob"} if message == SYSTEM else {}) for message in messages]
     (prompt,) = read_prompts(write([{column: named, "text": "unread"}]))
@@ -203,12 +203,12 @@ def test_messages(write, tokenizer, column, messages, kept):
     assert prompt_ids(prompt, tokenizer) == tokenize_prompt(tokenizer, messages[:kept])
 
 
-def test_a_prompt_of_one_text(write):
+def test_read_prompts_prompt_text(write):
     (prompt,) = read_prompts(write([{"prompt": "one two"}]))
     assert prompt.messages == (USER,)
 
 
-def test_plain_text_is_halved(write, tokenizer):
+def test_prompt_ids_plain_text_is_halved(write, tokenizer):
     texts = ["a", "a b", "a b c", "one two three", "one two three four<|im_end|>"]
     prompts = read_prompts(write([{"text": text} for text in texts]))
     lengths = []
@@ -227,15 +227,15 @@ def test_plain_text_is_halved(write, tokenizer):
     assert [prompt_ids(p, endless) for p in prompts[:4]] == [prompt_ids(p, tokenizer) for p in prompts[:4]]
 
 
-def test_held_out_text(write, tokenizer):
-    found = read_texts(write([{"text": "one two", "prompt": "unread"}, {"text": "cat"}]), tokenizer)
-    assert [tokenizer.decode(ids) for ids, _ in found] == ["one two<|im_end|>", "cat<|im_end|>"]
-    assert all(mask == [1] * len(ids) for ids, mask in found)
+def test_read_texts_plain_text_and_messages(write, tokenizer):
+    texts = read_texts(write([{"text": "one two", "prompt": "unread"}, {"text": "cat"}]), tokenizer)
+    assert [tokenizer.decode(ids) for ids, _ in texts] == ["one two<|im_end|>", "cat<|im_end|>"]
+    assert all(mask == [1] * len(ids) for ids, mask in texts)
     (both,) = read_texts(write([{"text": "unread", "messages": [USER, ANSWER]}]), tokenizer)
     assert both == tokenize_conversation(tokenizer, [USER, ANSWER])
 
 
-def test_held_out_text_without_an_answer(write, tokenizer):
+def test_read_texts_without_answer_refused(write, tokenizer):
     file = write([{"messages": [USER]}, {"messages": [ANSWER, USER]}])
     assert_refused(f"{file}: no token of an assistant's in column 'messages'", read_texts, file, tokenizer)
 
@@ -249,7 +249,7 @@ def test_held_out_text_without_an_answer(write, tokenizer):
         ({"prompt": "one"}, "it has prompt; expected one of messages, text"),
     ],
 )
-def test_held_out_rows_refused(write, tokenizer, row, words):
+def test_read_texts_invalid_row_refused(write, tokenizer, row, words):
     assert_refused(words, read_texts, write([row]), tokenizer)
 
 
@@ -273,7 +273,7 @@ def test_held_out_rows_refused(write, tokenizer, row, words):
         ({"text": None}, "row 1: text is None, expected a text that is not empty"),
     ],
 )
-def test_rows_refused(write, row, words):
+def test_read_prompts_invalid_row_refused(write, row, words):
     good = {"turns": ["one"], "messages": [USER], "prompt": "one", "text": "one"}
     assert_refused(words, read_prompts, write([{column: good[column] for column in row}, row]))
 
@@ -292,11 +292,11 @@ def test_rows_refused(write, row, words):
         ({"mesages": "one", "id": 1}, "it has mesages (did you mean 'messages'?), id; expected one of turns, messages"),
     ],
 )
-def test_types_and_columns_refused(write, row, words):
+def test_read_prompts_invalid_type_or_column_refused(write, row, words):
     assert_refused(words, read_prompts, write([row]))
 
 
-def test_files_refused(tmp_path, tokenizer):
+def test_read_invalid_file_refused(tmp_path, tokenizer):
     good = write_parquet(tmp_path / "good.parquet", [{"text": "one"}] * 99).read_bytes()
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     (tmp_path / "folder.parquet").mkdir()
@@ -330,8 +330,8 @@ def test_read_prompts_of_a_json_array(tmp_path):
     assert read_prompts(file) == [Prompt(0, "all", text="one"), Prompt(1, "all", text="two")]
 
 
-def test_only_what_is_needed_is_read(tmp_path):
-    """A damaged column that nobody asks for does not matter."""
+def test_read_prompts_ignores_other_columns(tmp_path):
+    """A damaged column that is not read does not matter."""
     file = tmp_path / "rows.parquet"
     rows = {"junk": ["\x07" * 500], "text": ["one"]}
     pq.write_table(pa.table(rows), file, use_dictionary=False, compression=None)

@@ -38,9 +38,9 @@ PROMPT = [5, 17, 40, 80, 121, 9, 33]
 # Figures.
 
 
-def test_acceptance_by_hand():
+def test_acceptance_ten_rounds_equals_hand_calculation():
     """Ten rounds of three drafts: four accept none, three one, two two, one all."""
-    found = acceptance(np.array([4, 3, 2, 1]), np.array([6.5, 2.0, 0.5]))
+    result = acceptance(np.array([4, 3, 2, 1]), np.array([6.5, 2.0, 0.5]))
     expected = {
         "accepted": 1.0,
         "tau": 2.0,
@@ -52,44 +52,44 @@ def test_acceptance_by_hand():
         "overlap": 9 / 19,
         "tv": 10 / 19,
     }
-    assert {name: pytest.approx(value) for name, value in expected.items()} == found
+    assert {name: pytest.approx(value) for name, value in expected.items()} == result
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=7).filter(lambda h: sum(h) > 0))
 @settings(deadline=None)
-def test_acceptance_is_consistent(histogram):
-    found = acceptance(np.array(histogram), np.zeros(len(histogram) - 1))
+def test_acceptance_tau_is_the_sum_over_depths(histogram):
+    result = acceptance(np.array(histogram), np.zeros(len(histogram) - 1))
     chain, expected = 1.0, 1.0
     for k in range(len(histogram) - 1):
-        chain *= np.nan_to_num(found[f"accept_depth_{k}"])
+        chain *= np.nan_to_num(result[f"accept_depth_{k}"])
         expected += chain
-    assert found["tau"] == pytest.approx(expected)
-    assert found["tau"] * found["target_calls_per_token"] == pytest.approx(1)
+    assert result["tau"] == pytest.approx(expected)
+    assert result["tau"] * result["target_calls_per_token"] == pytest.approx(1)
 
 
-def test_without_a_round_there_is_no_figure():
+def test_acceptance_without_rounds_is_nan():
     assert all(np.isnan(value) for value in acceptance(np.zeros(4), np.zeros(3)).values())
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(0, 10**6))
 @settings(deadline=None)
-def test_weighted_medians_are_medians_of_repeated_values(values, seed):
+def test_weighted_median_equals_median_of_repeated_values(values, seed):
     weights = np.random.default_rng(seed).integers(0, 4, len(values))
     repeated = np.repeat(values, weights)
-    found = weighted_median(np.array(values, dtype=float), weights[None])[0]
-    assert (np.isnan(found) and not len(repeated)) or found == np.median(repeated)
+    result = weighted_median(np.array(values, dtype=float), weights[None])[0]
+    assert (np.isnan(result) and not len(repeated)) or result == np.median(repeated)
 
 
-def test_speed_is_the_median_over_pairs():
+def test_speed_returns_medians_over_pairs():
     alone, own = np.array([[100.0, 50.0], [100.0, 200.0]]), np.array([[150.0, 100.0], [120.0, 200.0]])
-    found = speed(alone, own, np.ones(2))
-    assert found["speedup"] == pytest.approx((1.2 + 1.5) / 2)
-    assert found["vanilla_tokens_per_s"] == pytest.approx(100)
+    result = speed(alone, own, np.ones(2))
+    assert result["speedup"] == pytest.approx((1.2 + 1.5) / 2)
+    assert result["vanilla_tokens_per_s"] == pytest.approx(100)
     # With the first prompt alone in the sample, the second one's pairs are gone.
     assert speed(alone, own, np.array([[2, 0]]))["speedup"] == pytest.approx(1.75)
 
 
-def test_intervals_hold_the_figure_and_narrow_with_more_prompts():
+def test_bootstrap_intervals_contain_the_figure_and_narrow_with_more_prompts():
     widths = []
     for count in (10, 400):
         rounds = np.random.default_rng(0).multinomial(20, [0.4, 0.3, 0.2, 0.1], size=count)
@@ -98,31 +98,31 @@ def test_intervals_hold_the_figure_and_narrow_with_more_prompts():
             return acceptance(weights @ rounds, weights @ np.zeros((len(rounds), 3)))
 
         tau = figures(np.ones(count))["tau"]
-        found = bootstrap(count, figures, seed=1)
-        assert found["tau_lo"] < tau < found["tau_hi"]
-        widths.append(found["tau_hi"] - found["tau_lo"])
+        result = bootstrap(count, figures, seed=1)
+        assert result["tau_lo"] < tau < result["tau_hi"]
+        widths.append(result["tau_hi"] - result["tau_lo"])
     assert widths[1] < widths[0] / 4
     assert bootstrap(10, lambda w: {"x": w.sum(-1)}, seed=3) == {"x_lo": 10, "x_hi": 10}
 
 
-def test_quality_weighs_tokens():
+def test_quality_pools_pairs():
     pairs = np.array([30.0, 10.0])
-    found = quality(pairs, {"ce": np.array([60.0, 40.0]), "top1": np.array([15.0, 1.0])})
-    assert found["ce"] == 2.5 and found["perplexity"] == pytest.approx(np.exp(2.5))
-    assert found["ce_depth_1"] == 4.0 and found["top1"] == pytest.approx(0.4)
+    result = quality(pairs, {"ce": np.array([60.0, 40.0]), "top1": np.array([15.0, 1.0])})
+    assert result["ce"] == 2.5 and result["perplexity"] == pytest.approx(np.exp(2.5))
+    assert result["ce_depth_1"] == 4.0 and result["top1"] == pytest.approx(0.4)
 
 
 # Quality on a text.
 
 
-def test_quality_is_what_training_reports_and_kl_what_it_is_defined_as(base, rows):
+def test_measure_equals_training_loss_and_definition_of_kl(base, rows):
     model = load_base(base, torch.float32)
     config = SpeculatorConfig(n_predict=3, inner_dim=16, emb_dim=16, proj_dim=16)
     vocab = model.get_output_embeddings().weight.shape[0]
     speculator = build_speculator(config, hidden_size=32, vocab_size=vocab, seed=0)
     ends = (model.generation_config.eos_token_id,)
     ids, mask = rows[0]["input_ids"].tolist(), rows[0]["loss_mask"].tolist()
-    found = Document(model, ids, mask).measure(speculator, ends, 2.0)
+    result = Document(model, ids, mask).measure(speculator, ends, 2.0)
 
     draft = align(rows[0]["input_ids"], rows[0]["loss_mask"], torch.tensor([0, len(ids)]), 3, ends)
     with torch.no_grad():
@@ -130,9 +130,9 @@ def test_quality_is_what_training_reports_and_kl_what_it_is_defined_as(base, row
         hidden, logits = out.hidden_states[-1][0], out.logits[0]
         sums = DraftLoss(speculator)(hidden[draft.positions], draft.tokens, draft.targets, draft.valid)
         states = speculator.unroll(hidden[draft.positions], draft.tokens)
-    assert found["pairs"] == sums["pairs"].tolist() and sum(found["pairs"]) > 0
-    assert found["top1"] == sums["correct"].tolist()
-    assert found["ce"] == pytest.approx(sums["loss"].tolist(), rel=1e-5)
+    assert result["pairs"] == sums["pairs"].tolist() and sum(result["pairs"]) > 0
+    assert result["top1"] == sums["correct"].tolist()
+    assert result["ce"] == pytest.approx(sums["loss"].tolist(), rel=1e-5)
     for name, temperature in (("kl", 1.0), ("kl_training_temperature", 2.0)):
         expected = [0.0] * 3
         for k in range(3):
@@ -142,14 +142,14 @@ def test_quality_is_what_training_reports_and_kl_what_it_is_defined_as(base, row
                     p = (logits[t + 1 + k] / temperature).double().softmax(-1)
                     q = ((states[k, r] @ speculator.head(k).T) / temperature).double().softmax(-1)
                     expected[k] += float((p * (p.log() - q.log())).sum())
-        assert found[name] == pytest.approx(expected, rel=1e-4)
-    assert all(a <= b for a, b in zip(found["top1"], found["top5"], strict=True))
+        assert result[name] == pytest.approx(expected, rel=1e-4)
+    assert all(a <= b for a, b in zip(result["top1"], result["top5"], strict=True))
 
 
-# Contenders.
+# Methods.
 
 
-def test_every_contender_says_the_same(base):
+def test_methods_greedy_generate_the_text_of_the_base_model(base):
     model = load_base(base, torch.float64)
     alone = SpeculativeMethod(model, None, SamplingPolicy(), None, ())
     expected = alone.generate(PROMPT, max_new_tokens=30, seed=0)
@@ -170,7 +170,7 @@ def test_every_contender_says_the_same(base):
     assert model.generation_config.max_new_tokens is None
 
 
-def test_the_base_keeps_its_generation_settings_when_generate_fails(base):
+def test_hugging_face_method_error_restores_generation_config(base):
     model = load_base(base, torch.float64)
     before = model.generation_config
     with pytest.raises(IndexError):
@@ -178,31 +178,31 @@ def test_the_base_keeps_its_generation_settings_when_generate_fails(base):
     assert model.generation_config is before and not model._forward_hooks
 
 
-# Journals.
+# Results logs.
 
 
-def test_a_journal_goes_on_behind_half_a_line(tmp_path):
+def test_results_log_with_half_a_line_continues(tmp_path):
     origin = {"commit": "a"}
-    journal = ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 1, 2])
-    journal.add(0, {"value": 1.5})
-    journal.add(1, {"value": float("nan")})
-    with journal.path.open("a") as file:
+    log = ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 1, 2])
+    log.add(0, {"value": 1.5})
+    log.add(1, {"value": float("nan")})
+    with log.path.open("a") as file:
         file.write('{"index": 2, "val')
     again = ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, {"commit": "b"}, [0, 1, 2])
     assert again.missing() == [2] and again.measured()[0] == {"index": 0, "value": 1.5}
     assert again.origin == origin
     again.add(2, {"value": 3})
-    assert ResultsLog.read(journal.path).missing() == []
+    assert ResultsLog.read(log.path).missing() == []
     assert [r["index"] for r in ResultsLog.open(tmp_path, {"x": 1}, {"weights": "a"}, origin, [0, 2]).measured()] == [
         0,
         2,
     ]
     # Other weights under the same name: nothing old counts.
     assert ResultsLog.open(tmp_path, {"x": 1}, {"weights": "b"}, origin, [0, 1]).missing() == [0, 1]
-    assert ResultsLog.open(tmp_path, {"x": 2}, {"weights": "a"}, origin, [0]).path != journal.path
+    assert ResultsLog.open(tmp_path, {"x": 2}, {"weights": "a"}, origin, [0]).path != log.path
 
 
-def test_prompts_are_chosen_at_even_distances():
+def test_spread_returns_evenly_spaced_indices():
     assert spread(10, 0) == list(range(10)) == spread(10, 12)
     assert spread(10, 3) == [0, 3, 6]
     assert spread(480, 240) == list(range(0, 480, 2))
@@ -220,7 +220,7 @@ def world(tmp_path_factory, base, tokenizer):
         folder / "prompts.parquet",
         [{"prompt": [{"role": "user", "content": q}], "category": c} for q, c in zip(questions, "aabbb", strict=True)],
     )
-    lines = [{"turns": ["one two", "three four"], "category": "talk"}, {"turns": ["cat " * 300], "category": "long"}]
+    lines = [{"turns": ["one two", "three four"], "category": "chat"}, {"turns": ["cat " * 300], "category": "long"}]
     (folder / "turns.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = load_base(base, torch.float32)
     reader = SpeculativeMethod(model, None, SamplingPolicy(), None, end_token_ids(tokenizer, model.generation_config))
@@ -238,7 +238,7 @@ def world(tmp_path_factory, base, tokenizer):
     return folder
 
 
-def asked(world, base, out, **more):
+def configure(world, base, out, **more):
     prompts = (world / "prompts.parquet", world / "turns.jsonl")
     arguments = {"speculators": (str(world / "trained"),), "prompts": prompts, "max_new_tokens": 24} | more
     return EvaluationSettings(base=str(base), out=out, warmup_steps=1, **arguments)
@@ -249,12 +249,14 @@ def report(world, base, chat, tmp_path_factory):
     """An evaluation with everything in it."""
     out = tmp_path_factory.mktemp("report") / "out"
     baselines = ("none", "generate", "prompt_lookup", "random")
-    evaluate(asked(world, base, out, texts=chat, num_texts=6, baselines=baselines, num_trials=2))
+    evaluate(configure(world, base, out, texts=chat, num_texts=6, baselines=baselines, num_trials=2))
     return out
 
 
-def test_results(report, world, base, chat):
+def test_evaluate_writes_results(report, world, base, chat):
     table = pd.read_csv(report / "results.csv")
+    text = pd.read_csv(report / "results.csv", dtype=str)  # a whole number in a column with empty cells
+    assert set(text["n_predict"].dropna()) == {"3"}
     assert list(table["speculator"]) == ["none", "generate", "prompt_lookup", "random", str(world / "trained")] * 2
     for name in (
         *("base", "speculator", "method", "n_predict", "prompts", "temperature", "top_p", "top_k", "draft_length"),
@@ -265,7 +267,7 @@ def test_results(report, world, base, chat):
         *("decode_s", "hardware", "version_torch", "commit", "date", "num_trials", "max_new_tokens", "dtype", "rounds"),
     ):
         assert name in table.columns, name
-    # Every method says what the base says, in each of two trials.
+    # Every method generates the text of the base model, in each of two trials.
     assert (table["identical"] == table["runs"]).all()
     assert (table["runs"] == 2 * table["prompts_used"]).all()
     rows = table[table["prompts"] == str(world / "prompts.parquet")].set_index("speculator")
@@ -284,7 +286,7 @@ def test_results(report, world, base, chat):
     assert rows.loc["generate", "draft_length"] == 0
 
 
-def test_prompts_that_do_not_fit_are_counted_and_named(report, world):
+def test_evaluate_prompt_over_position_limit_is_counted_and_listed(report, world):
     table = pd.read_csv(report / "results.csv")
     rows = table[table["prompts"] == str(world / "turns.jsonl")]
     assert (rows["prompts_skipped"] == 1).all() and (rows["prompts_used"] == 1).all()
@@ -293,22 +295,22 @@ def test_prompts_that_do_not_fit_are_counted_and_named(report, world):
     assert "tokens, the base has 256 positions" in skipped["reason"][0]
 
 
-def test_categories(report, world):
+def test_evaluate_writes_categories(report, world):
     table = pd.read_csv(report / "categories.csv")
-    mine = table[(table["speculator"] == str(world / "trained")) & (table["prompts"] == str(world / "prompts.parquet"))]
-    assert dict(zip(mine["category"], mine["prompts_used"], strict=True)) == {"a": 2, "b": 3}
+    rows = table[(table["speculator"] == str(world / "trained")) & (table["prompts"] == str(world / "prompts.parquet"))]
+    assert dict(zip(rows["category"], rows["prompts_used"], strict=True)) == {"a": 2, "b": 3}
     whole = pd.read_csv(report / "results.csv").set_index(["prompts", "speculator"])
     whole = whole.loc[(str(world / "prompts.parquet"), str(world / "trained"))]
-    assert mine["rounds"].sum() == whole["rounds"]
+    assert rows["rounds"].sum() == whole["rounds"]
 
 
-def test_a_further_turn_follows_the_bases_own_answer(report):
-    journals = [ResultsLog.read(path) for path in (report / "journals").glob("*.jsonl")]
-    talks = [j for j in journals if j.settings["file"].endswith("turns.jsonl")]
-    assert len(talks) == 5 and all(j.records[0]["turns"] == 2 and "skipped" in j.records[1] for j in talks)
+def test_evaluate_second_turn_is_measured_and_long_prompt_skipped(report):
+    logs = [ResultsLog.read(path) for path in (report / "journals").glob("*.jsonl")]
+    logs = [log for log in logs if log.settings["file"].endswith("turns.jsonl")]
+    assert len(logs) == 5 and all(log.records[0]["turns"] == 2 and "skipped" in log.records[1] for log in logs)
 
 
-def test_pictures_come_from_the_tables_alone(report, tmp_path):
+def test_plot_reads_only_the_tables(report, tmp_path):
     from verl_speculator.evaluation.plots import plot
 
     for name in ("results.csv", "categories.csv"):
@@ -318,17 +320,17 @@ def test_pictures_come_from_the_tables_alone(report, tmp_path):
     assert any(name.startswith("categories_tau") for name in drawn)
 
 
-def test_finished_rows_are_not_measured_again(world, base, tmp_path, monkeypatch):
+def test_evaluate_again_measures_only_what_is_missing(world, base, tmp_path, monkeypatch):
     calls = []
     generate = SpeculativeMethod.generate
     monkeypatch.setattr(SpeculativeMethod, "generate", lambda self, *a, **k: calls.append(1) or generate(self, *a, **k))
-    first = asked(world, base, tmp_path, prompts=(world / "prompts.parquet",), baselines=("none",), num_prompts=3)
+    first = configure(world, base, tmp_path, prompts=(world / "prompts.parquet",), baselines=("none",), num_prompts=3)
     evaluate(first)
     before, count = (tmp_path / "results.csv").read_text(), len(calls)
     assert count > 0
     evaluate(first)
     assert len(calls) == count and (tmp_path / "results.csv").read_text() == before
-    # A third of a journal lost, as after a kill: that prompt alone is run again, beside the base.
+    # A third of a log lost, as after a kill: that prompt alone is run again, with the base model.
     for path in (tmp_path / "journals").glob("*.jsonl"):
         path.write_text("\n".join(path.read_text().splitlines()[:-1]) + '\n{"ind')
     calls.clear()
@@ -336,18 +338,22 @@ def test_finished_rows_are_not_measured_again(world, base, tmp_path, monkeypatch
     assert len(calls) == 2 + 2 * first.warmup_steps
     # More prompts, or another policy: only what is new.
     calls.clear()
-    evaluate(asked(world, base, tmp_path, prompts=first.prompts, baselines=("none",)))
+    evaluate(configure(world, base, tmp_path, prompts=first.prompts, baselines=("none",)))
     assert len(calls) == 4 + 2 * first.warmup_steps
-    evaluate(asked(world, base, tmp_path, prompts=first.prompts, baselines=("none",), temperature=1.0, num_prompts=2))
+    evaluate(
+        configure(world, base, tmp_path, prompts=first.prompts, baselines=("none",), temperature=1.0, num_prompts=2)
+    )
     table = pd.read_csv(tmp_path / "results.csv")
     assert list(table["temperature"]) == [0, 0, 1, 1] and list(table["prompts_used"]) == [5, 5, 2, 2]
     assert not list(tmp_path.rglob(".tmp.*"))
 
 
-def test_sampling(world, base, tmp_path):
+def test_evaluate_sampled_is_reproducible(world, base, tmp_path):
     """Twice the same with one seed, and every method in a distribution of its own draws."""
     for out in ("a", "b"):
-        evaluate(asked(world, base, tmp_path / out, prompts=(world / "prompts.parquet",), temperature=0.9, top_k=20))
+        evaluate(
+            configure(world, base, tmp_path / out, prompts=(world / "prompts.parquet",), temperature=0.9, top_k=20)
+        )
     a, b = (pd.read_csv(tmp_path / out / "results.csv").set_index("speculator") for out in ("a", "b"))
     for name in ("tau", "accept_rate", "overlap", "tokens"):
         assert np.array_equal(a[name], b[name], equal_nan=True)
@@ -355,7 +361,7 @@ def test_sampling(world, base, tmp_path):
     assert 0 < trained["overlap"] < 1 and trained["accept_depth_0"] > a.loc["random", "accept_depth_0"]
 
 
-def test_a_killed_evaluation_goes_on(world, base, tmp_path):
+def test_evaluate_killed_continues(world, base, tmp_path):
     """SIGKILL in the middle; the same command then measures what is missing and ends as if nothing had happened."""
     command = [
         *(sys.executable, "-m", "verl_speculator", "evaluate", "--base", base, "--speculator", world / "trained"),
@@ -382,13 +388,13 @@ def test_a_killed_evaluation_goes_on(world, base, tmp_path):
     assert "τ" in ended.stdout and "10 of 10" not in ended.stdout and "30 of 30" in ended.stdout
 
 
-def test_an_untrained_checkpoint_is_refused(world, base, tmp_path):
+def test_evaluate_untrained_checkpoint_refused(world, base, tmp_path):
     names = (str(world / "fresh"),)
     with pytest.raises(UserError, match=r"fresh: its tensors are those it was initialised with.*--allow-untrained"):
-        evaluate(asked(world, base, tmp_path, speculators=names))
+        evaluate(configure(world, base, tmp_path, speculators=names))
     assert not (tmp_path / "results.csv").exists()
     evaluate(
-        asked(
+        configure(
             world,
             base,
             tmp_path,
@@ -402,7 +408,7 @@ def test_an_untrained_checkpoint_is_refused(world, base, tmp_path):
     assert pd.read_csv(tmp_path / "results.csv")["untrained"].tolist() == [True]
 
 
-def test_patterns_and_runs(world, tmp_path):
+def test_expand_patterns_and_run_directories(world, tmp_path):
     (world / "trained.jsonl").write_text("")
     from verl_speculator.evaluation.settings import expand
 
@@ -412,7 +418,7 @@ def test_patterns_and_runs(world, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(world / "trained", run / "global_step_7")
     (run / "latest_checkpointed_iteration.txt").write_text("7")
-    settings = asked(world, "base", tmp_path, speculators=(str(run),))
+    settings = configure(world, "base", tmp_path, speculators=(str(run),))
     assert settings.checkpoints()[str(run)].directory == run / "global_step_7"
 
 
@@ -430,35 +436,35 @@ def test_patterns_and_runs(world, tmp_path):
         ({"device": "cudda"}, "device=cudda: expected auto, cpu, or an accelerator such as cuda"),
     ],
 )
-def test_bad_settings(world, base, tmp_path, more, message):
+def test_evaluate_invalid_setting_refused(world, base, tmp_path, more, message):
     with pytest.raises(UserError) as error:
-        evaluate(asked(world, base, tmp_path / "out", **more))
+        evaluate(configure(world, base, tmp_path / "out", **more))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoints_that_do_not_fit(world, bases, base, tmp_path):
+def test_evaluate_unsuitable_checkpoint_refused(world, bases, base, tmp_path):
     with pytest.raises(UserError, match="trained for the weights of"):
-        evaluate(asked(world, bases["qwen2_moe"], tmp_path / "out"))
+        evaluate(configure(world, bases["qwen2_moe"], tmp_path / "out"))
     broken = shutil.copytree(world / "trained", tmp_path / "broken")
     weights = (broken / "pytorch_model.bin").read_bytes()
     (broken / "pytorch_model.bin").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match="truncated, or not a file of tensors"):
-        evaluate(asked(world, base, tmp_path / "out", speculators=(str(broken),)))
+        evaluate(configure(world, base, tmp_path / "out", speculators=(str(broken),)))
     config = SpeculatorConfig(n_predict=2, inner_dim=8, emb_dim=8, proj_dim=8)
     narrow = build_speculator(config, hidden_size=16, vocab_size=300, seed=0)
     save_speculator(narrow, tmp_path / "narrow")
     with pytest.raises(UserError, match=r"width \(hidden_size\) 16, this base has 32"):
-        evaluate(asked(world, base, tmp_path / "out", speculators=(str(tmp_path / "narrow"),)))
+        evaluate(configure(world, base, tmp_path / "out", speculators=(str(tmp_path / "narrow"),)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, expected a directory"):
-        evaluate(asked(world, base, tmp_path / "file"))
+        evaluate(configure(world, base, tmp_path / "file"))
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that not even root can write to")
-def test_a_directory_that_cannot_be_written(world, base):
+def test_evaluate_unwritable_directory_refused(world, base):
     with pytest.raises(UserError, match=r"out=/proc/evaluation: .*cannot be written to"):
-        evaluate(asked(world, base, Path("/proc/evaluation")))
+        evaluate(configure(world, base, Path("/proc/evaluation")))
 
 
 @pytest.mark.parametrize(
@@ -468,7 +474,7 @@ def test_a_directory_that_cannot_be_written(world, base):
         (("--draft-length", "9"), "trained was trained to draft 3 (n_predict)"),
     ],
 )
-def test_a_users_error_is_one_line_and_exit_code_2(world, base, tmp_path, arguments, message):
+def test_evaluate_command_user_error_is_one_line_and_exit_code_2(world, base, tmp_path, arguments, message):
     command = [sys.executable, "-m", "verl_speculator", "evaluate", "--base", base, "--out", tmp_path / "out"]
     command += ["--prompts", world / "prompts.parquet", "--speculator", world / "trained", *arguments]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Choosing a tree on the base's own answers, and the commands that take it."""
+"""Tree search on the base model's own answers, and the commands that use the tree."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def base(bases):
-    """One whose answers say more than one token over and over."""
+    """A base model whose answers do not repeat a single token."""
     return bases["llama"]
 
 
@@ -60,8 +60,8 @@ def world(base, tmp_path_factory):
     return folder, speculator
 
 
-def test_ranks_are_those_of_the_text_and_tau_is_what_a_tree_accepts(world, base):
-    """IsolationResult drafting and verifying the tree at every position of a text of the base's own."""
+def test_ranks_and_tau_equal_drafting_and_verifying_a_tree(world, base):
+    """The reference drafts and verifies the tree at every position of a text that the base model generated."""
     _, speculator = world
     model, tokenizer = load_base(base, torch.float32), load_tokenizer(base)
     ids = tokenizer("one two three")["input_ids"]
@@ -91,7 +91,7 @@ def test_ranks_are_those_of_the_text_and_tau_is_what_a_tree_accepts(world, base)
     assert measured["tau_tree"] == pytest.approx(sample.tau(tree), abs=1e-4)
 
 
-def test_figures_by_hand():
+def test_rank_sample_equals_hand_calculation():
     sample = RankSample(1, [(0, 0), (0, 1), (1, 0), (7, 0)])
     tree, measured = sample.chosen(3)
     assert tree.paths == ((0,), (1,), (7,))
@@ -101,7 +101,7 @@ def test_figures_by_hand():
     assert sample.tau(DraftTree(tuple(prefix_counts(sample.paths)))) == 3
 
 
-def test_answers_that_are_too_short(world, base):
+def test_sample_ranks_short_answers_refused(world, base):
     folder, speculator = world
     model, tokenizer = load_base(base, torch.float32), load_tokenizer(base)
     ends = end_token_ids(tokenizer, model.generation_config)
@@ -125,21 +125,21 @@ def chosen(world, base):
     return folder / "tree.json", shown
 
 
-def test_the_command(chosen, world, base):
+def test_tree_command_writes_tree_and_report(chosen, world, base):
     path, shown = chosen
     assert shown.stdout.strip() == str(path)
     assert re.search(r"depth +rank 0 +rank 1 +rank 2 +rank 3 +behind +nodes", shown.stderr)
     expected = re.search(r"expected τ: chain of 3 (\d\.\d\d), tree of 8 nodes (\d\.\d\d)", shown.stderr)
-    found = json.loads(path.read_text())
+    content = json.loads(path.read_text())
     assert len(read_tree(path).paths) == 8 and sum(len(p) == 1 for p in read_tree(path).paths) > 1
-    measured, provenance = found["measured"], found["provenance"]
+    measured, provenance = content["measured"], content["provenance"]
     assert [float(tau) for tau in expected.groups()] == [round(measured[f"tau_{w}"], 2) for w in ("chain", "tree")]
     assert measured["tau_tree"] > measured["tau_chain"] and measured["positions"] > 20
     assert provenance["base_fingerprint"] == weights_fingerprint(str(base))
     assert provenance["n_predict"] == 3 and provenance["speculator"] == str(world[0] / "trained")
 
 
-def test_generate_takes_it(chosen, world, base):
+def test_generate_command_drafts_the_tree(chosen, world, base):
     arguments = ("--base", base, "--speculator", world[0] / "trained", "--prompt", "one two", "--max-new-tokens", 30)
     shown = command("generate", *arguments, "--draft-tree", chosen[0], "--compare")
     assert shown.returncode == 0, shown.stderr
@@ -168,10 +168,10 @@ def test_generate_takes_it(chosen, world, base):
         ("tree", ("--prompts", "none.parquet"), "none.parquet: no such file"),
     ],
 )
-def test_a_users_error_is_one_line_and_exit_code_2(chosen, world, base, tmp_path, name, arguments, message):
+def test_commands_user_error_is_one_line_and_exit_code_2(chosen, world, base, tmp_path, name, arguments, message):
     deep = tmp_path / "deep.json"
     deep.write_text(json.dumps({"paths": DraftTree.chain(5).paths}))
-    arguments = [{"TREE": chosen[0], "DEEP": deep}.get(one, one) for one in arguments]
+    arguments = [{"TREE": chosen[0], "DEEP": deep}.get(argument, argument) for argument in arguments]
     common = ["--base", base, "--speculator", world[0] / "trained"]
     common += {
         "generate": ["--prompt", "one"],
@@ -184,10 +184,10 @@ def test_a_users_error_is_one_line_and_exit_code_2(chosen, world, base, tmp_path
     assert message in errors[0] and "Traceback" not in shown.stderr
 
 
-def test_evaluation_sets_chain_and_tree_side_by_side(chosen, world, base, tmp_path):
+def test_evaluate_compares_chain_and_trees(chosen, world, base, tmp_path):
     folder = world[0]
 
-    def asked(**more):
+    def configure(**more):
         return EvaluationSettings(
             base=str(base),
             out=tmp_path / "out",
@@ -201,8 +201,8 @@ def test_evaluation_sets_chain_and_tree_side_by_side(chosen, world, base, tmp_pa
 
     chain = tmp_path / "chain.json"
     chain.write_text(json.dumps({"paths": DraftTree.chain(3).paths}))
-    evaluate(asked(draft_trees=(chosen[0], chain), baselines=("none",)))
-    evaluate(asked(draft_length="auto", baselines=()))
+    evaluate(configure(draft_trees=(chosen[0], chain), baselines=("none",)))
+    evaluate(configure(draft_length="auto", baselines=()))
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     assert list(table["draft_shape"].fillna("")) == ["", "chain", "auto", "tree of 3", "tree of 8"]
     assert (table["identical"] == table["runs"]).all()
@@ -221,7 +221,7 @@ def test_evaluation_sets_chain_and_tree_side_by_side(chosen, world, base, tmp_pa
         assert row["tau"] == pytest.approx(sum((j + 1) * row[f"hist_{j}"] for j in range(4)) / row["rounds"])
     # What is measured is not measured again.
     before = {path: path.read_text() for path in (tmp_path / "out" / "journals").iterdir()}
-    evaluate(asked(draft_trees=(chosen[0], chain), baselines=("none",)))
+    evaluate(configure(draft_trees=(chosen[0], chain), baselines=("none",)))
     assert {path: path.read_text() for path in (tmp_path / "out" / "journals").iterdir()} == before
 
     from verl_speculator.evaluation.plot_data import read_tables
@@ -229,10 +229,10 @@ def test_evaluation_sets_chain_and_tree_side_by_side(chosen, world, base, tmp_pa
     labels = [row.style.label for row in read_tables(tmp_path / "out")[0]]
     assert len(set(labels)) == 4 and any("(tree of 8)" in label for label in labels)
     with pytest.raises(UserError, match=r"draft_tree: temperature=0\.5, expected 0"):
-        asked(draft_trees=(chain,), temperature=0.5)
+        configure(draft_trees=(chain,), temperature=0.5)
 
 
-def test_a_server_drafts_trees_for_greedy_answers(world, chosen, base):
+def test_server_engine_drafts_trees_for_greedy_answers(world, chosen, base):
     from verl_speculator.server.engine import Engine
 
     model, tokenizer = load_base(base, torch.float32), load_tokenizer(base)
