@@ -90,14 +90,14 @@ def main() -> None:
             drafting = engine(args.base, requests, checkpoint, info.config.n_predict)
             ours, our_rate = our_decoder(args.base, checkpoint, prompts)
             generate(alone, prompts), generate(drafting, prompts)
-            drafting.collective_rpc("speculator_account")
+            drafting.collective_rpc("acceptance_stats")
             seconds: dict[str, list[float]] = {"alone": [], "drafting": []}
             for _ in range(args.trials):
                 text, took = generate(alone, prompts)
                 seconds["alone"].append(took)
                 drafted, took = generate(drafting, prompts)
                 seconds["drafting"].append(took)
-            account = drafting.collective_rpc("speculator_account")[0]
+            stats = drafting.collective_rpc("acceptance_stats")[0]
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             rows.append(
                 {
@@ -109,8 +109,8 @@ def main() -> None:
                     "requests_at_once": requests,
                     "same_text_as_alone": text == drafted,
                     "same_text_as_our_decoder": text == ours,
-                    "accepted_length": round(1 + account["accepted"] / account["rounds"], 4),
-                    "accept_rate": round(account["accepted"] / account["drafted"], 4),
+                    "accepted_length": round(1 + stats["accepted"] / stats["rounds"], 4),
+                    "accept_rate": round(stats["accepted"] / stats["drafted"], 4),
                     "accept_rate_our_decoder": round(our_rate, 4),
                     "seconds_alone": round(medians["alone"], 3),
                     "seconds_drafting": round(medians["drafting"], 3),
