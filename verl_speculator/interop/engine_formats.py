@@ -42,21 +42,13 @@ def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
         )
     if config.method == "sum_rnn":
         return None
-    rules = (
-        (
-            len(config.inner_dims) > 1,
-            f"{inner}: it reads a single width for sum_lstm; train with inner_dim={merge}, or sum_rnn",
-        ),
-        (
-            not config.tie_lstm_embs,
-            "tie_lstm_embs=false: it decodes with tied embeddings alone; train with tie_lstm_embs=true",
-        ),
-        (
-            config.n_predict == 1,
-            "n_predict=1: it loads the projections of a second depth for sum_lstm; train with n_predict=2",
-        ),
-    )
-    return next((reason for is_violated, reason in rules if is_violated), None)
+    if len(config.inner_dims) > 1:
+        return f"{inner}: it reads a single width for sum_lstm; train with inner_dim={merge}, or sum_rnn"
+    if not config.tie_lstm_embs:
+        return "tie_lstm_embs=false: it decodes with tied embeddings alone; train with tie_lstm_embs=true"
+    if config.n_predict == 1:
+        return "n_predict=1: it loads the projections of a second depth for sum_lstm; train with n_predict=2"
+    return None
 
 
 def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
@@ -64,10 +56,10 @@ def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
     if config.method != "sum_rnn":
         return f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
     dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
-    if len(set(dims.values())) > 1 or len(config.inner_dims) > 1:
-        widths = ", ".join(f"{name}={value}" for name, value in dims.items())
-        return f"{widths}: it knows one width; train with the same single one in all three"
-    return None
+    if len(set(dims.values())) == len(config.inner_dims) == 1:
+        return None
+    widths = ", ".join(f"{name}={value}" for name, value in dims.items())
+    return f"{widths}: it knows one width; train with the same single one in all three"
 
 
 def medusa_unsupported_reason(config: SpeculatorConfig) -> str | None:

@@ -198,7 +198,7 @@ def test_equal_output_matrices_stay_apart_unless_they_are_said_to_be_one(tmp_pat
 )
 def test_our_own_checkpoint_is_in_vllms_format(tmp_path, settings):
     config = SpeculatorConfig(**({"method": "medusa", "n_predict": 3} | settings))
-    speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0)
+    speculator = build_speculator(config, hidden_size=D, vocab_size=V, logit_cap=5.0, seed=0)
     with torch.no_grad():
         for parameter in speculator.parameters():
             parameter.copy_(torch.rand_like(parameter))
@@ -208,7 +208,8 @@ def test_our_own_checkpoint_is_in_vllms_format(tmp_path, settings):
     assert (said.layout.format, said.config) == ("vllm", config)
     before, after = speculator.state_dict(), load_speculator(tmp_path / "out").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert read_checkpoint_info(tmp_path / "out").provenance["base"] == base
+    info = read_checkpoint_info(tmp_path / "out")
+    assert info.provenance["base"] == base and info.logit_cap == 5.0
 
 
 def test_heads_for_a_base(tmp_path, base):
