@@ -90,14 +90,14 @@ def main() -> None:
             drafting = engine(args.base, requests, checkpoint, info.config.n_predict)
             ours, our_rate = our_decoder(args.base, checkpoint, prompts)
             generate(alone, prompts), generate(drafting, prompts)
-            drafting.collective_rpc("speculator_account")
+            drafting.collective_rpc("acceptance_stats")
             seconds: dict[str, list[float]] = {"alone": [], "drafting": []}
             for _ in range(args.trials):
                 text, took = generate(alone, prompts)
                 seconds["alone"].append(took)
                 drafted, took = generate(drafting, prompts)
                 seconds["drafting"].append(took)
-            stats = drafting.collective_rpc("speculator_account")[0]
+            stats = drafting.collective_rpc("acceptance_stats")[0]
             medians = {name: statistics.median(values) for name, values in seconds.items()}
             rows.append(
                 {

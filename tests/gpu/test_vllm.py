@@ -137,15 +137,15 @@ def accept_rate(texts) -> float:
     return sum(each.accepted for each in rounds) / sum(each.drafted for each in rounds)
 
 
-def check(result, account, expected, rate, *, within: float = 0.02) -> None:
+def check(result, stats, expected, rate, *, within: float = 0.02) -> None:
     """The same tokens, and drafts that are accepted as often."""
     assert result["tokens"] == expected
-    assert account["drafted"] > 0
-    assert account["accepted"] / account["drafted"] == pytest.approx(rate, rel=within), account
+    assert stats["drafted"] > 0
+    assert stats["accepted"] / stats["drafted"] == pytest.approx(rate, rel=within), stats
 
 
 def two_steps(prompts):
-    return [{"generate": prompts, "max_tokens": COUNT}, {"call": "speculator_account"}]
+    return [{"generate": prompts, "max_tokens": COUNT}, {"call": "acceptance_stats"}]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -154,8 +154,8 @@ def test_text_is_the_bases_and_acceptance_our_decoders(name, served, prompts, tr
     assert expected == alone, "our decoder and vLLM disagree without a drafter"
     assert 0.05 < rate < 0.95, "a rate that says nothing"
     engine = engine_settings(served) | drafting(trained[name], DRAFTS)
-    result, (account,) = run(tmp_path, engine, two_steps(prompts))
-    check(result, account, expected, rate)
+    result, (stats,) = run(tmp_path, engine, two_steps(prompts))
+    check(result, stats, expected, rate)
 
 
 def test_sampled_text_accepts_as_often(served, prompts, trained, tmp_path):
@@ -165,24 +165,24 @@ def test_sampled_text_accepts_as_often(served, prompts, trained, tmp_path):
     settings = {"temperature": 1.0, "sampled_drafts": False, "max_new_tokens": COUNT}
     texts = [speculative_generate(base, speculator, prompt, seed=i, **settings) for i, prompt in enumerate(prompts * 2)]
     rate = accept_rate(texts)
-    steps = [{"generate": prompts * 4, "max_tokens": COUNT, "temperature": 1.0}, {"call": "speculator_account"}]
-    _, (account,) = run(tmp_path, engine_settings(served) | drafting(trained["sum_rnn"], DRAFTS), steps)
-    assert account["accepted"] / account["drafted"] == pytest.approx(rate, rel=0.15), (account, rate)
+    steps = [{"generate": prompts * 4, "max_tokens": COUNT, "temperature": 1.0}, {"call": "acceptance_stats"}]
+    _, (stats,) = run(tmp_path, engine_settings(served) | drafting(trained["sum_rnn"], DRAFTS), steps)
+    assert stats["accepted"] / stats["drafted"] == pytest.approx(rate, rel=0.15), (stats, rate)
 
 
 def test_prompts_in_pieces_and_a_cache_that_is_too_small(served, prompts, trained, alone, ours, tmp_path):
     """Steps in which requests get no token: a prompt is read in pieces of 32, and requests are preempted."""
     engine = engine_settings(served, max_num_batched_tokens=32, num_gpu_blocks_override=24, enable_prefix_caching=False)
-    result, (account,) = run(tmp_path, engine | drafting(trained["sum_rnn"], DRAFTS), two_steps(prompts))
+    result, (stats,) = run(tmp_path, engine | drafting(trained["sum_rnn"], DRAFTS), two_steps(prompts))
     assert result["tokens"] == alone
     # What a preempted request had drafted is drafted anew.
-    assert account["accepted"] / account["drafted"] == pytest.approx(ours["sum_rnn"][1], rel=0.1)
+    assert stats["accepted"] / stats["drafted"] == pytest.approx(ours["sum_rnn"][1], rel=0.1)
 
 
 def test_compiled(served, prompts, trained, alone, ours, tmp_path):
     engine = engine_settings(served) | drafting(trained["sum_lstm"], DRAFTS, compile=True)
-    result, (account,) = run(tmp_path, engine, two_steps(prompts))
-    check(result, account, alone, ours["sum_lstm"][1])
+    result, (stats,) = run(tmp_path, engine, two_steps(prompts))
+    check(result, stats, alone, ours["sum_lstm"][1])
 
 
 def test_two_tensor_parallel_workers(served, prompts, trained, alone, ours, tmp_path):
@@ -190,9 +190,9 @@ def test_two_tensor_parallel_workers(served, prompts, trained, alone, ours, tmp_
     if on_cuda() and torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     engine = engine_settings(served, tensor_parallel_size=2) | drafting(trained["sum_rnn"], DRAFTS)
-    result, accounts = run(tmp_path, engine, two_steps(prompts))
-    assert accounts[0] == accounts[1]
-    check(result, accounts[0], alone, ours["sum_rnn"][1])
+    result, stats = run(tmp_path, engine, two_steps(prompts))
+    assert stats[0] == stats[1]
+    check(result, stats[0], alone, ours["sum_rnn"][1])
 
 
 def test_a_newer_speculator_takes_over(served, prompts, trained, alone, ours, tmp_path):

@@ -52,7 +52,7 @@ IMPORTS = {
 }
 
 # Files outside of training/ and rl/ that import verl: the folders run inside it, everything else does without.
-IMPORT_VERL = {"train.py", "train_ppo.py", "data/dataset.py", "vllm_plugin/verl_worker.py"}
+IMPORT_VERL = {"train.py", "train_ppo.py", "data/dataset.py", "vllm_plugin/worker.py"}
 
 
 def imported(path: Path) -> set[str]:

@@ -33,42 +33,39 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """All tokens that end a turn; one line of the log names them.
 
     They are the end tokens of the generation configuration, and the token with which the chat template closes an
-    assistant's turn. The tokenizer's own end token counts only where the generation configuration names none: a reader
-    of GGUF files may give it that of another tokenizer (SmolLM2's becomes `<|im_start|>`).
+    assistant's turn. The tokenizer's own end token counts only if the generation configuration has none: from a GGUF
+    file it may be that of another tokenizer (SmolLM2's becomes `<|im_start|>`).
 
     Args:
         tokenizer: of the base model, with the chat template that is used.
         generation_config: of the base model, None where there is none.
     """
-    own = _eos_ids(tokenizer)
-    ids = set(_eos_ids(generation_config) or own)
-    closing = closing_token_id(tokenizer)
-    if closing is not None:
-        ids.add(closing)
+    eos_ids = _eos_ids(tokenizer)
+    ids = set(_eos_ids(generation_config) or eos_ids) | set(closing_token_ids(tokenizer))
     ends = tuple(sorted(ids))
-    logger.info("a turn ends at %s", _named(tokenizer, ends) or "no token: generation stops at its length")
-    if ends and not ids & set(own) and own:
+    logger.info("a turn ends at %s", _describe(tokenizer, ends) or "no token: generation stops at its length")
+    if ends and eos_ids and not ids & set(eos_ids):
         logger.warning(
             "the tokenizer's eos_token %s ends no turn: generation config and chat template say %s",
-            _named(tokenizer, own),
-            _named(tokenizer, ends),
+            _describe(tokenizer, eos_ids),
+            _describe(tokenizer, ends),
         )
     return ends
 
 
-def closing_token_id(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an assistant's content, None where it writes none."""
+def closing_token_ids(tokenizer: Any) -> list[int]:
+    """The first special token that the chat template writes behind an assistant's content; empty if there is none."""
     if not getattr(tokenizer, "chat_template", None):
-        return None
+        return []
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
         text = _render(tokenizer, messages, add_generation_prompt=False)
-    except UserError:  # whoever renders the user's conversations says so
-        return None
-    _, found, behind = text.rpartition(PROBE)
+    except UserError:  # raised again when the user's conversations are rendered
+        return []
+    _, probe, behind = text.rpartition(PROBE)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
-    return next((token for token in ids if token in special), None)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if probe else []
+    return [token for token in ids if token in special][:1]
 
 
 def _eos_ids(source: Any) -> list[int]:
@@ -76,7 +73,7 @@ def _eos_ids(source: Any) -> list[int]:
     return [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])]
 
 
-def _named(tokenizer: Any, ids: Sequence[int]) -> str:
+def _describe(tokenizer: Any, ids: Sequence[int]) -> str:
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
 
 
@@ -84,12 +81,12 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list
     """Token ids of each text.
 
     Args:
-        tokenizer: of the base.
+        tokenizer: of the base model.
         texts: plain documents, or conversations that the chat template has rendered.
-        plain: a document begins as the tokenizer begins one, and is closed with its end token. What a template has
-            rendered is complete.
+        plain: a document begins as the tokenizer begins one, and is closed with its end token. A rendered conversation
+            is complete.
     """
-    # What is too long for the base is said by whoever cuts or refuses it.
+    # verbose=False: texts that are too long are reported by the code that cuts or refuses them.
     rows = tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     return [ids if not plain or end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
@@ -107,11 +104,8 @@ def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_genera
 
 
 def tokenize_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue.
-
-    Raises:
-        UserError: if the chat template refuses the messages.
-    """
+    """Token ids of a conversation that the assistant is to continue. Raises UserError if the chat template refuses the
+    messages."""
     (ids,) = tokenize_texts(tokenizer, [_render(tokenizer, messages, add_generation_prompt=True)], plain=False)
     return ids
 
@@ -120,12 +114,11 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]])
     """Token ids and loss mask of a conversation, as verl's dataset makes them for training.
 
     Returns:
-        Two lists of one length. The mask is 1 for what an assistant's message adds behind the template's prompt for
-        it, the end token and a line break after it included. A message that opens the conversation answers nothing:
-        its mask is 0.
+        Two lists of one length. The mask is 1 for the tokens that an assistant's message adds to the template's prompt
+        for it, including the end token and a line break after it. The first message of a conversation has mask 0.
 
     Raises:
-        UserError: if the chat template refuses the messages, or writes earlier ones otherwise once others follow.
+        UserError: if the chat template refuses the messages, or renders earlier ones differently once others follow.
     """
     whole = _render(tokenizer, messages, add_generation_prompt=False)
     answers = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]

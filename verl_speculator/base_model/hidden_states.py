@@ -33,17 +33,14 @@ class BlockCall(NamedTuple):
 
 
 def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder layers of a base model's inner model, and the name of their attribute.
-
-    Raises:
-        UserError: if there is no such list, or its layers do not pass on a single state that a head could read.
-    """
+    """The decoder layers of a base model's inner model, and the name of their attribute. Raises UserError if there is
+    no such list, or its layers do not pass on a single state that a head could read."""
     method = f"model.speculator.method=early_exit: {type(decoder).__name__}"
     for name in STREAMS:
         if (count := getattr(getattr(decoder, "config", None), name, None) or 1) > 1:
             raise UserError(
-                f"{method} hands on {count} states of each token between its blocks ({name}); expected a base that "
-                "hands on one"
+                f"{method} passes {count} states of each token between its blocks ({name}); expected a base that "
+                "passes one"
             )
     for name in BLOCK_NAMES:
         if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
@@ -52,11 +49,7 @@ def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def block_of(base: nn.Module, layer: int) -> nn.Module:
-    """Decoder layer number `layer`, from 0.
-
-    Raises:
-        UserError: if the base model has no such layer.
-    """
+    """Decoder layer number `layer`, from 0. Raises UserError if the base model has no such layer."""
     _, blocks = block_list(base.base_model)
     if layer >= len(blocks):
         raise UserError(
@@ -67,11 +60,8 @@ def block_of(base: nn.Module, layer: int) -> nn.Module:
 
 
 def final_norm(base: nn.Module) -> nn.Module:
-    """The RMS norm before the LM head of a Hugging Face causal language model.
-
-    Raises:
-        UserError: if there is no norm, or it is not an RMS norm.
-    """
+    """The RMS norm before the LM head of a Hugging Face causal language model. Raises UserError if there is no norm, or
+    it is not an RMS norm."""
     setting = f"a copy of the final norm: {type(base).__name__}"
     decoder = base.base_model
     norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
@@ -103,11 +93,7 @@ class FrozenNorm(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module) -> None:
-        """Copy weight and ε of another RMS norm.
-
-        Raises:
-            UserError: if the norm does not compute an RMS norm.
-        """
+        """Copy weight and ε of another RMS norm. Raises UserError if the norm does not compute an RMS norm."""
         options = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         eps = float(next(getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)))
         # Some architectures store the weight as a difference from 1: norm(1) = w · rsqrt(1 + ε) in all of them.

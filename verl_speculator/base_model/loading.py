@@ -54,36 +54,31 @@ class BaseModelFormat:
         Raises:
             UserError: naming the setting.
         """
-        quantization, file = self.quantization, self.gguf_file
-        if quantization is not None and quantization not in QUANTIZATIONS:
-            hint = nearest(str(quantization), QUANTIZATIONS)
-            raise UserError(f"{prefix}quantization={quantization}: expected {', '.join(QUANTIZATIONS)} or null{hint}")
+        is_quantized, file = self.is_quantized, self.gguf_file
+        quantization, gguf_file = (f"{prefix}{name}={getattr(self, name)}" for name in PACKAGES)
+        if is_quantized and self.quantization not in QUANTIZATIONS:
+            hint = nearest(str(self.quantization), QUANTIZATIONS)
+            raise UserError(f"{quantization}: expected {', '.join(QUANTIZATIONS)} or null{hint}")
         if file is not None and (not isinstance(file, str) or not file.endswith(".gguf")):
-            raise UserError(f"{prefix}gguf_file={file}: expected the name of a .gguf file inside the base's directory")
-        if quantization is not None and file is not None:
+            raise UserError(f"{gguf_file}: expected the name of a .gguf file inside the base's directory")
+        if is_quantized and file is not None:
             raise UserError(
-                f"{prefix}quantization={quantization}, {prefix}gguf_file={file}: a GGUF file defines its own "
-                "quantization; expected one of the two"
+                f"{quantization}, {gguf_file}: a GGUF file defines its own quantization; expected one of the two"
             )
-        if quantization is not None and not frozen:
+        if is_quantized and not frozen:
             raise UserError(
-                f"{prefix}quantization={quantization}: a base in 4 bits cannot be trained; "
-                f"expected {prefix}freeze_base_model=true"
+                f"{quantization}: a base in 4 bits cannot be trained; expected {prefix}freeze_base_model=true"
             )
         for setting, (package, extra) in PACKAGES.items():
-            value = getattr(self, setting)
-            if value is not None and importlib.util.find_spec(package) is None:
+            if getattr(self, setting) is not None and importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"{prefix}{setting}={value}: the package {package} is not installed; "
+                    f"{prefix}{setting}={getattr(self, setting)}: the package {package} is not installed; "
                     f"expected: pip install 'verl_speculator[{extra}]'"
                 )
 
     def check_file(self, base: str | Path, prefix: str = "") -> None:
         """Check that the GGUF file is in the base model's directory. Files of a hub repository are not looked up.
-
-        Raises:
-            UserError: naming the file and the GGUF files that are there.
-        """
+        Raises UserError naming the file and the GGUF files that are there."""
         directory = Path(base).expanduser()
         if self.gguf_file is None or not directory.is_dir():
             return
@@ -104,8 +99,8 @@ class BaseModelFormat:
 
     def name_of(self, base: str | Path) -> str:
         """A base model in this format for messages: `DIR`, `DIR/file.gguf`, `DIR (bnb4)`."""
-        name = str(base) if self.gguf_file is None else f"{base}/{self.gguf_file}"
-        return name if self.quantization is None else f"{name} ({self.quantization})"
+        file = "" if self.gguf_file is None else f"/{self.gguf_file}"
+        return f"{base}{file} ({self.quantization})" if self.is_quantized else f"{base}{file}"
 
     @property
     def read_options(self) -> dict[str, Any]:
@@ -113,13 +108,13 @@ class BaseModelFormat:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
     def load(self, auto_class: Any, base: str | Path, *, dtype: torch.dtype, device: Any, **options: Any) -> nn.Module:
-        """Load the model: on `device` if it is quantized, on the CPU otherwise.
+        """Load the model: on `device` if it is quantized, since it can be neither moved nor cast; else on the CPU.
 
         Args:
             auto_class: of transformers, such as `AutoModelForCausalLM`.
             base: a directory or hub name.
             dtype: of the weights that are not quantized, and of the products with those that are.
-            device: of a quantized model, which can be neither moved nor cast afterwards.
+            device: of a quantized model.
             options: more options of `from_pretrained`.
 
         Raises:
@@ -152,8 +147,7 @@ class BaseModelFormat:
             # transformers takes a tokenizer's special tokens from its class, and a configuration's from the file.
             config = AutoConfig.from_pretrained(base, **self.read_options)
             for role in ("bos", "eos", "pad"):
-                token = getattr(config, f"{role}_token_id", None)
-                if token is not None:
+                if (token := getattr(config, f"{role}_token_id", None)) is not None:
                     setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
         return tokenizer
 
@@ -183,11 +177,8 @@ UNQUANTIZED = BaseModelFormat()
 
 
 def _leave_odd_shapes_unpacked(model: nn.Module) -> None:
-    """Have bitsandbytes multiply matrices of odd shapes in its general way.
-
-    On processors with AVX512-BF16 it packs matrices into tiles, and fails on those that do not fill the tiles, such as
-    a gate with one output.
-    """
+    """Keep bitsandbytes from packing matrices into tiles that they do not fill (on processors with AVX512-BF16), such
+    as a gate with one output: its product fails."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
@@ -218,25 +209,22 @@ class BaseModelLoader:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, as `load_tokenizer`."""
+        """As `load_tokenizer`."""
         return load_tokenizer(self.base, self.form)
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        """All tokens that end a turn, as `chat_template.end_token_ids`."""
+        """As `chat_template.end_token_ids`."""
         return end_token_ids(self.tokenizer, self.form.read_generation_config(self.base, self.config))
 
     def load(self) -> nn.Module:
-        """Load the model, as `load_base`."""
+        """As `load_base`."""
         return load_base(self.base, device=self.device, dtype=self.dtype, form=self.form)
 
 
 def load_base(base: str | Path, *, device: str, dtype: torch.dtype, form: BaseModelFormat = UNQUANTIZED) -> nn.Module:
-    """Load a Hugging Face causal language model, in evaluation mode and without gradients.
-
-    Raises:
-        UserError: if it cannot be loaded.
-    """
+    """Load a Hugging Face causal language model, in evaluation mode and without gradients. Raises UserError if it
+    cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -248,11 +236,8 @@ def load_base(base: str | Path, *, device: str, dtype: torch.dtype, form: BaseMo
 
 
 def load_tokenizer(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> Any:
-    """Load a base model's tokenizer, with the default chat template if it has none.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Load a base model's tokenizer, with the default chat template if it has none. Raises UserError if there is
+    none."""
     check_base_name(base)
     try:
         tokenizer = form.read_tokenizer(base, trust_remote_code=False)
@@ -263,32 +248,25 @@ def load_tokenizer(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> Any
 
 
 def choose_device(device: str) -> str:
-    """Resolve `auto` to the accelerator if there is one.
-
-    Raises:
-        UserError: for a device that this machine does not have.
-    """
+    """Resolve `auto` to the accelerator if there is one. Raises UserError for a device that this machine does not
+    have."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    available = accelerator.type if accelerator else None
+    is_available = torch.accelerator.is_available()
+    available = torch.accelerator.current_accelerator().type if is_available else "cpu"
     if device == "auto":
-        return available or "cpu"
+        return available
     try:
         kind = torch.device(device).type
     except RuntimeError:
         raise UserError(f"device={device}: expected auto, cpu, or an accelerator such as cuda") from None
     if kind not in ("cpu", available):
-        raise UserError(f"device={device}: not on this machine (it has {available or 'cpu alone'})")
+        raise UserError(f"device={device}: not on this machine (it has {available if is_available else 'cpu alone'})")
     return device
 
 
 def choose_dtype(dtype: str, device: str) -> torch.dtype:
-    """Resolve a key of DTYPES, and `auto` to fp32 on a CPU and bf16 elsewhere.
-
-    Raises:
-        UserError: for another name.
-    """
+    """Resolve a key of DTYPES, and `auto` to fp32 on a CPU and bf16 elsewhere. Raises UserError for another name."""
     import torch
 
     if dtype == "auto":
@@ -299,25 +277,16 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def check_base_name(base: str | Path) -> None:
-    """Reject the path of a directory that does not exist, for which a hub would be asked in vain.
-
-    Raises:
-        UserError: naming the directory.
-    """
+    """Reject the path of a directory that does not exist, for which a hub would be asked in vain. Raises UserError
+    naming the directory."""
     path, text = Path(base).expanduser(), str(base)
     is_path = text.startswith((".", "/", "~")) or text.count("/") != 1 or path.parent.is_dir()
     if is_path and "/" in text and not path.is_dir():
-        raise UserError(
-            f"base={base}: no such directory; expected one, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
-        )
+        raise UserError(f"base={base}: no such directory; expected one, or a hub name such as Qwen/Qwen2.5-0.5B")
 
 
 def read_config(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> Any:
-    """Read the Hugging Face configuration of a directory or hub name.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Read the Hugging Face configuration of a directory or hub name. Raises UserError if there is none."""
     check_base_name(base)
     form.check_file(base)
     from transformers import AutoConfig
@@ -351,9 +320,8 @@ def causal_lm_class(config: Any) -> Any:
 
 
 def check_language_model(setting: str, config: Any) -> None:
-    """Reject models that transformers loads only as models of images and text.
-
-    Their positions have several components, and their inputs are unknown to the datasets and commands of this package.
+    """Reject models that transformers loads only as models of images and text: their positions have several
+    components, and the datasets and commands of this package do not have their inputs.
 
     Args:
         setting: name and value as the user gave them, for the message.
@@ -371,13 +339,9 @@ def check_language_model(setting: str, config: Any) -> None:
 
 
 def check_frozen_type(model_dtype: str, param_dtype: str) -> None:
-    """Check that a frozen base model is held in the dtype that it computes in.
-
-    Otherwise its sharding units cast every parameter that they gather, those that it keeps in fp32 included.
-
-    Args:
-        model_dtype: verl's `engine.model_dtype`.
-        param_dtype: verl's `engine.mixed_precision.param_dtype`.
+    """Check that a frozen base model is held (verl's `engine.model_dtype`) in the dtype that it computes in (verl's
+    `engine.mixed_precision.param_dtype`). Otherwise its sharding units cast every parameter that they gather, those
+    that it keeps in fp32 included.
 
     Raises:
         UserError: if they differ.
@@ -424,9 +388,9 @@ def check_rollback(base: str, model_class: type | None, config: Any) -> None:
     """
     if model_class is None:
         return
-    settings = config.get_text_config()
+    text_config = config.get_text_config()
     # Not every architecture with recurrent layers is marked as stateful.
-    layers = getattr(settings, "layer_types", None) or getattr(settings, "layers_block_type", None) or ()
+    layers = getattr(text_config, "layer_types", None) or getattr(text_config, "layers_block_type", None) or ()
     recurrent = sorted(set(layers) - STATELESS_LAYERS)
     if getattr(model_class, "_is_stateful", False) or recurrent:
         named = f" (layers of {recurrent[0]})" if recurrent else ""

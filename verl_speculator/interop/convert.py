@@ -1,15 +1,16 @@
-"""From someone else's Medusa heads to a checkpoint of ours: read, check, take over, write, and load again."""
+"""Converts Medusa heads of other formats to a checkpoint: read, check, rename, write, and load again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from verl_speculator.base_model.loading import DTYPES, base_shape, load_base
 from verl_speculator.checkpoint.format import (
     BASE_DIRECTORY,
+    CAP_KEY,
     CONFIG_FILE,
     PROVENANCE_KEY,
     STATE_DIRECTORY,
@@ -27,11 +28,12 @@ from verl_speculator.interop.key_maps import (
     KEY_MAPS,
     PARTS,
     SOURCE_FORMATS,
+    VOCABULARIES,
+    WIDTHS,
     Layout,
     TensorFile,
     find_source,
     lay_out,
-    read_source,
 )
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError, nearest
@@ -39,18 +41,21 @@ from verl_speculator.utils.options import Option, check_minimums
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
-
-# What a head may predict first: the token after the newest one, or the one after that.
+COPY, SHARED, FROZEN_SHARED = HEADS
+POST_NORM, PRE_NORM = HIDDEN_STATES
+EPSILON_SETTING = "rms_norm_eps"
+TOKEN_MAP = "token_map"
+# The token that the first head predicts: the one after the newest, or the one after that.
 NEXT_TOKEN, TOKEN_AFTER_NEXT = 1, 2
-# A checkpoint's own files are replaced if asked; a training run's are not.
-OF_A_RUN = (STATE_DIRECTORY, BASE_DIRECTORY, TRACKER_FILE)
+# `--overwrite` replaces a checkpoint's own files, and never those of a training run.
+RUN_FILES = (STATE_DIRECTORY, BASE_DIRECTORY, TRACKER_FILE)
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """What is read, what is known of it, and where it goes."""
+    """The file to convert, what is known about it, and the directory to write."""
 
     source: Annotated[
         Path, Option("directory of a Medusa checkpoint, or its .safetensors, .pt or .bin", positional=True)
@@ -81,19 +86,12 @@ class ConvertSettings:
         check_minimums(self)
 
     def check_output(self, source: Path) -> None:
-        """Refuse an output directory that cannot be written to or holds what would be lost, without making it.
-
-        Args:
-            source: the file that is read.
-
-        Raises:
-            UserError: naming what is in the way.
-        """
+        """Reject an output directory that cannot be written to, or whose files would be lost. Does not make it."""
         setting = f"out={self.out}"
         check_writable(setting, self.out)
         if self.out.is_dir() and self.out.samefile(source.parent):
             raise UserError(f"{setting}: {source.name} is read there; expected another directory")
-        for name in OF_A_RUN:
+        for name in RUN_FILES:
             if (self.out / name).exists():
                 raise UserError(f"{setting}: holds {name} of a training run; expected another directory")
         held = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (self.out / name).exists()]
@@ -103,22 +101,18 @@ class ConvertSettings:
             try:
                 read_checkpoint_info(self.out)
             except UserError:
-                # A base has a file of that name too, and the other formats have.
+                # Base models and the other formats have a file of that name too.
                 raise UserError(
                     f"{setting}: holds a {CONFIG_FILE} that is no speculator's of ours; expected another directory"
                 ) from None
 
 
-COPY, SHARED, FROZEN_SHARED = HEADS
-EPSILON_SETTING = "rms_norm_eps"
-
-
 @dataclass(frozen=True)
 class Converted:
-    """What was read and what was written.
+    """The source and the checkpoint.
 
     Attributes:
-        source: that was read.
+        source: the file that was read.
         layout: of its tensors.
         directory: of the checkpoint.
         config: family and shape of the checkpoint.
@@ -146,313 +140,266 @@ class Converted:
 
 
 def convert(settings: ConvertSettings) -> Converted:
-    """Write a checkpoint of ours from Medusa heads of another format: all of them, or nothing.
-
-    Raises:
-        UserError: for what is missing, too much, contradicts its configuration, or does not fit the base.
-    """
+    """Write a checkpoint from Medusa heads of another format, with all of them or not at all. Raises UserError for
+    tensors that are missing or unexpected, contradict config.json, or do not fit the base model."""
     source = find_source(settings.source)
     settings.check_output(source.file)
-    shared = bool(source.flag("original_lm_head")) or source.config.get("head") in (SHARED, FROZEN_SHARED)
-    biased = bool(source.flag("medusa_fc_bias"))
-    tensors = read_source(source.file)
-    check_supported(source, tensors)
-    layout = lay_out(tensors, settings.format, where=str(source.file), shared=shared, biased=biased)
-    check_counts(settings, source, layout)
-    state = state_read(settings, source, layout)
-    takes_norm = state == PRE_NORM and layout.norm is None
-    for reason, needed in (("no output matrix", not layout.outs), (f"no norm, and hidden_state={state}", takes_norm)):
-        if needed and settings.base is None:
-            raise UserError(f"{source.file}: {reason}: it would be the base's; expected --base")
-    width, vocab = check_shapes(settings, source, layout, tensors)
-    dtype = choose_type(settings, source, layout, tensors)
-    eps = None if layout.norm is None else epsilon(settings, source, layout, tensors)
-
-    if not layout.outs:
-        head = FROZEN_SHARED
-    elif layout.shared:
-        head = FROZEN_SHARED if source.config.get("head") == FROZEN_SHARED else SHARED
-    else:
-        head = COPY
-    dropped = 1 if settings.first_offset == NEXT_TOKEN else 0
-    config = SpeculatorConfig(
-        method="medusa",
-        n_predict=layout.heads - dropped,
-        num_layers=layout.layers,
-        head=head,
-        hidden_state=state,
+    if TOKEN_MAP in source.tensors:
+        raise UserError(f"{source.file}: {TOKEN_MAP}: a truncated vocabulary; expected heads over all of it")
+    conversion = _Conversion(
+        settings,
+        source,
+        lay_out(
+            source.tensors,
+            settings.format,
+            where=str(source.file),
+            shared=source.config.get("original_lm_head", False) or source.config.get("head", COPY) != COPY,
+            biased=source.config.get("medusa_fc_bias", False),
+        ),
     )
-    found = heads_of(layout, tensors, dropped)
-    if layout.norm is not None:
-        found |= {"norm.weight": tensors[layout.norm], "norm.eps": eps}
-    if takes_norm or not layout.outs:
-        found |= parts_of_base(settings, width, norm=takes_norm, out=not layout.outs)
-    found = {name: cast(source, name, tensor, dtype) for name, tensor in found.items()}
+    conversion.check_heads()
+    width, vocab = conversion.check_shapes()
+    config, dtype = conversion.speculator_config(), conversion.choose_dtype()
+    tensors = conversion.speculator_tensors(width)
 
     # Between the two files there is no checkpoint, not one of new tensors with an old configuration.
     (settings.out / CONFIG_FILE).unlink(missing_ok=True)
     write_checkpoint(
         settings.out,
         config,
-        found,
+        {name: conversion.cast(name, tensor, dtype) for name, tensor in tensors.items()},
         hidden_size=width,
         vocab_size=vocab,
+        logit_cap=source.config.get(CAP_KEY),
         base_architectures=() if settings.base is None else base_config(settings.base).architectures or (),
-        provenance=provenance(settings, source, layout),
+        provenance=conversion.provenance(),
     )
     load_speculator(settings.out)
-    return Converted(source, layout, settings.out, config, width, vocab, str(dtype).removeprefix("torch."))
-
-
-def heads_of(layout: Layout, tensors: Mapping[str, Tensor], dropped: int) -> dict[str, Tensor]:
-    """Blocks and output matrices under our names, without the first `dropped` heads.
-
-    Raises:
-        UserError: where matrices that are said to be one are not.
-    """
-    import torch
-
-    found: dict[str, Tensor] = {}
-    for head in range(dropped, layout.heads):
-        for layer in range(layout.layers):
-            weight = tensors[layout.blocks[head, layer, "weight"]]
-            for part in PARTS:
-                key = layout.blocks.get((head, layer, part))
-                tensor = weight.new_zeros(len(weight)) if key is None else tensors[key]
-                found[f"blocks.{head - dropped}.layers.{layer}.{part}"] = tensor
-    if not layout.shared:
-        return found | {f"lm_heads.{k}.weight": tensors[key] for k, key in enumerate(layout.outs[dropped:])}
-    one = layout.outs[0]
-    for key in layout.outs[1:]:
-        if not torch.equal(tensors[key], tensors[one]):
-            raise UserError(f"original_lm_head=true: {key} differs from {one}; expected one matrix for all heads")
-    return found | {"lm_heads.0.weight": tensors[one]}
-
-
-def cast(source: TensorFile, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of its own in the type that is written; the file's may be views of one storage.
-
-    Raises:
-        UserError: for values that are no numbers in it.
-    """
-    found = tensor.to(dtype, copy=True)
-    if not found.isfinite().all():
-        kind = str(dtype).removeprefix("torch.")
-        raise UserError(
-            f"{source.file}: {name} has values that are not finite in {kind}; expected finite ones, or another --dtype"
-        )
-    return found
-
-
-def epsilon(settings: ConvertSettings, source: TensorFile, layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
-    """[1] ε of the norm in the file: beside it, or in its configuration, or in the base's.
-
-    Raises:
-        UserError: where nobody says, or it is no small number.
-    """
-    import torch
-
-    if layout.eps is not None:
-        return tensors[layout.eps]
-    value = source.config.get(EPSILON_SETTING)
-    if value is None and settings.base is not None:
-        value = getattr(base_config(settings.base).get_text_config(), EPSILON_SETTING, None)
-    if isinstance(value, bool) or not isinstance(value, float) or not 0 < value < 1:
-        raise UserError(
-            f"{source.file}: {layout.norm}: {EPSILON_SETTING}={value}; expected a number between 0 and 1 in "
-            f"{source.config_file}, or --base"
-        )
-    return torch.tensor([value])
+    return Converted(source, conversion.layout, settings.out, config, width, vocab, _dtype_name(dtype))
 
 
 def base_config(base: str) -> Any:
-    """A base's configuration, after `base_shape` has let it through."""
+    """A base model's configuration, after `base_shape` has accepted it."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(base)
 
 
-def parts_of_base(settings: ConvertSettings, width: int, *, norm: bool, out: bool) -> dict[str, Tensor]:
-    """The base's final norm and its LM head with its logits' scale, whichever is asked for, under our names.
-
-    Raises:
-        UserError: for an LM head with a bias.
-    """
-    import torch
-
-    from verl_speculator.base_model.hidden_states import FrozenNorm, final_norm
-    from verl_speculator.models.layers import copied_head
-
-    base: nn.Module = load_base(settings.base, device="cpu", dtype=base_config(settings.base).dtype or torch.float32)
-    found: dict[str, Tensor] = {}
-    if out:
-        found["lm_heads.0.weight"] = copied_head(base, f"base={settings.base}", "heads with output matrices")
-    if norm:
-        copy = FrozenNorm(width).requires_grad_(False)
-        # In float32, since some norms round the weight that they keep as a difference from 1.
-        copy.copy_from(final_norm(base).float())
-        found |= {"norm.weight": copy.weight.detach(), "norm.eps": copy.eps.detach()}
-    return found
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def provenance(settings: ConvertSettings, source: TensorFile, layout: Layout) -> dict[str, Any]:
-    """What config.json records: the base as far as it is known, and what was read and how."""
-    ours = source.config.get(PROVENANCE_KEY)
-    named = source.config.get("base_model_name_or_path")
-    if settings.base is not None:
-        base = {"name": settings.base, "weights_fingerprint": weights_fingerprint(settings.base)}
-    elif isinstance(ours, dict) and isinstance(ours.get("base"), dict):
-        base = ours["base"]
-    else:
-        base = {"name": named} if isinstance(named, str) else {}
-    return {
-        "base": base,
-        "converted": {
-            "source": str(settings.source),
-            "file": source.file.name,
-            "format": layout.format,
-            "heads": layout.heads,
-            "first_offset": settings.first_offset,
-        },
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
+@dataclass(frozen=True)
+class _Conversion:
+    """Medusa heads of a file, and the options for their conversion."""
 
+    settings: ConvertSettings
+    source: TensorFile
+    layout: Layout
 
-POST_NORM, PRE_NORM = HIDDEN_STATES
-TOKEN_MAP = "token_map"
-WIDTH_SETTINGS = ("hidden_size", "input_hidden_dim")
-VOCABULARY_SETTING = "vocab_size"
+    @property
+    def _dropped(self) -> int:
+        """The number of first heads that predict the next token, as the base model's own does."""
+        return 1 if self.settings.first_offset == NEXT_TOKEN else 0
 
+    @property
+    def _hidden_state(self) -> str:
+        """The base model's state that the heads read: by the options, then config.json, then the tensors."""
+        stated = self.settings.hidden_state or self.source.config.get("hidden_state")
+        return stated or (POST_NORM if self.layout.norm is None else PRE_NORM)
 
-def check_supported(source: TensorFile, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what our heads do not do.
+    @property
+    def _needs_base_norm(self) -> bool:
+        return self._hidden_state == PRE_NORM and self.layout.norm is None
 
-    Raises:
-        UserError: for logits over a part of the vocabulary, or with a scale.
-    """
-    if TOKEN_MAP in tensors:
-        raise UserError(f"{source.file}: {TOKEN_MAP}: a truncated vocabulary; expected heads over all of it")
-    truncated = source.number("truncated_vocab_size")
-    if truncated is not None and truncated != source.number(VOCABULARY_SETTING):
-        raise UserError(
-            f"{source.config_file}: truncated_vocab_size={truncated}, {VOCABULARY_SETTING}="
-            f"{source.number(VOCABULARY_SETTING)}: a truncated vocabulary; expected heads over all of it"
+    def check_heads(self) -> None:
+        """Check number and kind of the heads, and that a base model is given if it has to provide tensors."""
+        settings, layout, file = self.settings, self.layout, self.source.file
+        state = f"hidden_state={self._hidden_state}"
+        if settings.n_predict not in (None, layout.heads):
+            raise UserError(f"n_predict={settings.n_predict}: {file} holds {layout.heads} heads")
+        if layout.heads == self._dropped:
+            raise UserError(
+                f"first_offset={NEXT_TOKEN}: {file} holds a single head; it predicts the next token, as the base's "
+                "own does, and none would be left"
+            )
+        if self._hidden_state == POST_NORM and layout.norm is not None:
+            raise UserError(f"{state}: {file} holds {layout.norm}; expected hidden_state={PRE_NORM}")
+        for reason, needed in (("no output matrix", not layout.outs), (f"no norm, and {state}", self._needs_base_norm)):
+            if needed and settings.base is None:
+                raise UserError(f"{file}: {reason}: it would be the base's; expected --base")
+
+    def check_shapes(self) -> tuple[int, int]:
+        """(D, V), after all tensors were compared with each other, with config.json and with the base model."""
+        layout, source, base = self.layout, self.source, self.settings.base
+        first, out = layout.blocks[0, 0, "weight"], next(iter(layout.outs), None)
+        sizes = {key: list(source.tensors[key].shape) for key in (first, out) if key is not None}
+        for key, size in sizes.items():
+            if len(size) != 2:
+                raise UserError(f"{source.file}: {key} is {size}, expected a matrix")
+        width, vocab = sizes[first][1], sizes[out][0] if out else None
+        shapes = {key: [width, width] if part == "weight" else [width] for (*_, part), key in layout.blocks.items()}
+        shapes |= {key: [vocab, width] for key in layout.outs} | {layout.norm: [width], layout.eps: [1]}
+        for key, shape in shapes.items():
+            if key is not None and list(source.tensors[key].shape) != shape:
+                others = ", ".join(f"{other} is {size}" for other, size in sizes.items())
+                actual = list(source.tensors[key].shape)
+                raise UserError(f"{source.file}: {key} is {actual}, expected {shape}; {others}")
+        base_width, base_vocab = (width, vocab) if base is None else base_shape(base)
+        for name, size, base_size in (("hidden_size", width, base_width), ("vocab_size", vocab, base_vocab)):
+            if size not in (None, base_size):
+                raise UserError(f"base={base}: {name} {base_size}, {source.file} holds heads of {name} {size}")
+        self._check_stated(width, base_vocab)
+        return width, base_vocab
+
+    def _check_stated(self, width: int, vocab: int) -> None:
+        """Compare the settings of config.json with the tensors; `n_predict` replaces its numbers of heads."""
+        layout, source, key_map = self.layout, self.source, KEY_MAPS[self.layout.format]
+        actual: dict[str, Any] = {
+            **dict.fromkeys(() if self.settings.n_predict else key_map.heads_settings, layout.heads),
+            **dict.fromkeys(key_map.layers_settings, layout.layers),
+            **dict.fromkeys(WIDTHS, width),
+            **dict.fromkeys(VOCABULARIES, vocab),
+            "medusa_fc_bias": (0, 0, "bias") in layout.blocks,
+        }
+        for key, value in actual.items():
+            if (stated := source.config.get(key, value)) != value:
+                hint = f"; if the file is right: --n-predict {value}" if key in key_map.heads_settings else ""
+                raise UserError(
+                    f"{source.file} holds heads of format {layout.format} with {key}={value}, {source.config_file} "
+                    f"says {key}={stated}{hint}"
+                )
+
+    def choose_dtype(self) -> torch.dtype:
+        """The type to write: that of the options, or of the heads. A norm gets the same."""
+        import torch
+
+        keys: dict[torch.dtype, str] = {}
+        for key in [*self.layout.blocks.values(), *self.layout.outs]:
+            keys.setdefault(self.source.tensors[key].dtype, key)
+        for dtype, key in keys.items():
+            if not dtype.is_floating_point:
+                raise UserError(
+                    f"{self.source.file}: {key} is {_dtype_name(dtype)}; expected heads that are not quantised"
+                )
+        if self.settings.dtype is not None:
+            return getattr(torch, DTYPES[self.settings.dtype])
+        first, *others = keys
+        if others or _dtype_name(first) not in DTYPES.values():
+            present = ", ".join(f"{key} is {_dtype_name(dtype)}" for dtype, key in keys.items())
+            raise UserError(f"{self.source.file}: {present}; expected one type of {', '.join(DTYPES)}, or --dtype")
+        return first
+
+    def speculator_config(self) -> SpeculatorConfig:
+        """Family and shape of the checkpoint."""
+        layout, head = self.layout, COPY
+        if not layout.outs:
+            head = FROZEN_SHARED
+        elif layout.shared:
+            head = FROZEN_SHARED if self.source.config.get("head") == FROZEN_SHARED else SHARED
+        return SpeculatorConfig(
+            method="medusa",
+            n_predict=layout.heads - self._dropped,
+            num_layers=layout.layers,
+            head=head,
+            hidden_state=self._hidden_state,
         )
-    if source.config.get("logit_scale", 1) != 1:
-        raise UserError(f"{source.config_file}: logit_scale={source.config['logit_scale']}: expected 1")
 
+    def speculator_tensors(self, width: int) -> dict[str, Tensor]:
+        """Every tensor of the checkpoint by its name there; norm and output matrix are the base's if not in the file.
 
-def check_counts(settings: ConvertSettings, source: TensorFile, layout: Layout) -> None:
-    """Heads, blocks and biases against the configuration, and heads against `n_predict`, which is believed first.
+        Args:
+            width: D.
+        """
+        layout, source = self.layout, self.source
+        tensors: dict[str, Tensor] = {}
+        for head, layer, part in product(range(self._dropped, layout.heads), range(layout.layers), PARTS):
+            key = layout.blocks.get((head, layer, part))
+            name = f"blocks.{head - self._dropped}.layers.{layer}.{part}"
+            weight = source.tensors[layout.blocks[head, layer, "weight"]]
+            tensors[name] = weight.new_zeros(len(weight)) if key is None else source.tensors[key]
+        outs = self._shared_out() if layout.shared else layout.outs[self._dropped :]
+        tensors |= {f"lm_heads.{k}.weight": source.tensors[key] for k, key in enumerate(outs)}
+        if layout.norm is not None:
+            tensors |= {"norm.weight": source.tensors[layout.norm], "norm.eps": self._norm_eps()}
+        if self._needs_base_norm or not layout.outs:
+            tensors |= self._base_tensors(width)
+        return tensors
 
-    Raises:
-        UserError: naming both numbers.
-    """
-    key_map = KEY_MAPS[layout.format]
-    if settings.n_predict is not None and settings.n_predict != layout.heads:
-        raise UserError(f"n_predict={settings.n_predict}: {source.file} holds {layout.heads} heads")
-    for key in key_map.heads_settings if settings.n_predict is None else ():
-        if source.number(key) not in (None, layout.heads):
+    def _shared_out(self) -> tuple[str, ...]:
+        import torch
+
+        first, *others = self.layout.outs
+        for key in others:
+            if not torch.equal(self.source.tensors[key], self.source.tensors[first]):
+                raise UserError(f"original_lm_head=true: {key} differs from {first}; expected one matrix for all heads")
+        return (first,)
+
+    def _norm_eps(self) -> Tensor:
+        """[1] ε of the norm in the file: in the file itself, in config.json, or in the base model's configuration."""
+        import torch
+
+        source, base = self.source, self.settings.base
+        if self.layout.eps is not None:
+            return source.tensors[self.layout.eps]
+        value = source.config.get(EPSILON_SETTING)
+        if value is None and base is not None:
+            value = getattr(base_config(base).get_text_config(), EPSILON_SETTING, None)
+        if not isinstance(value, float) or not 0 < value < 1:
             raise UserError(
-                f"{source.file} holds {layout.heads} heads, {source.config_file} says {key}={source.number(key)}; "
-                f"if the file is right: --n-predict {layout.heads}"
+                f"{source.file}: {self.layout.norm}: {EPSILON_SETTING}={value}; expected a number between 0 and 1 in "
+                f"{source.config_file}, or --base"
             )
-    for key in key_map.layers_settings:
-        if source.number(key) not in (None, layout.layers):
+        return torch.tensor([value])
+
+    def _base_tensors(self, width: int) -> dict[str, Tensor]:
+        """The base model's LM head with the scale of its logits, and its final norm, as far as they are needed."""
+        import torch
+
+        from verl_speculator.base_model.hidden_states import FrozenNorm, final_norm
+        from verl_speculator.models.layers import copied_head
+
+        name = self.settings.base
+        base = load_base(name, device="cpu", dtype=base_config(name).dtype or torch.float32)
+        tensors: dict[str, Tensor] = {}
+        if not self.layout.outs:
+            tensors["lm_heads.0.weight"] = copied_head(base, f"base={name}", "heads with output matrices")
+        if self._needs_base_norm:
+            norm = FrozenNorm(width).requires_grad_(False)
+            # In float32, since some norms round the weight that they keep as a difference from 1.
+            norm.copy_from(final_norm(base).float())
+            tensors |= {f"norm.{key}": parameter.detach() for key, parameter in norm.named_parameters()}
+        return tensors
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of a tensor in the type to write; the file's may be views of one storage."""
+        copy = tensor.to(dtype, copy=True)
+        if not copy.isfinite().all():
             raise UserError(
-                f"{source.file} holds {layout.layers} residual blocks a head, {source.config_file} says "
-                f"{key}={source.number(key)}"
+                f"{self.source.file}: {name} has values that are not finite in {_dtype_name(dtype)}; expected finite "
+                "ones, or another --dtype"
             )
-    if source.flag("medusa_fc_bias") is False and (0, 0, "bias") in layout.blocks:
-        key = layout.blocks[0, 0, "bias"]
-        raise UserError(f"{source.file} holds {key}, {source.config_file} says medusa_fc_bias=false")
-    if settings.first_offset == NEXT_TOKEN and layout.heads == 1:
-        raise UserError(
-            f"first_offset={NEXT_TOKEN}: {source.file} holds a single head; it predicts the next token, as the base's "
-            "own does, and none would be left"
-        )
+        return copy
 
-
-def state_read(settings: ConvertSettings, source: TensorFile, layout: Layout) -> str:
-    """Which of the base's states the heads read: what the options say, then the configuration, then the tensors.
-
-    Raises:
-        UserError: for `post_norm` with a norm in the file.
-    """
-    said = settings.hidden_state or source.choice("hidden_state", HIDDEN_STATES)
-    if layout.norm is None:
-        return said or POST_NORM
-    if said == POST_NORM:
-        raise UserError(f"hidden_state={said}: {source.file} holds {layout.norm}; expected hidden_state={PRE_NORM}")
-    return PRE_NORM
-
-
-def check_shapes(
-    settings: ConvertSettings, source: TensorFile, layout: Layout, tensors: Mapping[str, Tensor]
-) -> tuple[int, int]:
-    """(D, V), after the tensors were held against each other, the configuration and the base.
-
-    Raises:
-        UserError: naming both sizes.
-    """
-    first, out = layout.blocks[0, 0, "weight"], layout.outs[0] if layout.outs else None
-    width = _size(source, tensors, first, 1)
-    vocab = None if out is None else _size(source, tensors, out, 0)
-    shapes = {key: [width, width] if part == "weight" else [width] for (*_, part), key in layout.blocks.items()}
-    shapes |= {key: [vocab, width] for key in layout.outs} | ({} if layout.norm is None else {layout.norm: [width]})
-    shapes |= {} if layout.eps is None else {layout.eps: [1]}
-    for key, shape in shapes.items():
-        if list(tensors[key].shape) != shape:
-            raise UserError(
-                f"{source.file}: {key} is {list(tensors[key].shape)}, expected {shape}; {first} is "
-                f"{list(tensors[first].shape)}" + (f", {out} {list(tensors[out].shape)}" if out else "")
-            )
-    for key, mine in [*((key, width) for key in WIDTH_SETTINGS), (VOCABULARY_SETTING, vocab)]:
-        if mine is not None and source.number(key) not in (None, mine):
-            raise UserError(
-                f"{source.file} holds heads of {key} {mine}, {source.config_file} says {key}={source.number(key)}"
-            )
-    if settings.base is None:
-        assert vocab is not None, "heads without output matrices need the base"
-        return width, vocab
-    theirs = base_shape(settings.base)
-    for name, mine, other in (("hidden_size", width, theirs[0]), ("vocab_size", vocab, theirs[1])):
-        if mine is not None and mine != other:
-            raise UserError(f"base={settings.base}: {name} {other}, {source.file} holds heads of {name} {mine}")
-    return theirs
-
-
-def _size(source: TensorFile, tensors: Mapping[str, Tensor], key: str, axis: int) -> int:
-    """A matrix's size along an axis."""
-    if tensors[key].dim() != 2:
-        raise UserError(f"{source.file}: {key} is {list(tensors[key].shape)}, expected a matrix")
-    return tensors[key].shape[axis]
-
-
-def choose_type(
-    settings: ConvertSettings, source: TensorFile, layout: Layout, tensors: Mapping[str, Tensor]
-) -> torch.dtype:
-    """The type that is written: the one that is asked for, or that of the file's heads. A norm follows them.
-
-    Raises:
-        UserError: for integers, or for several types where none is asked for.
-    """
-    import torch
-
-    kinds: dict[torch.dtype, str] = {}
-    for key in [*layout.blocks.values(), *layout.outs]:
-        kinds.setdefault(tensors[key].dtype, key)
-    for kind, key in kinds.items():
-        if not kind.is_floating_point:
-            raise UserError(f"{source.file}: {key} is {_name(kind)}; expected heads that are not quantised")
-    if settings.dtype is not None:
-        return getattr(torch, DTYPES[settings.dtype])
-    if len(kinds) > 1 or _name(next(iter(kinds))) not in DTYPES.values():
-        found = ", ".join(f"{key} is {_name(kind)}" for kind, key in kinds.items())
-        raise UserError(f"{source.file}: {found}; expected one type of {', '.join(DTYPES)}, or --dtype")
-    return next(iter(kinds))
-
-
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
+    def provenance(self) -> dict[str, Any]:
+        """The record in config.json: the base model as far as it is known, and the source."""
+        settings, source, layout = self.settings, self.source, self.layout
+        recorded, base_name = source.config.get(PROVENANCE_KEY), source.config.get("base_model_name_or_path")
+        if settings.base is not None:
+            base = {"name": settings.base, "weights_fingerprint": weights_fingerprint(settings.base)}
+        elif isinstance(recorded, dict) and isinstance(recorded.get("base"), dict):
+            base = recorded["base"]
+        else:
+            base = {"name": base_name} if isinstance(base_name, str) else {}
+        return {
+            "base": base,
+            "converted": {
+                "source": str(settings.source),
+                "file": source.file.name,
+                "format": layout.format,
+                "heads": layout.heads,
+                "first_offset": settings.first_offset,
+            },
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }

@@ -5,7 +5,8 @@ Taken from the sources of the named versions (docs/serving-engines.md). Imports 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,65 +26,59 @@ PROPOSER = "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
 KEY = "verl_speculator"
 
 
-def arctic_obstacle(config: SpeculatorConfig) -> str | None:
+def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why ArcticInference 0.3.0 cannot serve a speculator, and what to train instead; None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm"):
         return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these"
     for name, dims in (("emb_dim", config.emb_dims), ("proj_dim", config.proj_dims)):
         if len(dims) > 1:
             return f"{name}={getattr(config, name)}: it reads a single width; train with {name}={dims[-1]}"
-    merge = config.emb_dims[-1]
+    inner, merge = f"inner_dim={config.inner_dim}", config.emb_dims[-1]
     if config.inner_dims[0] != merge:
         # It computes the embedding's weight from inner_dim[0], where training, here and there, takes emb_dim[-1].
         return (
-            f"inner_dim={config.inner_dim}, emb_dim={config.emb_dim}: it takes both for one number; "
-            f"train with inner_dim={merge}, or one that starts with it"
+            f"{inner}, emb_dim={config.emb_dim}: it takes both for one number; train with inner_dim={merge}, or one "
+            "that starts with it"
         )
-    if config.method == "sum_lstm":
-        if len(config.inner_dims) > 1:
-            return (
-                f"inner_dim={config.inner_dim}: it reads a single width for sum_lstm; train with inner_dim={merge}, "
-                "or sum_rnn"
-            )
-        if not config.tie_lstm_embs:
-            return "tie_lstm_embs=false: it decodes with tied embeddings alone; train with tie_lstm_embs=true"
-        if config.n_predict == 1:
-            return "n_predict=1: it loads the projections of a second depth for sum_lstm; train with n_predict=2"
+    if config.method == "sum_rnn":
+        return None
+    if len(config.inner_dims) > 1:
+        return f"{inner}: it reads a single width for sum_lstm; train with inner_dim={merge}, or sum_rnn"
+    if not config.tie_lstm_embs:
+        return "tie_lstm_embs=false: it decodes with tied embeddings alone; train with tie_lstm_embs=true"
+    if config.n_predict == 1:
+        return "n_predict=1: it loads the projections of a second depth for sum_lstm; train with n_predict=2"
     return None
 
 
-def arctic_mlp_obstacle(config: SpeculatorConfig) -> str | None:
-    """As `arctic_obstacle`, for its MLP speculator: sum_rnn with one width."""
+def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
+    """As `arctic_unsupported_reason`, for its MLP speculator: sum_rnn with one width."""
     if config.method != "sum_rnn":
         return f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
     dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
-    if len(set(dims.values())) > 1 or len(config.inner_dims) > 1:
-        widths = ", ".join(f"{name}={value}" for name, value in dims.items())
-        return f"{widths}: it knows one width; train with the same single one in all three"
-    return None
+    if len(set(dims.values())) == len(config.inner_dims) == 1:
+        return None
+    widths = ", ".join(f"{name}={value}" for name, value in dims.items())
+    return f"{widths}: it knows one width; train with the same single one in all three"
 
 
-def medusa_obstacle(config: SpeculatorConfig) -> str | None:
+def medusa_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why vLLM 0.24 to 0.32 cannot serve a speculator as Medusa heads, None if it can."""
     if config.method != "medusa":
         return f"method={config.method}: no released version serves it by itself; train medusa"
     if config.inner_dim is not None:
         return f"inner_dim={config.inner_dim}: it knows no bottleneck; train with inner_dim=null"
-    return _pre_norm_reason(config, "it")
+    return proposer_unsupported_reason(config)
 
 
-def proposer_obstacle(config: SpeculatorConfig) -> str | None:
+def proposer_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why this package's drafter for vLLM cannot serve a speculator, None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
         return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
-    return _pre_norm_reason(config, "vLLM")
-
-
-def _pre_norm_reason(config: SpeculatorConfig, engine: str) -> str | None:
     if config.hidden_state == "post_norm":
         return None
     return (
-        f"hidden_state={config.hidden_state}: {engine} hands over the state after the final norm; "
+        f"hidden_state={config.hidden_state}: vLLM passes the hidden state after the final norm to drafters; "
         "train with hidden_state=post_norm"
     )
 
@@ -92,9 +87,9 @@ def serving_engines(config: SpeculatorConfig) -> dict[str, str | None]:
     """By engine with its versions: why it cannot serve a speculator of this configuration, None if it can."""
     return {
         "verl_speculator.decoding": None,
-        PROPOSER_ENGINE: proposer_obstacle(config),
-        ARCTIC: arctic_obstacle(config),
-        VLLM_MEDUSA: medusa_obstacle(config),
+        PROPOSER_ENGINE: proposer_unsupported_reason(config),
+        ARCTIC: arctic_unsupported_reason(config),
+        VLLM_MEDUSA: medusa_unsupported_reason(config),
     }
 
 
@@ -121,15 +116,14 @@ def _arctic_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int)
     return shapes
 
 
+def arctic_mlp_name(key: str) -> str:
+    """The name of a tensor in `ArcticMLPSpeculator`, which has no index of the layer within a depth's chain."""
+    return re.sub(r"^(emb|proj|ln)\.(\d+)\.0\.", r"\1.\2.", key)
+
+
 def _arctic_mlp_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> Shapes:
     """`ArcticMLPSpeculator` of ArcticInference 0.3.0, spec_dec/arctic_speculator.py."""
-    count, width = config.n_predict, config.inner_dims[0]
-    before = [hidden_size, *[width] * (count - 1)]
-    shapes: Shapes = {f"head.{k}.weight": (vocab_size, width) for k in range(count)}
-    shapes |= {f"proj.{k}.weight": (width, before[k]) for k in range(min(count, 2) if config.tie_weights else count)}
-    for k in range(1 if config.tie_weights else count):
-        shapes |= {f"emb.{k}.weight": (vocab_size, width)} | _norm(f"ln.{k}", width)
-    return shapes
+    return {arctic_mlp_name(key): shape for key, shape in _arctic_tensors(config, hidden_size, vocab_size).items()}
 
 
 def _medusa_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> Shapes:
@@ -145,37 +139,39 @@ def _medusa_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int)
 
 def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
     """`emb_dim` is the base model's width here. Tied weights of one depth fail an assertion, and change nothing."""
-    unchanged = ("base_model_archs", "n_predict", "scale_input", "top_k_tokens_per_head", "torch_dtype", "vocab_size")
-    return {
+    changed = {
         "model_type": "mlp_speculator",
         "architectures": [ARCTIC_MLP],
-        **{key: content[key] for key in unchanged},
         "emb_dim": content["input_hidden_dim"],
-        "inner_dim": content["inner_dim"],
         "tie_weights": content["tie_weights"] and content["n_predict"] > 1,
     }
+    return {key: value for key, value in content.items() if key in _MLP_KEYS} | changed
 
 
 @dataclass(frozen=True)
-class Contract:
+class EngineFormat:
     """A format for a serving engine and its requirements.
 
     Attributes:
         engine: name and versions of the engine.
-        weights_file: its file of tensors.
         unsupported_reason: why a configuration cannot be exported, and what to train instead; None if it can.
+        weights_file: its file of tensors.
         tensors: from configuration, D and V to the shape of every tensor; None for the checkpoint's own names.
+        tensor_name: from a tensor's name in the checkpoint to that in the format.
         content: from a checkpoint's `config.json`, without provenance, to that of the export.
         keys: the keys of that `config.json`; None for the checkpoint's own.
+        optional_keys: keys that it may have.
         ours: whether `load_speculator` and `SpeculatorProposer` read the format too.
     """
 
     engine: str
-    weights_file: str
     unsupported_reason: Callable[[SpeculatorConfig], str | None]
+    weights_file: str = WEIGHTS_FILE
     tensors: Callable[[SpeculatorConfig, int, int], Shapes] | None = None
+    tensor_name: Callable[[str], str] = str
     content: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     keys: frozenset[str] | None = None
+    optional_keys: frozenset[str] = frozenset()
     ours: bool = True
 
 
@@ -193,38 +189,52 @@ _MEDUSA_KEYS = frozenset(
     }
 )
 
-FORMATS: Mapping[str, Contract] = MappingProxyType(
+FORMATS: Mapping[str, EngineFormat] = MappingProxyType(
     {
-        "arctic": Contract(
-            engine=ARCTIC,
-            weights_file=WEIGHTS_FILE,
-            unsupported_reason=arctic_obstacle,
+        "arctic": EngineFormat(
+            ARCTIC,
+            arctic_unsupported_reason,
             tensors=_arctic_tensors,
             keys=_MLP_KEYS | {"input_hidden_dim", "method", "proj_dim", "tie_lstm_embs"},
         ),
-        "arctic-mlp": Contract(
-            engine=ARCTIC,
-            weights_file=WEIGHTS_FILE,
-            unsupported_reason=arctic_mlp_obstacle,
+        "arctic-mlp": EngineFormat(
+            ARCTIC,
+            arctic_mlp_unsupported_reason,
             tensors=_arctic_mlp_tensors,
+            tensor_name=arctic_mlp_name,
             content=_arctic_mlp_content,
             keys=_MLP_KEYS,
             ours=False,
         ),
-        "vllm-medusa": Contract(
-            engine=VLLM_MEDUSA,
-            weights_file=SAFETENSORS_FILE,
-            unsupported_reason=medusa_obstacle,
+        "vllm-medusa": EngineFormat(
+            VLLM_MEDUSA,
+            medusa_unsupported_reason,
+            SAFETENSORS_FILE,
             tensors=_medusa_tensors,
             keys=_MEDUSA_KEYS,
+            optional_keys=frozenset({"original_lm_head", "logit_cap"}),
         ),
-        "safetensors": Contract(
-            engine="verl_speculator, and " + PROPOSER_ENGINE,
-            weights_file=SAFETENSORS_FILE,
-            unsupported_reason=lambda config: None,
-        ),
+        "safetensors": EngineFormat("verl_speculator, and " + PROPOSER_ENGINE, lambda config: None, SAFETENSORS_FILE),
     }
 )
+
+
+def shape_faults(shapes: Mapping[str, Sequence[int]], required: Mapping[str, Sequence[int]]) -> list[str]:
+    """The tensors that are missing, unexpected, or of another shape than the required one."""
+    faults = [f"missing {key}" for key in required if key not in shapes]
+    faults += [f"unexpected {key}" for key in shapes if key not in required]
+    return faults + [
+        f"{key} is {list(shapes[key])}, expected {list(shape)}"
+        for key, shape in required.items()
+        if key in shapes and list(shapes[key]) != list(shape)
+    ]
+
+
+def first_few(texts: Iterable[str], separator: str = "; ", limit: int = 5) -> str:
+    """The first few of several texts, and the number of the others."""
+    texts = list(texts)
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return (separator.join(texts[:limit]) or "nothing") + more
 
 
 def contract_faults(
@@ -240,18 +250,10 @@ def contract_faults(
         shapes: of every tensor.
         content: of `config.json`, without provenance.
     """
-    contract, faults = FORMATS[name], []
-    if contract.tensors is not None:
-        required = contract.tensors(config, hidden_size, vocab_size)
-        faults += [f"missing {key}" for key in required if key not in shapes]
-        faults += [f"unexpected {key}" for key in shapes if key not in required]
-        faults += [
-            f"{key} is {list(shapes[key])}, expected {list(shape)}"
-            for key, shape in required.items()
-            if key in shapes and tuple(shapes[key]) != shape
-        ]
-    if contract.keys is not None:
-        optional = {"original_lm_head", "logit_cap"} if name == "vllm-medusa" else set()
-        faults += [f"config.json has no {key}" for key in sorted(contract.keys - content.keys())]
-        faults += [f"config.json has {key}" for key in sorted(content.keys() - contract.keys - optional)]
+    form, faults = FORMATS[name], []
+    if form.tensors is not None:
+        faults += shape_faults(shapes, form.tensors(config, hidden_size, vocab_size))
+    if form.keys is not None:
+        faults += [f"config.json has no {key}" for key in sorted(form.keys - content.keys())]
+        faults += [f"config.json has {key}" for key in sorted(content.keys() - form.keys - form.optional_keys)]
     return faults

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from verl_speculator.interop.engine_formats import (
     PROPOSER,
     PROPOSER_ENGINE,
     contract_faults,
-    proposer_obstacle,
+    first_few,
+    proposer_unsupported_reason,
 )
 from verl_speculator.utils.atomic_io import atomic_directory, write_safetensors
 from verl_speculator.utils.errors import UserError, nearest, one_line
@@ -28,55 +28,45 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-EXPORT_DTYPES = ("fp32", "bf16", "fp16")
+EXPORT_DTYPES = (AUTO, "fp32", "bf16", "fp16")
 CARD = "README.md"
 VLLM = "vllm"  # needs no export
-# Columns of an evaluation's results.csv that the model card shows, and their headings.
+# Columns of an evaluation's results.csv that the model card shows: heading, and format of a number.
 COLUMNS = {
-    "prompts": "prompts",
-    "speculator": "",
-    "temperature": "temperature",
-    "draft_length": "drafts",
-    "tau": "τ",
-    "accept_rate": "accepted",
-    "speedup": "speedup",
+    "prompts": ("prompts", None),
+    "speculator": ("", None),
+    "temperature": ("temperature", "g"),
+    "draft_length": ("drafts", ".0f"),
+    "tau": ("τ", ".2f"),
+    "accept_rate": ("accepted", ".1%"),
+    "speedup": ("speedup", ".2f"),
 }
 BASELINES = ("none", "prompt_lookup", "random", "generate")
-# arctic-mlp has no index of the layer within a depth's chain.
-_SINGLE_LAYER = re.compile(r"^(emb|proj|ln)\.(\d+)\.0\.")
 
 
 def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwrite: bool) -> None:
-    """Check the arguments of `export_speculator`. Reads no weights.
-
-    Raises:
-        UserError: for an unknown format, one that cannot hold the speculator (with what to train instead), an unknown
-            dtype, or an output directory that exists.
-    """
+    """Check the arguments of `export_speculator`. Reads no weights. Raises UserError for an unknown format, one that
+    cannot hold the speculator (with what to train instead), an unknown dtype, or an output directory that exists."""
+    for option, value, known in (("format", name, FORMATS), ("dtype", dtype, EXPORT_DTYPES)):
+        if value not in known and (option, value) != ("format", VLLM):
+            raise UserError(f"--{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
     if name == VLLM:
-        raise UserError(_vllm_message(info))
-    if name not in FORMATS:
-        raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    dtypes = (AUTO, *EXPORT_DTYPES)
-    if dtype not in dtypes:
-        raise UserError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}{nearest(dtype, dtypes)}")
-    if (reason := FORMATS[name].unsupported_reason(info.config)) is not None:
-        raise UserError(f"--format {name}: {FORMATS[name].engine} cannot load {info.directory}: {reason}")
+        engine, reason = PROPOSER_ENGINE, proposer_unsupported_reason(info.config)
+    else:
+        engine, reason = FORMATS[name].engine, FORMATS[name].unsupported_reason(info.config)
+    if reason is not None:
+        raise UserError(f"--format {name}: {engine} cannot load {info.directory}: {reason}")
+    if name == VLLM:
+        raise UserError(
+            f"--format {VLLM}: {engine} serves {info.directory} as it stands, without an export "
+            "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of "
+            f"{', '.join(FORMATS)}"
+        )
     checkpoint = info.directory.resolve()
     if out.resolve() in (checkpoint, *checkpoint.parents):
         raise UserError(f"--out {out}: the checkpoint itself lies there; expected another directory")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; expected a new directory, or --overwrite")
-
-
-def _vllm_message(info: CheckpointInfo) -> str:
-    if (reason := proposer_obstacle(info.config)) is not None:
-        return f"--format {VLLM}: {PROPOSER_ENGINE} cannot load {info.directory}: {reason}"
-    return (
-        f"--format {VLLM}: {PROPOSER_ENGINE} serves {info.directory} as it stands, without an export "
-        "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of "
-        f"{', '.join(FORMATS)}"
-    )
 
 
 def exported_tensors(info: CheckpointInfo, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -86,10 +76,7 @@ def exported_tensors(info: CheckpointInfo, name: str, dtype: torch.dtype) -> dic
     state = {key: tensor.to(dtype) for key, tensor in read_weights(info).items()}
     slots = build_speculator(info.config, **info.shape, device="meta").checkpoint_slots()
     tensor_of_slot = {slot: slot.of(state).contiguous() for slot in slots.values()}
-    tensors = {key: tensor_of_slot[slot] for key, slot in slots.items()}
-    if name == "arctic-mlp":
-        return {_SINGLE_LAYER.sub(r"\1.\2.", key): tensor for key, tensor in tensors.items()}
-    return tensors
+    return {FORMATS[name].tensor_name(key): tensor_of_slot[slot] for key, slot in slots.items()}
 
 
 def export_speculator(
@@ -123,24 +110,21 @@ def export_speculator(
     import torch
 
     check_export(info, name, out, dtype, overwrite)
-    contract = FORMATS[name]
+    form = FORMATS[name]
     exported = replace(
         info, dtype=DTYPES.get(dtype, info.dtype), base_architectures=base_architectures or info.base_architectures
     )
     content = exported.content()
     del content[PROVENANCE_KEY]
-    content = contract.content(content)
+    content = form.content(content)
     tensors = exported_tensors(info, name, getattr(torch, exported.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    faults = contract_faults(name, info.config, info.hidden_size, info.vocab_size, shapes, content)
-    if faults:
-        raise RuntimeError(f"export to {name} departs from its contract: {'; '.join(faults[:5])}")
+    if faults := contract_faults(name, info.config, info.hidden_size, info.vocab_size, shapes, content):
+        raise RuntimeError(f"export to {name} departs from its contract: {first_few(faults)}")
     with atomic_directory(out) as directory:
-        if contract.weights_file.endswith(".safetensors"):
-            write_safetensors(tensors, directory / contract.weights_file)
-        else:
-            torch.save(tensors, directory / contract.weights_file)
-        content[PROVENANCE_KEY] = info.provenance
+        write_tensors = write_safetensors if form.weights_file.endswith(".safetensors") else torch.save
+        write_tensors(tensors, directory / form.weights_file)
+        content |= {PROVENANCE_KEY: info.provenance}
         (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
         if card is not None:
             (directory / CARD).write_text(card)
@@ -148,24 +132,17 @@ def export_speculator(
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
-    """Rows of an evaluation's `results.csv`, or of the one in a directory.
-
-    Raises:
-        UserError: if there is no such file, or it has other columns.
-    """
+    """Rows of an evaluation's `results.csv`, or of the one in a directory. Raises UserError if there is no such file,
+    or it has other columns."""
     file = path / "results.csv" if path.is_dir() else path
+    expected = "expected the results.csv of verl-speculator evaluate"
     try:
         with file.open(newline="") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"--results {path}: no such file; expected the results.csv of verl-speculator evaluate"
-        ) from None
-    missing = [name for name in COLUMNS if not rows or name not in rows[0]]
-    if missing:
-        raise UserError(
-            f"--results {file}: no {', '.join(missing)} in it; expected what verl-speculator evaluate wrote"
-        )
+        raise UserError(f"--results {path}: no such file; {expected}") from None
+    if missing := [name for name in COLUMNS if not rows or name not in rows[0]]:
+        raise UserError(f"--results {file}: no {', '.join(missing)} in it; {expected}")
     return rows
 
 
@@ -180,17 +157,14 @@ def _results_table(rows: Sequence[Mapping[str, str]], info: CheckpointInfo) -> l
     """The rows of this speculator and of the baselines, as a table in Markdown."""
     speculators = {row["speculator"] for row in rows} - set(BASELINES)
     exported = {name for name in speculators if Path(name).name == info.directory.name or len(speculators) == 1}
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [[heading for heading, _ in COLUMNS.values()], ["---"] * len(COLUMNS)]
     for row in rows:
         if row["speculator"] not in exported | set(BASELINES):
             continue
         name = "**this speculator**" if row["speculator"] in exported else row["speculator"].replace("_", " ")
-        lines.append(
-            f"| {Path(row['prompts']).stem} | {name} | {_number(row['temperature'], 'g')} "
-            f"| {_number(row['draft_length'], '.0f')} | {_number(row['tau'], '.2f')} "
-            f"| {_number(row['accept_rate'], '.1%')} | {_number(row['speedup'], '.2f')} |"
-        )
-    return lines
+        numbers = [_number(row[column], form) for column, (_, form) in COLUMNS.items() if form is not None]
+        lines.append([Path(row["prompts"]).stem, name, *numbers])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _json(value: Mapping[str, Any]) -> list[str]:
@@ -205,7 +179,7 @@ def _serving(info: CheckpointInfo, name: str) -> list[str]:
         variable = ", with `ARCTIC_INFERENCE_ENABLED=1`" if arctic else ""
         lines += [f"{FORMATS[name].engine}{variable}, as `speculative_config`:", ""]
         lines += _json({"method": "arctic" if arctic else "medusa", "model": "/absolute/path/of/this"} | count)
-    if FORMATS[name].ours and proposer_obstacle(info.config) is None:
+    if FORMATS[name].ours and proposer_unsupported_reason(info.config) is None:
         lines += ["", "vLLM 0.24 to 0.33 with `verl_speculator` installed, as `speculative_config`:", ""]
         lines += _json({"method": "custom_class", "model": PROPOSER} | count)
         lines += ["", "and as `additional_config`:", "", *_json({KEY: {"path": "/absolute/path/of/this"}})]
@@ -258,11 +232,7 @@ def model_card(info: CheckpointInfo, name: str, results: Sequence[Mapping[str, s
 
 
 def check_repo(repo: str) -> None:
-    """Check the name of a repository on the hub.
-
-    Raises:
-        UserError: naming the repository.
-    """
+    """Check the name of a repository on the hub. Raises UserError naming the repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

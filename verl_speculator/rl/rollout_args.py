@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.base_model.loading import base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, read_checkpoint_info
-from verl_speculator.config.schema import SpeculatorSettings
+from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings
 from verl_speculator.interop.engine_formats import (
     KEY,
     PROPOSER,
-    arctic_obstacle,
-    medusa_obstacle,
-    proposer_obstacle,
+    arctic_unsupported_reason,
+    medusa_unsupported_reason,
+    proposer_unsupported_reason,
 )
 from verl_speculator.training import MODEL_TYPE
 from verl_speculator.utils.errors import UserError, nearest
 from verl_speculator.vllm_plugin.compat import (
+    NEWEST,
+    OLDEST,
+    VERSIONS,
     ProposerSettings,
     check_served,
     check_version,
@@ -34,32 +39,83 @@ from verl_speculator.vllm_plugin.compat import (
     minor_version,
 )
 
-ENGINES = {"vllm": proposer_obstacle, "arctic": arctic_obstacle, "vllm-medusa": medusa_obstacle}
-METHODS = {"vllm": "custom_class", "arctic": "arctic", "vllm-medusa": "medusa"}
+
+class Engine(NamedTuple):
+    """A program that drafts in the rollout.
+
+    Attributes:
+        unsupported_reason: why it cannot serve a configuration, None if it can.
+        method: of vLLM's speculative_config.
+        oldest: (major, minor) of vLLM.
+        newest: (major, minor) of vLLM.
+        versions: of vLLM, for messages.
+        package: what to install.
+    """
+
+    unsupported_reason: Callable[[SpeculatorConfig], str | None]
+    method: str
+    oldest: tuple[int, int] = OLDEST
+    newest: tuple[int, int] = NEWEST
+    versions: str = VERSIONS
+    package: str = "verl_speculator[vllm]"
+
+
+ENGINES = {
+    "vllm": Engine(proposer_unsupported_reason, "custom_class"),
+    "arctic": Engine(
+        arctic_unsupported_reason, "arctic", (0, 26), (0, 26), "0.26.0", package="arctic-inference==0.3.0"
+    ),
+    "vllm-medusa": Engine(medusa_unsupported_reason, "medusa", newest=(0, 32), versions="0.24 to 0.32"),
+}
 PURPOSES = ("ppo", "generation")
 MODEL = "actor_rollout_ref.model."
 ROLLOUT = "actor_rollout_ref.rollout."
 SERVER = ROLLOUT + "engine_kwargs.vllm."
 SPECULATION = SERVER + "speculative_config."
+EXTENSION = SERVER + "worker_extension_cls"
 BASE = MODEL + "path"
 STRATEGY = "actor_rollout_ref.actor.strategy"
 ARCTIC_SWITCH = "ARCTIC_INFERENCE_ENABLED"
 POLICY = "verl_speculator.training.model_config.SpeculatorPolicyConfig"
-WORKER_EXTENSION = "verl_speculator.vllm_plugin.verl_worker.VerlSpeculatorWorkerExtension"
-# For a speculator that is trained with the policy: the values that a setting may have, and what another would do.
-SYNC_REQUIREMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
-    MODEL + "model_type": ((MODEL_TYPE,), "the actor would have no speculator"),
-    MODEL + "speculator.train": ((True,), "nothing would follow, and verl.trainer.main_ppo does that"),
-    STRATEGY: (("fsdp2",), "a policy with a speculator is sharded by FSDP2 alone"),
-    ROLLOUT + "name": (("vllm",), "no other engine takes a newer speculator"),
-    SPECULATION + "method": (("custom_class",), "no other drafter takes a newer speculator"),
-    SERVER + "worker_extension_cls": ((WORKER_EXTENSION,), "the rollout could not take over a newer speculator"),
-    ROLLOUT + "checkpoint_engine.backend": (("naive",), "the actors would not share a machine with the rollout"),
-    ROLLOUT + "disaggregation.enabled": ((False, None), "an actor would not know which server to send to"),
-    "trainer.use_v1": ((True,), "verl's older trainer is not supported"),
-    # The trainers whose actors share a machine with the rollout.
-    "trainer.v1.trainer_mode": (("sync", "colocate_async"), "its rollouts have no actor beside them"),
+WORKER_EXTENSION = "verl_speculator.vllm_plugin.worker.VerlSpeculatorWorkerExtension"
+
+
+class Setting(NamedTuple):
+    """A required value.
+
+    Attributes:
+        accepted: the value that is printed, as Hydra reads it, and others that are accepted.
+        reason: what another value would do.
+        new: whether verl's configuration has no such key.
+    """
+
+    accepted: tuple[Any, ...]
+    reason: str
+    new: bool = False
+
+    def check(self, key: str, value: Any) -> None:
+        """Reject another value of this setting."""
+        if value not in self.accepted:
+            raise UserError(f"{key}={value}: {self.reason}; expected {' or '.join(map(quote, self.accepted))}")
+
+
+# For a speculator that is trained with the policy.
+SYNC_REQUIREMENTS = {
+    MODEL + "model_type": Setting((MODEL_TYPE,), "the actor would have no speculator", new=True),
+    MODEL + "speculator.train": Setting(
+        (True,), "the speculator would not be trained, and verl.trainer.main_ppo does that", new=True
+    ),
+    STRATEGY: Setting(("fsdp2",), "a policy with a speculator is sharded by FSDP2 alone"),
+    ROLLOUT + "name": Setting(("vllm",), "no other engine takes a newer speculator"),
+    SPECULATION + "method": Setting(("custom_class",), "no other drafter takes a newer speculator", new=True),
+    EXTENSION: Setting((WORKER_EXTENSION,), "the rollout could not receive a newer speculator", new=True),
+    ROLLOUT + "checkpoint_engine.backend": Setting(("naive",), "the actors would not share a machine with the rollout"),
+    ROLLOUT + "disaggregation.enabled": Setting((False, None), "an actor would not know which server to send to"),
+    "trainer.use_v1": Setting((True,), "verl's older trainer is not supported"),
+    "trainer.v1.trainer_mode": Setting(("sync", "colocate_async"), "its actors share no machine with the rollout"),
 }
+# Of those, the settings that verl's defaults do not meet. The reference has the actor's values unless it is set apart.
+PRINTED_FOR_SYNC = (STRATEGY, MODEL + "model_type", MODEL + "speculator.train")
 # Read from ArcticInference 0.3.0 (vllm/config.py, pyproject.toml) and verl 0.9.1.
 ARCTIC_NOTES = (
     "ArcticInference 0.3.0 needs vLLM 0.26.0 exactly, where verl 0.9.1's own extra pins 0.24.0",
@@ -67,28 +123,6 @@ ARCTIC_NOTES = (
 )
 # vLLM chooses the method of a draft model by these words in its path, whatever the setting `method` is.
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
-_OVERRIDE = re.compile(r"^(?P<sign>\+{0,2}|~)(?P<key>[^=~+]+)=(?P<value>.*)$", re.DOTALL)
-_PLAIN = re.compile(r"[\w./\-+@%*]+", re.ASCII)
-
-
-class Setting(NamedTuple):
-    """A required value.
-
-    Attributes:
-        value: as Hydra reads it.
-        reason: what another value would do.
-        new: whether verl's configuration has no such key.
-    """
-
-    value: Any
-    reason: str
-    new: bool = False
-
-    @classmethod
-    def for_sync(cls, key: str, *, new: bool = False) -> Setting:
-        """The first value that `SYNC_REQUIREMENTS` accepts."""
-        accepted, reason = SYNC_REQUIREMENTS[key]
-        return cls(accepted[0], reason, new)
 
 
 class Arguments(NamedTuple):
@@ -103,25 +137,24 @@ class Arguments(NamedTuple):
     notes: list[str]
 
 
+def parse_override(override: str) -> Override:
+    """An override, parsed by Hydra. Raises UserError for a text that is none."""
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        raise UserError(f"{override!r} is not an override: expected key=value") from None
+
+
 def quote(value: Any) -> str:
     """A value in Hydra's override grammar."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return str(value)
-    if _PLAIN.fullmatch(value) and not re.fullmatch(r"[\d.+\-]+|true|false|null", value, re.IGNORECASE):
-        return value
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
-
-
-def _parse_value(text: str) -> Any:
-    """The value that Hydra reads from an override, as far as a comparison with a required value needs it."""
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
-        return text[1:-1].replace("\\'", "'")
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return int(text) if re.fullmatch(r"\d+", text) else text
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    try:
+        if parse_override(f"key={value}").value() == value:
+            return value
+    except UserError:
+        pass
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 def _check_path(info: CheckpointInfo, engine: str) -> None:
@@ -137,102 +170,78 @@ def _check_path(info: CheckpointInfo, engine: str) -> None:
         raise UserError(f"{info.directory}: no {WEIGHTS_FILE}; expected verl-speculator export --format arctic")
 
 
-def _check_sync_setting(name: str, value: Any) -> None:
-    """Refuse a setting with which no newer speculator would reach the rollout."""
-    accepted, reason = SYNC_REQUIREMENTS.get(name, ((value,), ""))
-    if value not in accepted:
-        raise UserError(f"{name}={value}: {reason}; expected {' or '.join(map(str, accepted))}")
-
-
 def _check_base(info: CheckpointInfo, base: str) -> None:
     """Refuse a base model of another shape or other weights than the speculator's."""
     info.check_base(*base_shape(base))
     info.check_base_weights(base)
 
 
-def _check_installed(engine: str) -> list[str]:
+def _check_installed(name: str) -> list[str]:
     """Refuse installed versions that cannot serve; a note if none is installed."""
-    version = installed_vllm()
-    needed = {"arctic": "0.26.0", "vllm-medusa": "0.24 to 0.32"}.get(engine, "0.24 to 0.33")
+    engine, version = ENGINES[name], installed_vllm()
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise UserError(f"VLLM_USE_V2_MODEL_RUNNER=1: --engine {engine} drafts in vLLM's V1 runner alone; expected 0")
+        raise UserError(f"VLLM_USE_V2_MODEL_RUNNER=1: --engine {name} drafts in vLLM's V1 runner alone; expected 0")
+    install = f"pip install {engine.package}"
     if version is None:
-        extra = "arctic-inference==0.3.0" if engine == "arctic" else "verl_speculator[vllm]"
-        return [f"vLLM is not installed here; where the rollout runs it needs {needed}: pip install {extra}"]
-    if engine == "vllm":
+        return [f"vLLM is not installed here; where the rollout runs it needs {engine.versions}: {install}"]
+    if name == "vllm":
         check_version(version)
-    elif engine == "vllm-medusa" and not (0, 24) <= minor_version(version) <= (0, 32):
-        raise UserError(f"vllm {version}: Medusa heads are read by {needed}; expected one of these, or --engine vllm")
-    elif engine == "arctic":
+    if name == "arctic":
         try:
             metadata.version("arctic-inference")
         except metadata.PackageNotFoundError:
-            raise UserError(
-                "--engine arctic: arctic-inference is not installed; expected pip install arctic-inference==0.3.0"
-            ) from None
-        if minor_version(version) != (0, 26):
-            raise UserError(f"vllm {version}: ArcticInference 0.3.0 needs 0.26.0; expected that, or --engine vllm")
+            raise UserError(f"--engine arctic: arctic-inference is not installed; expected {install}") from None
+    if not engine.oldest <= minor_version(version) <= engine.newest:
+        raise UserError(f"vllm {version}: --engine {name} needs {engine.versions}; expected that, or --engine vllm")
     return []
 
 
 def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: bool) -> dict[str, Setting]:
     """Every setting that decides whether the trained weights draft."""
     path, is_proposer = str(info.directory.resolve()), engine == "vllm"
-    n_predict = info.config.n_predict
+    other_drafter, n_predict = "another drafter would run", info.config.n_predict
     settings = {
-        ROLLOUT + "name": Setting("vllm", "the speculator would not be served"),
-        SPECULATION + "method": Setting(METHODS[engine], "another drafter would run", new=True),
-        SPECULATION + "model": Setting(PROPOSER if is_proposer else path, "another drafter would run", new=True),
+        ROLLOUT + "name": Setting(("vllm",), "the speculator would not be served"),
+        SPECULATION + "method": Setting((ENGINES[engine].method,), other_drafter, new=True),
+        SPECULATION + "model": Setting((PROPOSER if is_proposer else path,), other_drafter, new=True),
         SPECULATION + "num_speculative_tokens": Setting(
-            n_predict, "it was trained to draft as many as its n_predict", new=True
+            (n_predict,), "it was trained to draft as many as its n_predict", new=True
         ),
     }
     if is_proposer:
-        settings[f"{SERVER}additional_config.{KEY}.path"] = Setting(path, "another checkpoint would draft", new=True)
+        settings[f"{SERVER}additional_config.{KEY}.path"] = Setting((path,), "another checkpoint would draft", new=True)
+        if purpose == "ppo":
+            settings[EXTENSION] = SYNC_REQUIREMENTS[EXTENSION]
     if purpose == "generation":
-        settings[ROLLOUT + "load_format"] = Setting("auto", "the base that answers would have random weights")
+        settings[ROLLOUT + "load_format"] = Setting(("auto",), "the base that answers would have random weights")
     elif not is_proposer:
         # The target model gets the trainer's weights before the first rollout; a drafter of vLLM's own never does.
-        settings[ROLLOUT + "load_format"] = Setting("auto", "the speculator would have random weights")
-        if engine == "vllm-medusa":  # ArcticInference saves its drafter before a sleep of level 2
-            settings[ROLLOUT + "free_cache_engine"] = Setting(
-                False, "a sleeping engine gives the speculator's weights back and wakes up with none"
-            )
-    if is_proposer and purpose == "ppo":
-        extension = SERVER + "worker_extension_cls"
-        settings[extension] = Setting.for_sync(extension, new=True)
-    if train:  # the reference has the actor's values unless it is set apart
-        settings[STRATEGY] = Setting.for_sync(STRATEGY)
-        settings[MODEL + "_target_"] = Setting(POLICY, "verl's own configuration refuses a speculator")
-        settings[MODEL + "model_type"] = Setting.for_sync(MODEL + "model_type", new=True)
-        settings[MODEL + "speculator.path"] = Setting(path, "the actor would train another speculator", new=True)
-        settings[MODEL + "speculator.train"] = Setting(True, "the speculator would not follow the policy", new=True)
+        settings[ROLLOUT + "load_format"] = Setting(("auto",), "the speculator would have random weights")
+    if purpose == "ppo" and engine == "vllm-medusa":  # ArcticInference saves its drafter before a sleep of level 2
+        settings[ROLLOUT + "free_cache_engine"] = Setting(
+            (False,), "a sleeping engine gives the speculator's weights back and wakes up with none"
+        )
+    if train:
+        settings |= {key: SYNC_REQUIREMENTS[key] for key in PRINTED_FOR_SYNC}
+        settings[MODEL + "_target_"] = Setting((POLICY,), "verl's own configuration refuses a speculator")
+        settings[MODEL + "speculator.path"] = Setting((path,), "the actor would train another speculator", new=True)
     if engine == "arctic" and purpose == "ppo":
         settings[f"ray_kwargs.ray_init.runtime_env.env_vars.{ARCTIC_SWITCH}"] = Setting(
-            "1", "ArcticInference would stay switched off", new=True
+            ("1",), "ArcticInference would stay switched off", new=True
         )
     return settings
 
 
-def _check_overrides(
-    overrides: Sequence[str], required: Mapping[str, Setting], info: CheckpointInfo, train: bool
-) -> set[str]:
+def _check_overrides(overrides: Sequence[str], required: Mapping[str, Setting], info: CheckpointInfo) -> set[str]:
     """Refuse overrides of the user that contradict the required settings, and another base model; the keys they set."""
-    keys = set()
-    for override in overrides:
-        match = _OVERRIDE.match(override)
-        if match is None:
-            raise UserError(f"{override!r} is not an override: expected key=value")
-        key, value = match["key"].strip(), _parse_value(match["value"])
-        setting = required.get(key)
-        if setting is not None and value != setting.value:
-            raise UserError(f"{key}={match['value']}: {setting.reason}; expected {quote(setting.value)}")
-        if train:
-            _check_sync_setting(key, value)
+    parsed = [parse_override(override) for override in overrides]
+    values = {override.key_or_group: None if override.is_delete() else override.value() for override in parsed}
+    for key, value in values.items():
+        if key in required:
+            required[key].check(key, value)
         if key == BASE and isinstance(value, str):
             _check_base(info, value)
-        keys.add(key)
-    return keys
+    return set(values)
 
 
 def rollout_arguments(
@@ -256,21 +265,20 @@ def rollout_arguments(
         UserError: for an engine that cannot serve the speculator (with what to train instead), a path that vLLM would
             misread, versions that cannot serve it, and overrides with which other weights than the trained would draft.
     """
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
-    if purpose not in PURPOSES:
-        raise UserError(f"--for {purpose}: expected one of {', '.join(PURPOSES)}{nearest(purpose, PURPOSES)}")
+    for option, value, known in (("engine", engine, ENGINES), ("for", purpose, PURPOSES)):
+        if value not in known:
+            raise UserError(f"--{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
     if train and (engine, purpose) != ("vllm", "ppo"):
         raise UserError(
-            f"--train with --engine {engine} --for {purpose}: only our own drafter takes over a newer speculator; "
+            f"--train with --engine {engine} --for {purpose}: only our own drafter receives newer speculators; "
             "expected --engine vllm --for ppo"
         )
-    if (unsupported_reason := ENGINES[engine](info.config)) is not None:
-        raise UserError(f"--engine {engine}: cannot serve {info.directory}: {unsupported_reason}")
+    if (reason := ENGINES[engine].unsupported_reason(info.config)) is not None:
+        raise UserError(f"--engine {engine}: cannot serve {info.directory}: {reason}")
     if engine != "vllm":
         _check_path(info, engine)
     required = _required_settings(info, engine, purpose, train)
-    user_keys = _check_overrides(overrides, required, info, train)
+    user_keys = _check_overrides(overrides, (SYNC_REQUIREMENTS if train else {}) | required, info)
     notes = _check_installed(engine)
     if engine == "vllm":
         notes.append(
@@ -280,13 +288,16 @@ def rollout_arguments(
     if engine == "arctic":
         notes += ARCTIC_NOTES
         if purpose == "generation":
-            notes.append(f"export {ARCTIC_SWITCH}=1: verl's generation server hands no other variables to its workers")
+            notes.append(f"export {ARCTIC_SWITCH}=1: verl's generation server passes no other variables to its workers")
     if train:
         notes.append("start python -m verl_speculator.train_ppo in place of python -m verl.trainer.main_ppo")
     if BASE not in user_keys:
         notes.append(f"no {BASE}=… among your overrides: the speculator was not held against its base")
-    required = {key: setting for key, setting in required.items() if key not in user_keys}
-    printed = [f"{'+' * setting.new}{key}={quote(setting.value)}" for key, setting in required.items()]
+    printed = [
+        f"{'+' * setting.new}{key}={quote(setting.accepted[0])}"
+        for key, setting in required.items()
+        if key not in user_keys
+    ]
     return Arguments([*printed, *overrides], notes)
 
 
@@ -313,8 +324,8 @@ def check_ppo(config: DictConfig) -> list[str]:
             f"{MODEL}model_type: the actor would have no speculator; expected what "
             "verl-speculator rollout-args CHECKPOINT --train prints"
         )
-    for name in SYNC_REQUIREMENTS:
-        _check_sync_setting(name, OmegaConf.select(config, name))
+    for name, setting in SYNC_REQUIREMENTS.items():
+        setting.check(name, OmegaConf.select(config, name))
     training = SpeculatorSettings.parse(select(MODEL + "speculator")).training
     info = read_checkpoint_info(ProposerSettings.parse(select(SERVER + "additional_config")).path)
     first_path = None if training.path is None else read_checkpoint_info(training.path).directory.resolve()

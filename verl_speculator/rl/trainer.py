@@ -10,6 +10,7 @@ import importlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,17 @@ async def sync_speculator(rollout: Any, parameters: Mapping[str, Tensor], versio
         await call
 
 
-async def collect_accounts(rollout: Any) -> list[dict[str, Any]]:
+async def collect_acceptance_stats(rollout: Any) -> list[dict[str, Any]]:
     """`AcceptanceStats` of this rank's rollout since the last call, for `rollout_metrics`.
 
     Read from files, since verl's `collective_rpc` returns no results. Empty on ranks without a server. Workers on other
-    machines than the server's are not asked: they count the same requests.
+    machines than the server's are left out: they count the same requests.
 
     Args:
         rollout: verl's `ServerAdapter`.
     """
     with tempfile.TemporaryDirectory(prefix="verl_speculator.") as directory:
-        await rollout._execute_method("write_speculator_account", args=(directory,))
+        await rollout._execute_method("write_acceptance_stats", args=(directory,))
         return [json.loads(path.read_text()) for path in sorted(Path(directory).glob("[0-9]*.json"))]
 
 
@@ -131,7 +132,7 @@ class SpeculatorActorWorker(ActorRolloutRefWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         start_process_group()
         super().__init__(*args, **kwargs)
-        self._accounts: list[dict[str, Any]] = []
+        self._stats: list[dict[str, Any]] = []
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
@@ -143,26 +144,26 @@ class SpeculatorActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int | None = None, mode: str = "auto") -> Any:
         """As verl's, after the statistics of the current speculator are collected."""
-        await self.collect_accounts()
+        await self.collect_acceptance_stats()
         return await super().update_weights(global_steps, mode)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    async def collect_accounts(self) -> None:
-        """Collect the statistics of this rank's rollout for `take_accounts`."""
-        self._accounts += await collect_accounts(self.rollout)
+    async def collect_acceptance_stats(self) -> None:
+        """Collect the statistics of this rank's rollout for `take_acceptance_stats`."""
+        self._stats += await collect_acceptance_stats(self.rollout)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def take_accounts(self) -> list[dict[str, Any]]:
+    def take_acceptance_stats(self) -> list[dict[str, Any]]:
         """The statistics collected since the last call."""
-        accounts, self._accounts = self._accounts, []
-        return accounts
+        stats, self._stats = self._stats, []
+        return stats
 
 
 class SpeculatorSyncMixin:
     """Mixin for verl's trainers that syncs the speculator to the rollout and logs its acceptance."""
 
     # Of training rollouts that were unfinished when a validation started.
-    _earlier_accounts: Sequence[dict[str, Any]] = ()
+    _earlier_stats: Sequence[dict[str, Any]] = ()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -170,22 +171,22 @@ class SpeculatorSyncMixin:
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(SpeculatorActorWorker)
 
-    def _take_accounts(self) -> list[dict[str, Any]]:
-        return [account for accounts in self.actor_rollout_wg.take_accounts() for account in accounts]
+    def _take_stats(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(self.actor_rollout_wg.take_acceptance_stats()))
 
     def _consume_sync_metrics(self) -> dict[str, float]:
         # This step's rollouts were drafted before its update, by the speculator that the step before sent.
-        accounts = [*self._earlier_accounts, *self._take_accounts()]
-        self._earlier_accounts = ()
-        return super()._consume_sync_metrics() | rollout_metrics(accounts, trainer_version=self.global_steps - 1)
+        stats = [*self._earlier_stats, *self._take_stats()]
+        self._earlier_stats = ()
+        return super()._consume_sync_metrics() | rollout_metrics(stats, trainer_version=self.global_steps - 1)
 
     def _validate(self) -> dict[str, float]:
         """As verl's; the acceptance of its drafts is reported as `val/…` and does not count for the next step."""
-        self.actor_rollout_wg.collect_accounts()
-        self._earlier_accounts = [*self._earlier_accounts, *self._take_accounts()]
+        self.actor_rollout_wg.collect_acceptance_stats()
+        self._earlier_stats = [*self._earlier_stats, *self._take_stats()]
         metrics = super()._validate()
-        self.actor_rollout_wg.collect_accounts()
-        return metrics | rollout_metrics(self._take_accounts(), prefix="val")
+        self.actor_rollout_wg.collect_acceptance_stats()
+        return metrics | rollout_metrics(self._take_stats(), prefix="val")
 
 
 # verl's third trainer, separate_async, has no actor on the machines of the rollout.

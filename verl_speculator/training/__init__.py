@@ -1,7 +1,7 @@
 """verl's SFT training with a speculator: engine, trainers, checkpoints.
 
-Outside of this folder and rl/ only `train.py`, `train_ppo.py`, `data/dataset.py` and `vllm_plugin/verl_worker.py`
-import verl.
+Outside of this folder and rl/ only `train.py`, `train_ppo.py`, `data/dataset.py` and `vllm_plugin/worker.py` import
+verl.
 """
 
 from verl_speculator.utils.process import silence_import_warnings

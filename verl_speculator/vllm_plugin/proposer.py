@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ WARM_UP = (1, 3)
 
 @dataclass
 class AcceptanceStats:
-    """What one worker drafted since it was last asked.
+    """Counts of one worker's drafts since they were last taken.
 
     Attributes:
         version: of the speculator: 0 as loaded, then that of the last weight update.
@@ -71,15 +71,14 @@ class AcceptanceStats:
 
 
 def rollout_metrics(
-    accounts: Sequence[dict[str, Any]], *, trainer_version: int | None = None, prefix: str = "rollout"
+    stats: Sequence[dict[str, Any]], *, trainer_version: int | None = None, prefix: str = "rollout"
 ) -> dict[str, float]:
     """Metrics of a training step, or of a validation, from the statistics of all workers.
 
-    Counts are added before they are divided. Tensor-parallel workers all count the same requests, which leaves the
-    ratios unchanged.
+    Counts are added before they are divided. Tensor-parallel workers count the same requests: no ratio changes.
 
     Args:
-        accounts: `AcceptanceStats.take` of every worker that drafts.
+        stats: `AcceptanceStats.take` of every worker that drafts.
         trainer_version: the version that the trainer has.
         prefix: of the metrics' names.
 
@@ -87,16 +86,16 @@ def rollout_metrics(
         `rollout/speculator_version`, the oldest version that drafted (or that is served, if nothing was drafted); with
         `trainer_version` also `rollout/speculator_lag`, the staleness in versions. If anything was drafted,
         `rollout/accepted_length` (τ, tokens per forward pass of the target model) and `rollout/accept_rate` (accepted
-        share of the draft tokens). Empty without accounts.
+        share of the draft tokens). Empty without stats.
     """
-    if not accounts:
+    if not stats:
         return {}
-    drafting = [account for account in accounts if account["rounds"]]
-    oldest = min(account["version"] for account in drafting or accounts)
+    drafting = [worker_stats for worker_stats in stats if worker_stats["rounds"]]
+    oldest = min(worker_stats["version"] for worker_stats in drafting or stats)
     metrics: dict[str, float] = {f"{prefix}/speculator_version": oldest}
     if trainer_version is not None:
         metrics[f"{prefix}/speculator_lag"] = trainer_version - oldest
-    rounds, drafted, accepted = (sum(a[name] for a in accounts) for name in ("rounds", "drafted", "accepted"))
+    rounds, drafted, accepted = (sum(a[name] for a in stats) for name in ("rounds", "drafted", "accepted"))
     if rounds:
         metrics |= {f"{prefix}/accepted_length": 1 + accepted / rounds, f"{prefix}/accept_rate": accepted / drafted}
     return metrics
@@ -210,22 +209,9 @@ def patch_model_runner(runner: type) -> None:
     runner.propose_draft_token_ids = propose_draft_token_ids
 
 
-class LatestTokens(NamedTuple):
-    """The requests of a step that can be drafted for.
-
-    Attributes:
-        requests: their indices among the B requests.
-        rows: the index of the hidden state, among R, that produced the newest token of each.
-        tokens: the newest token of each, which the target model has not read yet.
-    """
-
-    requests: list[int]
-    rows: list[int]
-    tokens: list[int]
-
-
-def newest_rows(sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int] | None) -> LatestTokens:
-    """The newest token of each request and the row of the hidden state that produced it.
+def newest_rows(sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int] | None) -> list[tuple[int, int, int]]:
+    """The requests of a step that can be drafted for: the index of each among the B requests, the row among R of the
+    hidden state that produced its newest token, and that token, which the target model has not read yet.
 
     A request that came with n drafts has n + 1 rows, one for each position where a token could be sampled. If it got m
     tokens (m − 1 accepted drafts and one more), the last one was sampled from its row m − 1. A request whose prompt is
@@ -239,14 +225,12 @@ def newest_rows(sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int
         ValueError: if a request got more tokens than it has rows, or the two lists have different lengths.
     """
     counts = [0] * len(sampled) if num_draft_tokens is None else num_draft_tokens
-    newest, offset = LatestTokens([], [], []), 0
+    newest, offset = [], 0
     for request, (tokens, count) in enumerate(zip(sampled, counts, strict=True)):
         if len(tokens) > count + 1:
             raise ValueError(f"request {request} got {len(tokens)} tokens from {count} drafts")
         if tokens:
-            newest.requests.append(request)
-            newest.rows.append(offset + len(tokens) - 1)
-            newest.tokens.append(tokens[-1])
+            newest.append((request, offset + len(tokens) - 1, tokens[-1]))
         offset += count + 1
     return newest
 
@@ -284,10 +268,10 @@ def draft_batch(
         sampled: as in `newest_rows`.
         num_draft_tokens: as in `newest_rows`.
     """
-    newest = newest_rows(sampled, num_draft_tokens)
     drafts: list[list[int]] = [[] for _ in sampled]
-    if newest.requests:
-        rows, tokens = (torch.tensor(values, device=hidden.device) for values in (newest.rows, newest.tokens))
-        for request, tokens_of_request in zip(newest.requests, draft(hidden[rows], tokens).tolist(), strict=True):
+    if newest := newest_rows(sampled, num_draft_tokens):
+        requests, *rows_and_tokens = zip(*newest, strict=True)
+        rows, tokens = (torch.tensor(values, device=hidden.device) for values in rows_and_tokens)
+        for request, tokens_of_request in zip(requests, draft(hidden[rows], tokens).tolist(), strict=True):
             drafts[request] = tokens_of_request
     return drafts

@@ -1,11 +1,12 @@
-"""Weight update of a served speculator, and its acceptance statistics, inside a vLLM worker. Imports no vLLM.
+"""Weight update of a served speculator, and its acceptance statistics, inside a vLLM worker.
 
-`worker_extension_cls="verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension"`; verl's workers also need verl's
-extension and get `verl_worker.VerlSpeculatorWorkerExtension`.
+`worker_extension_cls="verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension"`. In verl it is
+`VerlSpeculatorWorkerExtension` of this module, which also has verl's extension. Only that one imports verl and vLLM.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
+from verl_speculator.interop.engine_formats import first_few, shape_faults
 from verl_speculator.models import Speculator
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.errors import UserError
@@ -26,8 +28,8 @@ class StreamedUpdate:
     """New values of a served speculator, copied into its parameters as they arrive. Parameters keep their addresses, so
     that compiled and captured code stays valid.
 
-    The sender waits until every bucket of tensors is received. So nothing is raised before the last one: tensors of
-    another speculator are received without a copy, and `finish` raises.
+    The sender waits until every bucket is received, so an error is raised only by `finish`: tensors of another
+    speculator are received without a copy.
 
     Args:
         speculator: the served one; None in a worker that does not draft, which ignores all tensors.
@@ -40,18 +42,10 @@ class StreamedUpdate:
         if speculator is None:
             return
         parameters = dict(speculator.named_parameters())
-        faults = [f"missing {name}" for name in parameters if name not in shapes]
-        faults += [f"unexpected {name}" for name in shapes if name not in parameters]
-        faults += [
-            f"{name} is {list(shapes[name])}, served is {list(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name in shapes and list(shapes[name]) != list(parameter.shape)
-        ]
-        if not faults:
+        if faults := shape_faults(shapes, {name: parameter.shape for name, parameter in parameters.items()}):
+            self._error = UserError(f"update_speculator: the tensors are another speculator's: {first_few(faults)}")
+        else:
             self._pending = parameters
-            return
-        listed = "; ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
-        self._error = UserError(f"update_speculator: the tensors are another speculator's: {listed}")
 
     @torch.no_grad()
     def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -118,14 +112,53 @@ class SpeculatorWorkerExtension:
         proposer.stats.version = proposer.stats.version + 1 if version is None else version
         return proposer.stats.version
 
-    def speculator_account(self) -> dict[str, Any] | None:
+    def update_speculator_from_ipc(
+        self, shapes: Mapping[str, Sequence[int]], version: int | None = None, use_shm: bool = False
+    ) -> int | None:
+        """As `update_speculator`, from the trainer's process of the same rank (`rl.trainer.sync_speculator`).
+
+        For workers with verl's extension. Each tensor is copied from the bucket in which it arrives, so the device
+        never holds a second speculator.
+
+        Args:
+            shapes: of every parameter that is sent, by the module's names.
+            version: the trainer's step; None keeps the version.
+            use_shm: whether the buckets are in shared memory.
+        """
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+
+        proposer = self._speculator_proposer()
+        update = StreamedUpdate(None if proposer is None else proposer.speculator, shapes)
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
+        receiver.receive_weights(on_bucket_received=lambda tensors, is_last: update.copy(tensors))
+        update.finish()
+        if proposer is None:
+            return None
+        proposer.stats.version = proposer.stats.version if version is None else version
+        return proposer.stats.version
+
+    def acceptance_stats(self) -> dict[str, Any] | None:
         """`AcceptanceStats` since the last call."""
         proposer = self._speculator_proposer()
         return None if proposer is None else proposer.stats.take()
 
-    def write_speculator_account(self, directory: str) -> None:
-        """Write `speculator_account` to a file of this worker's own: verl's `collective_rpc` returns no results."""
-        account = self.speculator_account()
-        if account is not None:
+    def write_acceptance_stats(self, directory: str) -> None:
+        """Write `acceptance_stats` to a file of this worker's own: verl's `collective_rpc` returns no results."""
+        stats = self.acceptance_stats()
+        if stats is not None:
             with atomic_file(Path(directory) / f"{self.rank}.{os.getpid()}.json") as path:
-                path.write_text(json.dumps(account))
+                path.write_text(json.dumps(stats))
+
+
+@functools.cache
+def _verl_worker_extension() -> type:
+    """Both extensions in one class, since vLLM mixes in one: verl's updates the weights of the target model."""
+    from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+    return type("VerlSpeculatorWorkerExtension", (SpeculatorWorkerExtension, vLLMColocateWorkerExtension), {})
+
+
+def __getattr__(name: str) -> type:
+    if name == "VerlSpeculatorWorkerExtension":
+        return _verl_worker_extension()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

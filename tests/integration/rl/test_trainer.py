@@ -51,7 +51,7 @@ def test_what_is_printed_is_what_is_asked_for(printed, checkpoint):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("actor_rollout_ref.model.speculator.train=false", "verl.trainer.main_ppo does that; expected True"),
+        ("actor_rollout_ref.model.speculator.train=false", "verl.trainer.main_ppo does that; expected true"),
         ("actor_rollout_ref.model.model_type=language_model", "expected language_model_with_speculator"),
         ("actor_rollout_ref.rollout.name=sglang", "rollout.name=sglang: no other engine takes a newer"),
         ("~actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls", "worker_extension_cls=None"),
@@ -141,7 +141,7 @@ def worker(base, checkpoint, monkeypatch):
         rollout.asked.append(("speculator", {name: p.full_tensor().clone() for name, p in parameters.items()}, version))
 
     async def collect(rollout):
-        rollout.asked.append(("account",))
+        rollout.asked.append(("worker_stats",))
         return [{"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}]
 
     def set_allocator(platform, settings):
@@ -150,7 +150,7 @@ def worker(base, checkpoint, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ppo, "sync_speculator", push)
-    monkeypatch.setattr(ppo, "collect_accounts", collect)
+    monkeypatch.setattr(ppo, "collect_acceptance_stats", collect)
     monkeypatch.setattr(engine_workers, "get_rollout_class", lambda name, mode: Rollout)
     monkeypatch.setattr(PlatformCPU, "set_allocator_settings", set_allocator)
     own = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"]
@@ -166,7 +166,7 @@ def worker(base, checkpoint, monkeypatch):
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.filterwarnings("ignore")
 def test_weight_sync_sends_what_the_update_made_of_both(worker):
-    """The account is of what drafted before; and nothing is sent while memory is in expandable segments."""
+    """The statistics are of what drafted before; and nothing is sent while memory is in expandable segments."""
     from verl.utils import tensordict_utils as tu
 
     speculator = worker.actor.engine.speculator
@@ -178,7 +178,7 @@ def test_weight_sync_sends_what_the_update_made_of_both(worker):
     asyncio.run(worker.update_weights(global_steps=4, mode="naive"))
     asked = worker.rollout.asked
     assert [entry[:1] if len(entry) == 3 else entry for entry in asked] == [
-        ("account",),
+        ("worker_stats",),
         ("expandable_segments:False",),
         ("resume", "weights"),
         ("speculator",),
@@ -192,11 +192,11 @@ def test_weight_sync_sends_what_the_update_made_of_both(worker):
         assert torch.equal(sent[name], parameter.full_tensor())
     assert any(not torch.equal(sent[name], before[name]) for name in sent), "nothing was learnt"
     assert step == 4 and base and not any("draft" in name or name.startswith("base.") for name in base)
-    account = {"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}
-    assert worker.take_accounts() == [account]
-    assert worker.take_accounts() == []
-    asyncio.run(worker.collect_accounts())
-    assert worker.take_accounts() == [account]
+    worker_stats = {"version": 3, "rounds": 4, "drafted": 12, "accepted": 6}
+    assert worker.take_acceptance_stats() == [worker_stats]
+    assert worker.take_acceptance_stats() == []
+    asyncio.run(worker.collect_acceptance_stats())
+    assert worker.take_acceptance_stats() == [worker_stats]
 
 
 @pytest.mark.usefixtures("gloo")
@@ -231,19 +231,21 @@ def test_a_reference_is_the_base_alone(base, checkpoint, monkeypatch):
 
 
 def test_verls_trainers_are_followed():
-    """Both are registered with verl, use our worker, and add the accounts of all ranks to a step's metrics."""
+    """Both are registered with verl, use our worker, and add the stats of all ranks to a step's metrics."""
     pytest.importorskip("transfer_queue", reason="verl's PPO needs TransferQueue")
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     import verl_speculator.rl.trainer as ppo
 
-    account = {"version": 6, "rounds": 10, "drafted": 30, "accepted": 15}
+    worker_stats = {"version": 6, "rounds": 10, "drafted": 30, "accepted": 15}
     for name, theirs in ppo.TRAINERS.items():
         kind = get_trainer_cls(f"{name}_with_speculator")
         assert issubclass(kind, theirs) and kind is not theirs and get_trainer_cls(name) is theirs
         trainer = object.__new__(kind)
         trainer.global_steps = 8
-        trainer.actor_rollout_wg = SimpleNamespace(take_accounts=lambda: [[account], [account | {"version": 7}], []])
+        trainer.actor_rollout_wg = SimpleNamespace(
+            take_acceptance_stats=lambda: [[worker_stats], [worker_stats | {"version": 7}], []]
+        )
         trainer._pending_sync_metrics = {"sync/bytes": 1}
         assert trainer._consume_sync_metrics() == {
             "sync/bytes": 1,
@@ -264,12 +266,12 @@ class WorkerGroup:
     def draft(self, version, accepted):
         self.drafted.append({"version": version, "rounds": 10, "drafted": 30, "accepted": accepted})
 
-    def collect_accounts(self):
+    def collect_acceptance_stats(self):
         self.kept, self.drafted = self.kept + self.drafted, []
 
-    update_weights = collect_accounts  # a worker asks before it updates
+    update_weights = collect_acceptance_stats  # a worker asks before it updates
 
-    def take_accounts(self):
+    def take_acceptance_stats(self):
         taken, self.kept = self.kept, []
         return [taken, []]
 

@@ -192,7 +192,7 @@ def test_early_exit_of_several_streams_is_refused(saved, chat, tmp_path, trainab
     exit_0 = build_speculator(config, hidden_size=32, vocab_size=330, block_shapes=shapes, seed=0)
     start_from_base(exit_0, model)
     copy_norm(exit_0, model)
-    expected = "method=early_exit: Gemma3nTextModel hands on 4 states"
+    expected = "method=early_exit: Gemma3nTextModel passes 4 states"
     with pytest.raises(UserError, match=expected) as error:
         speculative_generate(model, exit_0, PROMPT, max_new_tokens=COUNT)
     one_line(error)

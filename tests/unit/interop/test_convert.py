@@ -198,7 +198,7 @@ def test_equal_output_matrices_stay_apart_unless_they_are_said_to_be_one(tmp_pat
 )
 def test_our_own_checkpoint_is_in_vllms_format(tmp_path, settings):
     config = SpeculatorConfig(**({"method": "medusa", "n_predict": 3} | settings))
-    speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0)
+    speculator = build_speculator(config, hidden_size=D, vocab_size=V, logit_cap=5.0, seed=0)
     with torch.no_grad():
         for parameter in speculator.parameters():
             parameter.copy_(torch.rand_like(parameter))
@@ -208,7 +208,8 @@ def test_our_own_checkpoint_is_in_vllms_format(tmp_path, settings):
     assert (said.layout.format, said.config) == ("vllm", config)
     before, after = speculator.state_dict(), load_speculator(tmp_path / "out").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert read_checkpoint_info(tmp_path / "out").provenance["base"] == base
+    info = read_checkpoint_info(tmp_path / "out")
+    assert info.provenance["base"] == base and info.logit_cap == 5.0
 
 
 def test_heads_for_a_base(tmp_path, base):
@@ -378,16 +379,27 @@ def test_keys_of_something_else(tmp_path):
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
-        ("fasterdecoding", {"medusa_num_heads": 2}, "holds 3 heads, {config} says medusa_num_heads=2; if the file is"),
-        ("fasterdecoding", {"medusa_num_layers": 2}, "holds 1 residual blocks a head, {config} says medusa_num_lay"),
+        (
+            "fasterdecoding",
+            {"medusa_num_heads": 2},
+            "format fasterdecoding with medusa_num_heads=3, {config} says medusa_num_heads=2; if the file",
+        ),
+        ("fasterdecoding", {"medusa_num_layers": 2}, "with medusa_num_layers=1, {config} says medusa_num_layers=2"),
         ("fasterdecoding", {"medusa_num_heads": "3"}, "{config}: medusa_num_heads=3: expected an integer of at least"),
-        ("vllm", {"num_heads": 5}, "holds 3 heads, {config} says num_heads=5; if the file is right: --n-predict 3"),
+        (
+            "vllm",
+            {"num_heads": 5},
+            "of format vllm with num_heads=3, {config} says num_heads=5; if the file is right: --n-predict 3",
+        ),
         ("vllm", {"num_hidden_layers": 4}, "says num_hidden_layers=4"),
-        ("vllm", {"hidden_size": 16}, "holds heads of hidden_size 12, {config} says hidden_size=16"),
-        ("vllm", {"vocab_size": 31}, "holds heads of vocab_size 30, {config} says vocab_size=31"),
-        ("vllm", {"truncated_vocab_size": 20}, "truncated_vocab_size=20, vocab_size=30: a truncated vocabulary"),
+        ("vllm", {"n_predict": 2}, "with n_predict=3, {config} says n_predict=2"),
+        ("vllm", {"head": "shard"}, "head=shard: expected one of copy, shared, frozen_shared (did you mean 'shared'?)"),
+        ("vllm", {"logit_cap": 0}, "logit_cap=0: expected a number above 0"),
+        ("vllm", {"hidden_size": 16}, "with hidden_size=12, {config} says hidden_size=16"),
+        ("vllm", {"vocab_size": 31}, "with vocab_size=30, {config} says vocab_size=31"),
+        ("vllm", {"truncated_vocab_size": 20}, "with truncated_vocab_size=30, {config} says truncated_vocab_size=20"),
         ("vllm", {"logit_scale": 0.5}, "logit_scale=0.5: expected 1"),
-        ("vllm", {"medusa_fc_bias": False}, "holds blocks.0.layers.0.bias, {config} says medusa_fc_bias=false"),
+        ("vllm", {"medusa_fc_bias": False}, "with medusa_fc_bias=True, {config} says medusa_fc_bias=False"),
         ("vllm", {"medusa_fc_bias": "yes"}, "medusa_fc_bias=yes: expected true or false"),
         ("vllm", {"hidden_state": "prenorm"}, "hidden_state=prenorm: expected one of post_norm, pre_norm (did you"),
         ("vllm", [], "expected a JSON object, got list"),
@@ -416,7 +428,7 @@ def test_truncated_vocabularies(tmp_path):
 
 def test_a_number_of_heads_that_the_configuration_has_wrong(tmp_path, source):
     (source / "config.json").write_text('{"medusa_num_heads": 2}')
-    refused(source, f"holds 3 heads, {source / 'config.json'} says medusa_num_heads=2")
+    refused(source, f"medusa_num_heads=3, {source / 'config.json'} says medusa_num_heads=2")
     refused(source, f"n_predict=4: {source / 'medusa_lm_head.pt'} holds 3 heads", n_predict=4)
     assert convert(ConvertSettings(source=source, out=tmp_path / "out", n_predict=3)).config.n_predict == 3
 

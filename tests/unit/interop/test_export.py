@@ -13,7 +13,7 @@ from helpers.family_variants import configurations, shape_of
 from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
 from verl_speculator.__main__ import app
 from verl_speculator.checkpoint.format import read_checkpoint_info
-from verl_speculator.interop.engine_formats import FORMATS, arctic_mlp_obstacle, contract_faults
+from verl_speculator.interop.engine_formats import FORMATS, arctic_mlp_unsupported_reason, contract_faults
 from verl_speculator.interop.export import export_speculator, model_card
 from verl_speculator.utils.errors import UserError
 
@@ -148,7 +148,7 @@ def test_faults_that_an_engine_would_not_notice():
 
 def test_an_export_that_is_no_checkpoint_any_more(tmp_path):
     """ArcticMLPSpeculator calls the base's width emb_dim: read as ours, that would be another shape."""
-    checkpoint(next(c for c in CONFIGURATIONS.values() if arctic_mlp_obstacle(c) is None), tmp_path / "spec")
+    checkpoint(next(c for c in CONFIGURATIONS.values() if arctic_mlp_unsupported_reason(c) is None), tmp_path / "spec")
     out = export_speculator(read_checkpoint_info(tmp_path / "spec"), "arctic-mlp", tmp_path / "out")
     with pytest.raises(UserError, match="for ArcticInference alone \\(arctic-mlp\\); expected the checkpoint"):
         read_checkpoint_info(out)

@@ -85,7 +85,7 @@ def test_verl_accepts_every_override(specs, engine, family, purpose):
     assert rollout.load_format == ("dummy" if own and purpose == "ppo" else "auto")
     # Only vLLM's own Medusa loses its weights in a sleep of level 2.
     assert rollout.free_cache_engine == (engine != "vllm-medusa" or purpose == "generation")
-    extension = "verl_speculator.vllm_plugin.verl_worker.VerlSpeculatorWorkerExtension"
+    extension = "verl_speculator.vllm_plugin.worker.VerlSpeculatorWorkerExtension"
     assert served(config).get("worker_extension_cls") == (extension if own and purpose == "ppo" else None)
     if engine == "arctic" and purpose == "ppo":
         assert config.ray_kwargs.ray_init.runtime_env.env_vars.ARCTIC_INFERENCE_ENABLED == "1"
@@ -141,6 +141,7 @@ def refusal(info, **settings) -> str:
         ("sum_rnn", {"overrides": [f"+{PATH}=runs/one"]}, "another checkpoint would draft"),
         ("medusa", {"engine": "vllm-medusa", "overrides": [f"++{SPECULATION}model=x"]}, "another drafter would run"),
         ("sum_rnn", {"overrides": [ROLLOUT + "name=sglang"]}, "the speculator would not be served; expected vllm"),
+        ("sum_rnn", {"overrides": [f"~{ROLLOUT}name=vllm"]}, "the speculator would not be served; expected vllm"),
         ("sum_rnn", {"overrides": ["nonsense"]}, "'nonsense' is not an override"),
         ("sum_rnn", {"engine": "vllm-medusa"}, "method=sum_rnn: no released version serves it by itself; train medusa"),
         ("medusa", {"engine": "arctic"}, "it serves sum_rnn and sum_lstm"),
@@ -208,7 +209,7 @@ def test_versions_that_are_installed(specs, monkeypatch):
     assert "arctic-inference==0.3.0" in rollout_arguments(info["sum_rnn"], engine="arctic").notes[0]
     install(monkeypatch, "0.33.0")
     assert not any("not installed" in note for note in rollout_arguments(info["sum_rnn"]).notes)
-    assert "vllm 0.33.0: Medusa heads are read by 0.24 to 0.32" in refusal(info["medusa"], engine="vllm-medusa")
+    assert "vllm 0.33.0: --engine vllm-medusa needs 0.24 to 0.32" in refusal(info["medusa"], engine="vllm-medusa")
     assert "arctic-inference is not installed" in refusal(info["sum_rnn"], engine="arctic")
     install(monkeypatch, "0.23.0")
     assert "vllm 0.23.0: verl_speculator.vllm_plugin.proposer" in refusal(info["sum_rnn"])

@@ -52,10 +52,8 @@ def test_rows_of_a_mixed_batch():
     """Nothing sampled, a first token, all drafts refused, some kept, all kept, nothing sampled in spite of drafts."""
     sampled = [[], [7], [8], [1, 2, 3], [4, 5, 6, 9], [], [11]]
     newest = newest_rows(sampled, [0, 0, 3, 3, 3, 2, 0])
-    assert newest.requests == [1, 2, 3, 4, 6]
-    assert newest.tokens == [7, 8, 3, 9, 11]
-    assert newest.rows == [1, 2, 6 + 2, 10 + 3, 14 + 3]
-    assert newest_rows([[3], [], [5]], None).rows == [0, 2]
+    assert newest == [(1, 1, 7), (2, 2, 8), (3, 6 + 2, 3), (4, 10 + 3, 9), (6, 14 + 3, 11)]
+    assert newest_rows([[3], [], [5]], None) == [(0, 0, 3), (2, 2, 5)]
     with pytest.raises(ValueError, match="request 1 got 2 tokens from 0 drafts"):
         newest_rows([[1], [2, 3]], [0, 0])
     with pytest.raises(ValueError):
@@ -240,7 +238,7 @@ def test_families_that_it_cannot_serve_are_named(model, monkeypatch, tmp_path):
     vocab = model.config.vocab_size
     save_speculator(build_speculator(config, hidden_size=32, vocab_size=vocab, seed=0), tmp_path)
     told = refusal(install(monkeypatch), engine_config(tmp_path, model, 3), model)
-    assert "cannot serve it: hidden_state=pre_norm: vLLM hands over the state after the final norm" in told
+    assert "cannot serve it: hidden_state=pre_norm: vLLM passes the hidden state after the final norm" in told
     assert "train with hidden_state=post_norm" in told
 
 

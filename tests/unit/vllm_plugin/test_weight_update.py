@@ -16,8 +16,10 @@ import torch
 from helpers.drafters import load_base
 from helpers.vllm_runner import Request, engine_config, install
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
-from verl_speculator.rl.trainer import collect_accounts, sync_speculator, whole_tensors
+from verl_speculator.rl.rollout_args import WORKER_EXTENSION
+from verl_speculator.rl.trainer import collect_acceptance_stats, sync_speculator, whole_tensors
 from verl_speculator.utils.errors import UserError
+from verl_speculator.vllm_plugin import worker as worker_module
 from verl_speculator.vllm_plugin.proposer import AcceptanceStats, greedy_drafts, rollout_metrics
 from verl_speculator.vllm_plugin.worker import SpeculatorWorkerExtension, StreamedUpdate
 
@@ -73,7 +75,7 @@ def test_the_next_step_drafts_with_what_was_pushed(served):
     assert drafts_of(worker) == expected(worker, new)
     # What was compiled or captured over the parameters stays good.
     assert places == [p.data_ptr() for p in worker.model_runner.drafter.speculator.parameters()]
-    assert worker.speculator_account()["version"] == 8
+    assert worker.acceptance_stats()["version"] == 8
 
 
 def test_another_speculator_changes_nothing(served, tmp_path):
@@ -84,7 +86,7 @@ def test_another_speculator_changes_nothing(served, tmp_path):
     for tensors, words in (
         ({k: v for k, v in parameters.items() if k != name}, f"missing {name}"),
         (parameters | {"more": torch.zeros(1)}, "unexpected more"),
-        (parameters | {name: parameters[name][:1]}, f"{name} is [1, 32], served is [32, 32]"),
+        (parameters | {name: parameters[name][:1]}, f"{name} is [1, 32], expected [32, 32]"),
     ):
         with pytest.raises(UserError) as error:
             worker.update_speculator(tensors)
@@ -92,7 +94,7 @@ def test_another_speculator_changes_nothing(served, tmp_path):
     _, deeper = make(model, tmp_path, 2, n_predict=4)
     with pytest.raises(UserError, match=r"differs from what is served: n_predict \(3, 4\)"):
         worker.update_speculator(str(deeper))
-    assert drafts_of(worker) == before and worker.speculator_account()["version"] == 0
+    assert drafts_of(worker) == before and worker.acceptance_stats()["version"] == 0
 
 
 def test_workers_that_do_not_draft(served):
@@ -102,8 +104,8 @@ def test_workers_that_do_not_draft(served):
         model_runner, rank = SimpleNamespace(), 1
 
     for worker in (Worker(), Worker()):
-        assert worker.update_speculator({}) is None and worker.speculator_account() is None
-        worker.write_speculator_account("/no/such/place")
+        assert worker.update_speculator({}) is None and worker.acceptance_stats() is None
+        worker.write_acceptance_stats("/no/such/place")
         worker.model_runner.drafter = object()
 
 
@@ -147,9 +149,10 @@ def verl_worker(monkeypatch):
     utils.vLLMColocateWorkerExtension = vLLMColocateWorkerExtension
     for module in (package, utils):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "verl_speculator.vllm_plugin.verl_worker", raising=False)
-    yield importlib.import_module("verl_speculator.vllm_plugin.verl_worker").VerlSpeculatorWorkerExtension
-    sys.modules.pop("verl_speculator.vllm_plugin.verl_worker", None)
+    worker_module._verl_worker_extension.cache_clear()
+    module, _, name = WORKER_EXTENSION.rpartition(".")
+    yield getattr(importlib.import_module(module), name)
+    worker_module._verl_worker_extension.cache_clear()
     sys.modules.pop("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer", None)
 
 
@@ -197,7 +200,7 @@ def test_push_goes_through_verls_own_transport(synced):
     drafts_of(worker)
     # verl also syncs at no step, in the midst of a validation: the version stays the trainer's.
     asyncio.run(sync_speculator(rollout, dict(new.named_parameters())))
-    assert asyncio.run(collect_accounts(rollout)) == [{"version": 40, "rounds": 0, "drafted": 0, "accepted": 0}]
+    assert asyncio.run(collect_acceptance_stats(rollout)) == [{"version": 40, "rounds": 0, "drafted": 0, "accepted": 0}]
 
 
 @pytest.mark.filterwarnings("ignore")
