@@ -37,7 +37,7 @@ from verl_speculator.evaluation.report import ResultsLog, write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.process import progress_bar, spread
+from verl_speculator.utils.process import evenly_spaced, progress_bar
 
 LOGS = "journals"
 MEBIBYTE = 1024 * 1024
@@ -412,7 +412,7 @@ class Evaluator:
         self, path: Path, prompts: Sequence[Prompt], rows: Sequence[MethodRow], progress: Progress
     ) -> None:
         """Run every method on the prompts of one file that its log does not have yet."""
-        scope = spread(len(prompts), self.settings.num_prompts)
+        scope = evenly_spaced(len(prompts), self.settings.num_prompts)
         logs = {
             row: self._open_log("behaviour", row.speculator, row.columns, row.identity, path, scope) for row in rows
         }
@@ -488,7 +488,7 @@ class Evaluator:
 
     def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
         """Measure every checkpoint on the texts of one file that its log does not have yet."""
-        scope = spread(len(texts), self.settings.num_texts)
+        scope = evenly_spaced(len(texts), self.settings.num_texts)
         logs, temperatures = {}, {}
         for name, info in self.infos.items():
             trained_at = info.provenance.get("training", {}).get("kl_temperature", 1.0)

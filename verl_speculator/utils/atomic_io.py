@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -140,38 +141,33 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: if the file is missing, truncated, or holds anything but tensors.
     """
+    from safetensors import SafetensorError
+
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if tensors is None:
-        raise UserError(f"{path}: truncated, or not a file of tensors")
-    return tensors
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError):
+        raise UserError(f"{path}: truncated, or not a file of tensors") from None
 
 
-def _read_torch(path: Path) -> dict[str, torch.Tensor] | None:
-    import pickle
-
+def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        return None
-    if not isinstance(content, Mapping):
-        return None
-    by_name = all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
-    return dict(content) if by_name else None
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise ValueError
+    return dict(content)
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor] | None:
-    from safetensors import SafetensorError, safe_open
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            ties = {name: first for name, first in (file.metadata() or {}).items() if first in tensors}
-    except SafetensorError:
-        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        ties = {name: first for name, first in (file.metadata() or {}).items() if first in tensors}
     return tensors | {name: tensors[first] for name, first in ties.items()}
 
 

@@ -30,7 +30,7 @@ from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod,
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.losses import DraftLoss
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.process import spread
+from verl_speculator.utils.process import evenly_spaced
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 
@@ -203,9 +203,9 @@ def test_a_journal_goes_on_behind_half_a_line(tmp_path):
 
 
 def test_prompts_are_chosen_at_even_distances():
-    assert spread(10, 0) == list(range(10)) == spread(10, 12)
-    assert spread(10, 3) == [0, 3, 6]
-    assert spread(480, 240) == list(range(0, 480, 2))
+    assert evenly_spaced(10, 0) == list(range(10)) == evenly_spaced(10, 12)
+    assert evenly_spaced(10, 3) == [0, 3, 6]
+    assert evenly_spaced(480, 240) == list(range(0, 480, 2))
 
 
 # Whole evaluations.
