@@ -45,16 +45,11 @@ class RunConfig:
 
 def common_overrides() -> str:
     """The overrides that most runs need and those of the speculator, for a usage text."""
-    lines = (
-        textwrap.fill(
-            f"{name + '=' + as_written(default):<23} {summarise_setting(name)}",
-            width=120,
-            initial_indent="  ",
-            subsequent_indent=" " * 26,
-        )
+    wrapper = textwrap.TextWrapper(120, initial_indent="  ", subsequent_indent=" " * 26)
+    settings = "\n".join(
+        wrapper.fill(f"{name + '=' + as_written(default):<23} {summarise_setting(name)}")
         for name, default in known_settings().items()
     )
-    settings = "\n".join(lines)
     return f"""Common overrides (all of verl's, and those of docs/configuration.md):
   model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
   data.train_files=train.parquet data.val_files=test.parquet
@@ -113,7 +108,7 @@ def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration tree with overrides in Hydra's syntax; nothing is resolved yet.
+    """The unresolved configuration tree with overrides in Hydra's syntax.
 
     Raises:
         UserError: for an override that Hydra refuses, with the nearest key.
@@ -160,9 +155,15 @@ def resolve(config: DictConfig) -> RunConfig:
         if speculator.training.train is False:
             raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
         config.model.speculator = speculator.to_dict()
-        _resolve_base(config)
+        _resolve_base(config.model)
         _resolve_device_and_types(config)
-        _resolve_warmup(config)
+        # 0 turns the warm-up off and null leaves it to the ratio; verl reads 0 as the latter and fails on null.
+        steps = config.optim.lr_warmup_steps
+        is_off = type(steps) is int and steps == 0
+        if is_off:
+            config.optim.lr_warmup_steps_ratio = 0.0
+        if is_off or steps is None:
+            config.optim.lr_warmup_steps = -1
         _resolve_attention(config)
         for name in ("project_name", "experiment_name"):  # Hydra reads experiment_name=3 as a number
             if type(config.trainer[name]) in (int, float):
@@ -172,13 +173,11 @@ def resolve(config: DictConfig) -> RunConfig:
     return RunConfig(config, speculator)
 
 
-def _resolve_base(config: DictConfig) -> None:
+def _resolve_base(model: DictConfig) -> None:
     """`model.partial_pretrain` and `model.path` name the same thing."""
-    model = config.model
     if model.partial_pretrain not in (model.path, "Qwen/Qwen2.5-0.5B-Instruct"):
-        raise UserError(
-            f"model.path={model.path} and model.partial_pretrain={model.partial_pretrain} name the same thing: set one"
-        )
+        names = f"model.path={model.path} and model.partial_pretrain={model.partial_pretrain}"
+        raise UserError(f"{names} name the same thing: set one")
     if not isinstance(model.path, str) or not model.path:
         raise UserError(f"model.partial_pretrain={model.path}: expected a directory or a hub name")
     path = expanduser(model.path)
@@ -204,16 +203,6 @@ def compute_dtype(config: DictConfig) -> str:
     """The type in which the base model computes, `engine.mixed_precision.param_dtype`."""
     precision = config.engine.mixed_precision
     return "bf16" if precision is None else precision.get("param_dtype", "bf16")
-
-
-def _resolve_warmup(config: DictConfig) -> None:
-    """0 switches the warm-up off and null leaves it to the ratio; verl reads 0 as the latter and fails on null."""
-    steps = config.optim.lr_warmup_steps
-    is_off = type(steps) is int and steps == 0
-    if is_off:
-        config.optim.lr_warmup_steps_ratio = 0.0
-    if is_off or steps is None:
-        config.optim.lr_warmup_steps = -1
 
 
 def _resolve_attention(config: DictConfig) -> None:

@@ -70,10 +70,8 @@ class Objective:
         if depth_weights is not None:
             is_list = isinstance(depth_weights, Sequence) and not isinstance(depth_weights, str)
             if not is_list or not all(_is_number(w) and w >= 0 for w in depth_weights) or not any(depth_weights):
-                raise UserError(
-                    f"{prefix}depth_weights={depth_weights}: expected numbers ≥ 0, one of them above, or "
-                    + " or ".join(PAIR_WEIGHTS)
-                )
+                expected = f"numbers ≥ 0, one of them above, or {' or '.join(PAIR_WEIGHTS)}"
+                raise UserError(f"{prefix}depth_weights={depth_weights}: expected {expected}")
             depth_weights = tuple(map(float, depth_weights))
         return cls(weights, kl_temperature, lk_eta, depth_weights)
 
@@ -104,9 +102,8 @@ class Objective:
         if self.depth_weights is None:
             return (1.0,) * count
         if len(self.depth_weights) != count:
-            raise UserError(
-                f"{prefix}depth_weights={list(self.depth_weights)}: expected {count} numbers, one for each depth"
-            )
+            expected = f"expected {count} numbers, one for each depth"
+            raise UserError(f"{prefix}depth_weights={list(self.depth_weights)}: {expected}")
         return self.depth_weights
 
 
@@ -116,9 +113,8 @@ def _parse_weights(loss: Any, prefix: str) -> tuple[tuple[str, float], ...]:
         raise UserError(f"{prefix}loss={loss}: expected {LOSS_FORMS}")
     for name, weight in weights.items():
         if name not in LOSSES:
-            raise UserError(
-                f"{prefix}loss={loss}: {name} is no loss{nearest(str(name), LOSSES)}; expected {LOSS_FORMS}"
-            )
+            hint = nearest(str(name), LOSSES)
+            raise UserError(f"{prefix}loss={loss}: {name} is no loss{hint}; expected {LOSS_FORMS}")
         if not _is_number(weight) or weight < 0:
             raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")
     if not any(weights.values()):

@@ -80,11 +80,6 @@ class Trial:
     measurements: tuple[Measurement, ...]
     measured: Record
 
-    @property
-    def run_directory(self) -> Path:
-        """The launcher's save path."""
-        return self.directory / "run"
-
     def training(self) -> Record:
         """Status and figures of its training; empty before."""
         return read_record(self.directory / TRAINING)
@@ -105,22 +100,20 @@ class Trial:
         """Why it failed, empty if it did not."""
         return self.training().get("reason") or self.evaluation().get("reason") or ""
 
-    def write_training(self, record: Record) -> None:
-        """Record the outcome of the training."""
-        write_record(self.directory / TRAINING, record)
+    def write_outcome(self, record: Record) -> None:
+        """Record the outcome of the training, or of the evaluation where the training is done."""
+        if self.training().get("status") == DONE:
+            write_record(self.directory / EVALUATION, record | {"measured": self.measured})
+        else:
+            write_record(self.directory / TRAINING, record)
 
-    def write_evaluation(self, record: Record) -> None:
-        """Record the outcome of the evaluation."""
-        write_record(self.directory / EVALUATION, record | {"measured": self.measured})
-
-    def write_failure(self, reason: str) -> None:
-        """Record a failure outside of training and evaluation."""
-        write = self.write_evaluation if self.training().get("status") == DONE else self.write_training
-        write({"status": FAILED, "reason": reason})
+    def write_failure(self, error: str) -> None:
+        """Record an error outside of training and evaluation."""
+        self.write_outcome({"status": FAILED, "reason": " ".join(error.split())[:300]})
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """A short name of a value that JSON can hold."""
+    """A short hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -153,25 +146,26 @@ def run_trial(trial: Trial) -> None:
     write_record(trial.directory / POINT, {"label": trial.label, "settings": trial.values, "identity": trial.identity})
     try:
         if trial.training().get("status") != DONE:
-            trial.write_training(_train(trial))
+            trial.write_outcome(_train(trial))
         if trial.training()["status"] == DONE and trial.evaluation().get("status") != DONE:
-            trial.write_evaluation(_evaluate(trial))
+            trial.write_outcome(_evaluate(trial))
     except Exception as error:  # such as a full disk; the other trials go on
-        trial.write_failure(f"{type(error).__name__}: {_one_line(str(error))}")
+        trial.write_failure(f"{type(error).__name__}: {error}")
 
 
 def _train(trial: Trial) -> Record:
     """Outcome of a training. A killed one goes on from its last checkpoint, a diverged one begins anew."""
+    run_directory = trial.directory / "run"  # the launcher's save path
     if trial.training().get("status") == DIVERGED:
-        if trial.run_directory.exists():
-            remove_directory(trial.run_directory)
+        if run_directory.exists():
+            remove_directory(run_directory)
         for path in trial.directory.glob(METRICS):
             path.unlink()
     log = trial.directory / TRAINING_LOG
     # A file for each attempt: verl's logger empties the file that it opens.
     attempt = len(list(trial.directory.glob(METRICS))) + 1
     metrics_file = trial.directory / METRICS.replace("*", f"{attempt:03d}")
-    command = ("verl_speculator.preflight.launch", str(trial.processes), str(trial.run_directory), *trial.overrides)
+    command = ("verl_speculator.preflight.launch", str(trial.processes), str(run_directory), *trial.overrides)
     environment = _environment() | {"VERL_FILE_LOGGER_PATH": str(metrics_file)}
     failure = run_subprocess((sys.executable, "-m", *command), log, environment, lambda: has_diverged(metrics_file))
     metrics = read_metrics(trial.directory)
@@ -188,7 +182,7 @@ def _train(trial: Trial) -> Record:
         return failure | figures
     from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 
-    info = read_checkpoint_info(trial.run_directory)
+    info = read_checkpoint_info(run_directory)
     parameters = sum(tensor.numel() for tensor in read_weights(info).values())
     return {"status": DONE, "checkpoint": str(info.directory), "parameters": parameters} | figures
 
@@ -300,25 +294,19 @@ USER_ERROR = re.compile(r"^error: (.*)$")
 
 
 def failure_of(code: int, log: Path, start: int = 0) -> Record:
-    """Status and reason in one line.
-
-    Args:
-        code: exit code of the command, negative for a signal.
-        log: its output.
-        start: offset in the log at which the output begins.
-    """
+    """Status and reason in one line, from an exit code (negative for a signal) and the log from byte `start` on."""
     text = _tail(log, start)
     lines = [line.strip() for line in text.splitlines()]
     raised, user_errors = ([m[1] for line in lines if (m := form.match(line))] for form in (RAISED, USER_ERROR))
     if memory := [line for line in raised if MEMORY.search(line)]:
-        return {"status": OUT_OF_MEMORY, "reason": _one_line(memory[0])}
+        return {"status": OUT_OF_MEMORY, "reason": " ".join(memory[0].split())[:300]}
     if user_errors or raised:
         reason = (user_errors or raised)[-1]
     elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "Signal 9 (SIGKILL)" in text:
         reason = "killed by SIGKILL, which is what the system does when memory runs out"
     else:
         reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return {"status": FAILED, "reason": _one_line(reason)}
+    return {"status": FAILED, "reason": " ".join(reason.split())[:300]}
 
 
 def _tail(file: Path, start: int = 0) -> str:
@@ -327,16 +315,10 @@ def _tail(file: Path, start: int = 0) -> str:
         return content.read().decode(errors="replace").replace("\r", "\n")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
 def read_metrics(directory: Path) -> dict[int, Record]:
-    """Metrics by step, over all attempts; a step that was repeated counts as it was done last."""
-    metrics: dict[int, Record] = {}
-    for path in sorted(directory.glob(METRICS)):
-        metrics |= _parse_metrics(path.read_text())
-    return dict(sorted(metrics.items()))
+    """Metrics by step, over all attempts; of a repeated step those of the last attempt."""
+    lines = "\n".join(path.read_text() for path in sorted(directory.glob(METRICS)))
+    return dict(sorted(_parse_metrics(lines).items()))
 
 
 def _parse_metrics(text: str) -> dict[int, Record]:
