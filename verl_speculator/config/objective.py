@@ -50,15 +50,11 @@ class Objective:
     ) -> Objective:
         """Make an objective from values as they are written in a configuration.
 
-        Args:
-            loss: a name such as "kl", or weights by name such as {"ce": 0.1, "kl": 1.0}.
-            kl_temperature: T of `kl`.
-            lk_eta: η of `lk`; None is `LK_ETA`.
-            depth_weights: a number for each depth, or one of `PAIR_WEIGHTS`.
-            prefix: precedes the names of settings in errors.
+        `loss` is a name such as "kl", or weights by name such as {"ce": 0.1, "kl": 1.0}; `lk_eta=None` is `LK_ETA`;
+        `depth_weights` is a number for each depth, or one of `PAIR_WEIGHTS`.
 
         Raises:
-            UserError: naming the setting.
+            UserError: naming the setting, after `prefix`.
         """
         lk_eta = LK_ETA if lk_eta is None else lk_eta
         for name, value in (("kl_temperature", kl_temperature), ("lk_eta", lk_eta)):

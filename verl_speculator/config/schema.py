@@ -64,12 +64,9 @@ def as_written(value: Any) -> str:
 
 
 def check_value(setting: str, value: Any, annotation: Any) -> None:
-    """Check a value against a type with pydantic, without converting it.
+    """Check a plain value, not a node of OmegaConf, against a type with pydantic, without converting it.
 
-    Args:
-        setting: the full name.
-        value: a plain value, not a node of OmegaConf.
-        annotation: `Annotated[…, pydantic.Field(…)]`, `Literal`, `bool`, None, or a union of these.
+    The type is `Annotated[…, pydantic.Field(…)]`, `Literal`, `bool`, None, or a union of these.
 
     Raises:
         UserError: naming the setting, the value received, the values accepted, and the nearest name.

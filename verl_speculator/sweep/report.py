@@ -196,7 +196,7 @@ def plot_sweep(directory: Path) -> list[Path]:
     """Draw every plot for which the table has data; none where no point is done.
 
     Returns:
-        The files written, `plots/<name>.png` and `plots/<name>.pdf` for each plot.
+        `plots/<name>.png` and `plots/<name>.pdf` for each plot.
 
     Raises:
         UserError: if the table has other columns, or the directory cannot be written.
@@ -218,12 +218,12 @@ def plot_sweep(directory: Path) -> list[Path]:
 def axis_figures(table: ResultsTable) -> Iterator[tuple[str, Figure]]:
     """Name and figure of each numeric axis against quality, acceptance, and the histogram of accepted lengths."""
     for name in filter(lambda name: _is_numeric(table, name), table.axes):
-        short = short_names(table.axes)[name].replace(".", "_")
         figures = {
             "quality": metrics_along_axis(table, name, QUALITY, "text"),
             "acceptance": metrics_along_axis(table, name, ACCEPTANCE, "prompts"),
             "histogram": histograms_along_axis(table, name),
         }
+        short = short_names(table.axes)[name].replace(".", "_")
         yield from ((f"{short}_{kind}", figure) for kind, figure in figures.items() if figure is not None)
 
 
@@ -248,11 +248,7 @@ def _lines(table: ResultsTable, name: str) -> dict[str, list[dict[str, str]]]:
 def metrics_along_axis(table: ResultsTable, name: str, metrics: Sequence[str], file_column: str) -> Figure | None:
     """A panel for each metric and prompt set or text, with a line for each combination of the other axes' values.
 
-    Args:
-        table: of the sweep.
-        name: of the axis.
-        metrics: columns of the table.
-        file_column: names the first prompt set or text, whose columns have no suffix.
+    `file_column` names the first prompt set or text, whose columns have no suffix.
     """
     metrics = [metric for metric in metrics if any(math.isfinite(number(row, metric)) for row in table.rows)]
     if not metrics:

@@ -178,12 +178,7 @@ class LocalExecutor:
 
 
 class RayExecutor:
-    """Runs as many trials at a time as fit into Ray's cluster; all its machines must see the output directory.
-
-    Args:
-        ray: the module, with a cluster.
-        settings: give the processes of a trial and their device.
-    """
+    """Runs as many trials at a time as fit into Ray's cluster; all its machines must see the output directory."""
 
     def __init__(self, ray: Any, settings: SweepSettings) -> None:
         self.ray = ray
@@ -249,11 +244,7 @@ def plan(settings: SweepSettings) -> list[Trial]:
 
 
 def sweep(settings: SweepSettings, log: Callable[[str], None]) -> list[Row]:
-    """Train and evaluate every point that is not done yet.
-
-    Args:
-        settings: of the sweep.
-        log: gets a line for each trial that starts or ends.
+    """Train and evaluate every point that is not done yet; `log` gets a line for each trial that starts or ends.
 
     Returns:
         The rows of `results.csv`, which is written anew after each trial.

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from verl_speculator.config.schema import DIM_KEYS, PREFIX, check_value, known_settings
 from verl_speculator.evaluation.settings import EvaluationSettings
@@ -193,10 +193,10 @@ def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> Non
             raise UserError(f"{where}: {name} is not a key{nearest(str(name), known)}; known: {', '.join(known)}")
 
 
-def _check_distinct(values: Sequence[str], where: str) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise UserError(f"{where}: {value} stands there twice")
+def _check_distinct(values: list[str], where: str) -> list[str]:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise UserError(f"{where}: {repeated[0]} stands there twice")
+    return values
 
 
 def _pairs(option: str, texts: Iterable[str]) -> Iterable[tuple[str, str]]:
@@ -225,11 +225,7 @@ def unquoted(value: str) -> str:
 
 
 def setting_name(name: str, where: str) -> str:
-    """The full name of a setting, given by this or by its short name.
-
-    Raises:
-        UserError: for a name that no setting can have, or that the sweep reserves.
-    """
+    """The full name of a setting from its full or short name; a UserError if the sweep sets it or none has it."""
     full_name = SHORT_NAMES.get(name, name)
     bare = full_name.lstrip("+")
     if bare in RESERVED:
@@ -259,8 +255,7 @@ def _axis(raw: Any, where: str) -> list[str]:
 def _axis_values(values: list[str], where: str) -> list[str]:
     if not values:
         raise UserError(f"{where}: an empty axis, expected at least one value")
-    _check_distinct(values, where)
-    return values
+    return _check_distinct(values, where)
 
 
 def split_list(name: str, text: str, where: str) -> list[str]:
@@ -321,8 +316,7 @@ def _evaluation(raw: Any, where: str) -> dict[str, Any]:
     return options
 
 
-@dataclass(frozen=True)
-class Refinement:
+class Refinement(NamedTuple):
     """An axis whose `coarse` values are trained first, and then those of `all`."""
 
     axis: str

@@ -41,44 +41,26 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One call of `verl-speculator evaluate`.
+    """One call of `verl-speculator evaluate`."""
 
-    Attributes:
-        directory: of its results.
-        arguments: of the command, without the checkpoint.
-        prompt_sets: names of the prompt sets that are reported, by file.
-        text: name of the text that is reported, None for none.
-    """
-
-    directory: Path
-    arguments: tuple[str, ...]
-    prompt_sets: dict[str, str]
-    text: str | None
+    directory: Path  # of its results
+    arguments: tuple[str, ...]  # of the command, without the checkpoint
+    prompt_sets: dict[str, str]  # names of the reported prompt sets, by file
+    text: str | None  # name of the reported text
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a sweep, with its state on the disk.
+    """One point of a sweep, with its state on the disk."""
 
-    Attributes:
-        label: name in tables and messages.
-        values: the point's settings.
-        overrides: all settings of its training.
-        identity: what a finished training must share to be this one.
-        directory: of all its files.
-        processes: of its training.
-        measurements: the first one's figures have no suffix.
-        measured: what a finished evaluation must share to be this one.
-    """
-
-    label: str
-    values: Values
-    overrides: tuple[str, ...]
-    identity: Record
-    directory: Path
-    processes: int
-    measurements: tuple[Measurement, ...]
-    measured: Record
+    label: str  # in tables and messages
+    values: Values  # the point's settings
+    overrides: tuple[str, ...]  # all settings of its training
+    identity: Record  # equal for a finished training that need not be repeated
+    directory: Path  # of all its files
+    processes: int  # of its training
+    measurements: tuple[Measurement, ...]  # the first one's figures have no suffix
+    measured: Record  # equal for a finished evaluation that need not be repeated
 
     def training(self) -> Record:
         """Status and figures of its training; empty before."""
@@ -109,7 +91,12 @@ class Trial:
 
     def write_failure(self, error: str) -> None:
         """Record an error outside of training and evaluation."""
-        self.write_outcome({"status": FAILED, "reason": " ".join(error.split())[:300]})
+        self.write_outcome(failure(FAILED, error))
+
+
+def failure(status: str, reason: str) -> Record:
+    """The record of a failure, with the reason in one line."""
+    return {"status": status, "reason": " ".join(reason.split())[:300]}
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -167,7 +154,7 @@ def _train(trial: Trial) -> Record:
     metrics_file = trial.directory / METRICS.replace("*", f"{attempt:03d}")
     command = ("verl_speculator.preflight.launch", str(trial.processes), str(run_directory), *trial.overrides)
     environment = _environment() | {"VERL_FILE_LOGGER_PATH": str(metrics_file)}
-    failure = run_subprocess((sys.executable, "-m", *command), log, environment, lambda: has_diverged(metrics_file))
+    stopped = run_subprocess((sys.executable, "-m", *command), log, environment, lambda: has_diverged(metrics_file))
     metrics = read_metrics(trial.directory)
     last_step = max(metrics, default=0)
     figures = {
@@ -178,8 +165,8 @@ def _train(trial: Trial) -> Record:
     }
     if reason := divergence(metrics):
         return {"status": DIVERGED, "reason": reason} | figures
-    if failure:
-        return failure | figures
+    if stopped:
+        return stopped | figures
     from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 
     info = read_checkpoint_info(run_directory)
@@ -194,14 +181,16 @@ def _evaluate(trial: Trial) -> Record:
     for measurement in trial.measurements:
         output = ("--speculator", checkpoint, "--out", str(measurement.directory))
         command = (sys.executable, "-m", "verl_speculator", "evaluate", *measurement.arguments, *output)
-        if failure := run_subprocess(command, log, _environment()):
-            return failure | {"reason": f"evaluation: {failure['reason']}", "log": str(log)}
+        if stopped := run_subprocess(command, log, _environment()):
+            return stopped | {"reason": f"evaluation: {stopped['reason']}", "log": str(log)}
         with (measurement.directory / "results.csv").open(newline="") as file:
-            own_rows = [row for row in csv.DictReader(file) if row["speculator"] == checkpoint]
-        if not own_rows:
+            # The first row of each prompt set.
+            rows: dict[str, Record] = {}
+            for row in csv.DictReader(file):
+                if row["speculator"] == checkpoint:
+                    rows.setdefault(row["prompts"], row)
+        if not rows:
             return {"status": FAILED, "reason": "evaluation: no prompt fits the base", "log": str(log)}
-        # The first row of each prompt set: the last one that is written to the mapping.
-        rows = {row["prompts"]: row for row in reversed(own_rows)}
         prompt_sets = list(measurement.prompt_sets.items())
         if measurement is trial.measurements[0]:
             figures |= rows.get(prompt_sets[0][0], {})
@@ -232,8 +221,7 @@ def run_subprocess(
 ) -> Record:
     """Run a command until it ends or should stop, and end all its descendants; its output is appended to a log.
 
-    Returns:
-        Status and reason of a failure; empty for exit code 0.
+    Returns status and reason of a failure; empty for exit code 0.
     """
     # Ends the command when this process is gone.
     parent_death = (sys.executable, "-m", "verl_speculator.utils.process", str(os.getpid()))
@@ -299,14 +287,14 @@ def failure_of(code: int, log: Path, start: int = 0) -> Record:
     lines = [line.strip() for line in text.splitlines()]
     raised, user_errors = ([m[1] for line in lines if (m := form.match(line))] for form in (RAISED, USER_ERROR))
     if memory := [line for line in raised if MEMORY.search(line)]:
-        return {"status": OUT_OF_MEMORY, "reason": " ".join(memory[0].split())[:300]}
+        return failure(OUT_OF_MEMORY, memory[0])
     if user_errors or raised:
         reason = (user_errors or raised)[-1]
     elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "Signal 9 (SIGKILL)" in text:
         reason = "killed by SIGKILL, which is what the system does when memory runs out"
     else:
         reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return {"status": FAILED, "reason": " ".join(reason.split())[:300]}
+    return failure(FAILED, reason)
 
 
 def _tail(file: Path, start: int = 0) -> str:
