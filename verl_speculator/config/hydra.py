@@ -32,15 +32,10 @@ _OVERRIDE = re.compile(r"^(?P<sign>[+~]{0,2})(?P<key>[^=@:]+)=(?P<value>.*)$", r
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of a training run.
+    """The settings of a training run."""
 
-    Attributes:
-        tree: verl's configuration, resolved; `model.speculator` holds the values of `speculator`.
-        speculator: the `model.speculator.*` settings, parsed.
-    """
-
-    tree: DictConfig
-    speculator: SpeculatorSettings
+    tree: DictConfig  # verl's configuration, resolved; `model.speculator` holds the values of `speculator`
+    speculator: SpeculatorSettings  # the `model.speculator.*` settings, parsed
 
 
 def common_overrides() -> str:

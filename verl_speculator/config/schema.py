@@ -335,8 +335,8 @@ def check_setting_names(names: Iterable[str]) -> None:
     known = known_settings()
     for name in names:
         if name not in known:
-            names = ", ".join(PREFIX + setting for setting in known)
-            raise UserError(f"{PREFIX}{name} is not a setting{nearest(name, known)}; known: {names}")
+            settings = ", ".join(PREFIX + setting for setting in known)
+            raise UserError(f"{PREFIX}{name} is not a setting{nearest(name, known)}; known: {settings}")
 
 
 def ignored_settings(values: Mapping[str, Any]) -> list[str]:

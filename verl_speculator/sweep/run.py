@@ -59,6 +59,7 @@ def check_sweep(settings: SweepSettings) -> list[Trial]:
         read_prompts(path)
     trials: dict[str, Trial] = {}
     checked_data: set[str] = set()
+    processes = {"processes": settings.nproc, "processes_per_node": settings.nproc}
     for label, values in zip(labels_of(settings.points), settings.points, strict=True):
         try:
             trial, run = _make_trial(settings, label, values)
@@ -68,7 +69,6 @@ def check_sweep(settings: SweepSettings) -> list[Trial]:
                 # Points with the same data settings read the same rows.
                 template = run.tree.model.custom_chat_template
                 data = digest({"data": OmegaConf.to_container(run.tree.data), "template": template})
-                processes = {"processes": settings.nproc, "processes_per_node": settings.nproc}
                 check_run(run, **processes, read_rows=data not in checked_data)
                 checked_data.add(data)
             with _named_option():
@@ -104,7 +104,7 @@ def _make_trial(settings: SweepSettings, label: str, values: Values) -> tuple[Tr
     # The sweep reads the metrics of verl's file logger.
     loggers = config.trainer.logger
     loggers = [loggers] if isinstance(loggers, str) else list(loggers or [])
-    lines.append(f"trainer.logger={hydra_value([*loggers, *({'file'} - set(loggers))])}")
+    lines.append(f"trainer.logger={hydra_value(list(dict.fromkeys([*loggers, 'file'])))}")
     identity = _identity(config)
     directory = trial_directory(settings.out, label, identity)
     config.trainer.default_local_dir = str(directory / "run")
@@ -149,15 +149,12 @@ def _measurements(settings: SweepSettings, directory: Path, measured: Mapping[st
     fixed = {name: value for name, value in settings.evaluation.items() if name not in ("num_prompts", "num_texts")}
     place = directory / "evaluation" / digest(dict(measured) | {"options": fixed})
     few = ("--num-prompts", "1", "--max-new-tokens", "2", "--warmup-steps", "0", "--num-trials", "1")
-    (first, path), *others = settings.texts.items() or [(None, None)]
-    text = ("--text", str(path)) if path else ()
-    return (
-        Measurement(place / "main", (*options, *prompts, *text), prompt_sets, first),
-        *(
-            Measurement(place / f"text_{name}", (*options, *prompts[:2], *few, "--text", str(path)), {}, name)
-            for name, path in others
-        ),
-    )
+    texts = [(name, ("--text", str(path))) for name, path in settings.texts.items()] or [(None, ())]
+    first, text = texts[0]
+    measurements = [Measurement(place / "main", (*options, *prompts, *text), prompt_sets, first)]
+    for name, text in texts[1:]:
+        measurements.append(Measurement(place / f"text_{name}", (*options, *prompts[:2], *few, *text), {}, name))
+    return tuple(measurements)
 
 
 class LocalExecutor:

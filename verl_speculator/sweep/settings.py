@@ -79,31 +79,18 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything that decides which points there are and what is measured of them.
+    """Everything that decides which points there are and what is measured of them."""
 
-    Attributes:
-        base: directory or hub name of the base model.
-        train_files: parquet files; empty where the points name their own.
-        prompts: prompt files by name; in the results the first one's columns have no suffix.
-        texts: held-out text by name, likewise; empty to measure no quality.
-        out: directory of the results.
-        settings: of the launcher, the same for every point.
-        points: of the launcher, by point.
-        evaluation: options of the evaluation.
-        nproc: processes of each training.
-        executor: one of EXECUTORS.
-    """
-
-    base: str
-    train_files: tuple[str, ...]
-    prompts: dict[str, Path]
-    texts: dict[str, Path]
-    out: Path
-    settings: Values
-    points: tuple[Values, ...]
-    evaluation: dict[str, Any]
-    nproc: int = 1
-    executor: str = "local"
+    base: str  # directory or hub name of the base model
+    train_files: tuple[str, ...]  # parquet files; empty where the points name their own
+    prompts: dict[str, Path]  # prompt files by name; in the results the first one's columns have no suffix
+    texts: dict[str, Path]  # held-out text by name, likewise; empty to measure no quality
+    out: Path  # directory of the results
+    settings: Values  # of the launcher, the same for every point
+    points: tuple[Values, ...]  # settings of the launcher by point
+    evaluation: dict[str, Any]  # options of the evaluation
+    nproc: int = 1  # processes of each training
+    executor: str = "local"  # one of EXECUTORS
 
     def evaluation_settings(self) -> EvaluationSettings:
         """The evaluation of any point, without its checkpoint."""
@@ -259,11 +246,7 @@ def _axis_values(values: list[str], where: str) -> list[str]:
 
 
 def split_list(name: str, text: str, where: str) -> list[str]:
-    """The values of an axis on the command line: Hydra's `a,b,c` or `range(0,16)`.
-
-    Raises:
-        UserError: for a text that Hydra cannot parse.
-    """
+    """The values of an axis on the command line, Hydra's `a,b,c` or `range(0,16)`; a UserError if it refuses them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
