@@ -25,7 +25,7 @@ from verl_speculator.decoding.sampling_policy import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
 from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod
-from verl_speculator.utils.process import restart_with_allocator, spread
+from verl_speculator.utils.process import evenly_spaced, restart_with_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> None:
         "prompt_lookup": HuggingFaceMethod(base, policy, length, ends),
     } | {name: SpeculativeMethod(base, s, policy, None, ends) for name, s in speculators.items()}
     prompts = read_prompts(args.file)
-    chosen = [prompt_ids(prompts[i], tokenizer) for i in spread(len(prompts), args.prompts)]
+    chosen = [prompt_ids(prompts[i], tokenizer) for i in evenly_spaced(len(prompts), args.prompts)]
     chosen = [ids for ids in chosen if len(ids) + args.max_new_tokens <= position_limit(base)]
     for contender in contenders.values():
         contender.generate(chosen[0], max_new_tokens=32, seed=0)

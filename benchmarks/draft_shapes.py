@@ -30,7 +30,7 @@ from verl_speculator.decoding.tree import most_frequent
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
 from verl_speculator.evaluation.run import SpeculativeMethod
 from verl_speculator.evaluation.tree_search import sample_ranks
-from verl_speculator.utils.process import restart_with_allocator, spread
+from verl_speculator.utils.process import evenly_spaced, restart_with_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> None:
         contenders[f"tree of {size}"] = SpeculativeMethod(base, speculator, policy, None, ends, tree)
         expected[f"tree of {size}"] = sample.tau(tree)
     prompts = read_prompts(args.file)
-    chosen = [prompt_ids(prompts[i], tokenizer) for i in spread(len(prompts), args.prompts)]
+    chosen = [prompt_ids(prompts[i], tokenizer) for i in evenly_spaced(len(prompts), args.prompts)]
     chosen = [ids for ids in chosen if len(ids) + args.max_new_tokens <= position_limit(base)]
     for contender in contenders.values():
         contender.generate(chosen[0], max_new_tokens=32, seed=0)

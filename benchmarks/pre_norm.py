@@ -25,7 +25,7 @@ from verl_speculator.decoding.target import Target
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
 from verl_speculator.models.layers import copy_norm, start_from_base
 from verl_speculator.models.medusa import Medusa
-from verl_speculator.utils.process import spread
+from verl_speculator.utils.process import evenly_spaced
 
 
 class WithoutNorm(Medusa):
@@ -55,7 +55,7 @@ def main() -> None:
     base = load_base(args.base, device="cpu", dtype=torch.float32)
     tokenizer = load_tokenizer(args.base)
     prompts = read_prompts(args.prompts)
-    tokens = [prompt_ids(prompts[i], tokenizer, []) for i in spread(len(prompts), args.num_prompts)]
+    tokens = [prompt_ids(prompts[i], tokenizer, []) for i in evenly_spaced(len(prompts), args.num_prompts)]
 
     trained = load_speculator(args.speculator, base=args.base).requires_grad_(False)
     untrained = build_speculator(

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 HEADS = ("copy", "shared", "frozen_shared")
 HIDDEN_STATES = ("post_norm", "pre_norm")
 TRAINABLE = ("head", "head_and_block")
-
-
-def _no_serving_keys(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
 
 
 def _arctic_keys(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,55 +61,50 @@ class Family:
     target: str
     summary: str
     settings: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     single_widths: bool = False
     merges_widths: bool = False
-    requires: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    requires: Mapping[str, Any] = field(default_factory=dict)
     first_offset: int = 2
     single_depth: bool = False
-    serving_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_serving_keys
+    serving_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda content: {}
 
 
 _MLP_SETTINGS = ("inner_dim", "emb_dim", "proj_dim", "scale_input", "tie_weights")
-# η of the hybrid loss: 3 for speculators that read tokens, 10 for Medusa heads (arXiv 2602.23881).
-_MLP_DEFAULTS = MappingProxyType(
-    {"inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024, "init": "random", "lk_eta": 3.0}
-)
-
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        "sum_rnn": Family(
-            target="verl_speculator.models.sum_rnn:SumRNN",
-            summary="MLP speculator: one summed recurrent state (IBM, Snowflake)",
-            settings=_MLP_SETTINGS,
-            defaults=_MLP_DEFAULTS,
-            merges_widths=True,
-            serving_keys=_arctic_keys,
-        ),
-        "sum_lstm": Family(
-            target="verl_speculator.models.sum_lstm:SumLSTM",
-            summary="LSTM speculator: four summed gates and a cell (Snowflake Arctic)",
-            settings=(*_MLP_SETTINGS, "tie_lstm_embs"),
-            defaults=_MLP_DEFAULTS,
-            merges_widths=True,
-            requires=MappingProxyType({"tie_weights": True}),
-            serving_keys=_arctic_keys,
-        ),
-        "medusa": Family(
-            target="verl_speculator.models.medusa:Medusa",
-            summary="Medusa heads: one residual head for each draft token (Cai et al.)",
-            settings=("num_layers", "head", "hidden_state", "inner_dim"),
-            defaults=MappingProxyType({"inner_dim": None, "init": "base", "lk_eta": 10.0}),
-            single_widths=True,
-            serving_keys=_vllm_medusa_keys,
-        ),
-        "early_exit": Family(
-            target="verl_speculator.models.early_exit:EarlyExit",
-            summary="Early exit: the base model cut behind one of its decoder layers, with an LM head of its own",
-            settings=("exit_layer", "trainable"),
-            defaults=MappingProxyType({"init": "base", "lk_eta": 3.0}),
-            first_offset=1,
-            single_depth=True,
-        ),
-    }
-)
+_MLP = {
+    # η of the hybrid loss: 3 for speculators that read tokens, 10 for Medusa heads (arXiv 2602.23881).
+    "defaults": {"inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024, "init": "random", "lk_eta": 3.0},
+    "merges_widths": True,
+    "serving_keys": _arctic_keys,
+}
+FAMILIES: Mapping[str, Family] = {
+    "sum_rnn": Family(
+        target="verl_speculator.models.sum_rnn:SumRNN",
+        summary="MLP speculator: one summed recurrent state (IBM, Snowflake)",
+        settings=_MLP_SETTINGS,
+        **_MLP,
+    ),
+    "sum_lstm": Family(
+        target="verl_speculator.models.sum_lstm:SumLSTM",
+        summary="LSTM speculator: four summed gates and a cell (Snowflake Arctic)",
+        settings=(*_MLP_SETTINGS, "tie_lstm_embs"),
+        requires={"tie_weights": True},
+        **_MLP,
+    ),
+    "medusa": Family(
+        target="verl_speculator.models.medusa:Medusa",
+        summary="Medusa heads: one residual head for each draft token (Cai et al.)",
+        settings=("num_layers", "head", "hidden_state", "inner_dim"),
+        defaults={"inner_dim": None, "init": "base", "lk_eta": 10.0},
+        single_widths=True,
+        serving_keys=_vllm_medusa_keys,
+    ),
+    "early_exit": Family(
+        target="verl_speculator.models.early_exit:EarlyExit",
+        summary="Early exit: the base model cut behind one of its decoder layers, with an LM head of its own",
+        settings=("exit_layer", "trainable"),
+        defaults={"init": "base", "lk_eta": 3.0},
+        first_offset=1,
+        single_depth=True,
+    ),
+}

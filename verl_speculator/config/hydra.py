@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,19 @@ _OVERRIDE = re.compile(r"^(?P<sign>[+~]{0,2})(?P<key>[^=@:]+)=(?P<value>.*)$", r
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of a training run.
+    """The settings of a training run."""
 
-    Attributes:
-        tree: verl's configuration, resolved; `model.speculator` holds the values of `speculator`.
-        speculator: the `model.speculator.*` settings, parsed.
-    """
-
-    tree: DictConfig
-    speculator: SpeculatorSettings
+    tree: DictConfig  # verl's configuration, resolved; `model.speculator` holds the values of `speculator`
+    speculator: SpeculatorSettings  # the `model.speculator.*` settings, parsed
 
 
 def common_overrides() -> str:
     """The overrides that most runs need and those of the speculator, for a usage text."""
-    lines = (
-        textwrap.fill(
-            f"{name + '=' + as_written(default):<23} {summarise_setting(name)}",
-            width=120,
-            initial_indent="  ",
-            subsequent_indent=" " * 26,
-        )
+    wrapper = textwrap.TextWrapper(120, initial_indent="  ", subsequent_indent=" " * 26)
+    settings = "\n".join(
+        wrapper.fill(f"{name + '=' + as_written(default):<23} {summarise_setting(name)}")
         for name, default in known_settings().items()
     )
-    settings = "\n".join(lines)
     return f"""Common overrides (all of verl's, and those of docs/configuration.md):
   model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct   base model, a directory or a hub name
   data.train_files=train.parquet data.val_files=test.parquet
@@ -69,12 +60,10 @@ def quote_dims(override: str) -> str:
     match = _OVERRIDE.match(override)
     if not match or match["key"] not in {PREFIX + name for name in DIM_KEYS}:
         return override
-    value = match["value"].strip()
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        value = value[1:-1]
-    if re.fullmatch(r"[+-]?\d+|null", value):
-        return f"{match['sign']}{match['key']}={value}"
-    return f"{match['sign']}{match['key']}='{value.replace(chr(39), '')}'"
+    value = re.sub(r"""^(["'])(.*)\1$""", r"\2", match["value"].strip())
+    if not re.fullmatch(r"[+-]?\d+|null", value):
+        value = "'" + value.replace("'", "") + "'"
+    return f"{match['sign']}{match['key']}={value}"
 
 
 def _verl_config_directory() -> Path:
@@ -84,11 +73,12 @@ def _verl_config_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
-def _key_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def walk_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name and the value of each key of a tree, sections included."""
     for key, value in tree.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, dict):
-            yield from _key_names(value, f"{prefix}{key}.")
+            yield from walk_settings(value, f"{prefix}{key}.")
 
 
 def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig:
@@ -105,16 +95,15 @@ def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig
             return hydra_compose(name, overrides=[search, *overrides])
         except (HydraException, OmegaConfBaseException) as error:
             text = str(error).split("\n")[0].strip()
-            wrong = re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text)
-            if wrong:
-                known = list(_key_names(OmegaConf.to_container(hydra_compose(name, overrides=[search]))))
-                key = wrong[1]
+            if unknown := re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text):
+                known = dict(walk_settings(OmegaConf.to_container(hydra_compose(name, overrides=[search]))))
+                key = unknown[1]
                 text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
             raise UserError(text) from None
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration tree with overrides in Hydra's syntax; nothing is resolved yet.
+    """The unresolved configuration tree with overrides in Hydra's syntax.
 
     Raises:
         UserError: for an override that Hydra refuses, with the nearest key.
@@ -138,14 +127,10 @@ def flash_attention_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _expand_user(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
 def _as_files(value: Any) -> list[str]:
     """A setting of files, which is one path, a list of them or null, as a list of paths."""
-    values = list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
-    return [_expand_user(str(path)) for path in values if path is not None]
+    values = value if isinstance(value, (list, tuple, ListConfig)) else [value]
+    return [expanduser(str(path)) for path in values if path is not None]
 
 
 def resolve(config: DictConfig) -> RunConfig:
@@ -165,34 +150,36 @@ def resolve(config: DictConfig) -> RunConfig:
         if speculator.training.train is False:
             raise UserError(f"{PREFIX}train=false: SFT always trains the speculator; expected true or null")
         config.model.speculator = speculator.to_dict()
-        _resolve_base(config)
-        _resolve_device(config)
-        _resolve_types(config)
-        _resolve_warmup(config)
+        _resolve_base(config.model)
+        _resolve_device_and_types(config)
+        # 0 turns the warm-up off and null leaves it to the ratio; verl reads 0 as the latter and fails on null.
+        steps = config.optim.lr_warmup_steps
+        is_off = type(steps) is int and steps == 0
+        if is_off:
+            config.optim.lr_warmup_steps_ratio = 0.0
+        if is_off or steps is None:
+            config.optim.lr_warmup_steps = -1
+        _resolve_attention(config)
         for name in ("project_name", "experiment_name"):  # Hydra reads experiment_name=3 as a number
             if type(config.trainer[name]) in (int, float):
                 config.trainer[name] = str(config.trainer[name])
-        _resolve_attention(config)
-        config.data.train_files = _as_files(config.data.train_files)
-        config.data.val_files = _as_files(config.data.val_files)
+        for name in ("train_files", "val_files"):
+            config.data[name] = _as_files(config.data[name])
     return RunConfig(config, speculator)
 
 
-def _resolve_base(config: DictConfig) -> None:
+def _resolve_base(model: DictConfig) -> None:
     """`model.partial_pretrain` and `model.path` name the same thing."""
-    default = "Qwen/Qwen2.5-0.5B-Instruct"
-    model = config.model
-    if model.path != model.partial_pretrain and model.partial_pretrain != default:
-        raise UserError(
-            f"model.path={model.path} and model.partial_pretrain={model.partial_pretrain} name the same thing: set one"
-        )
+    if model.partial_pretrain not in (model.path, "Qwen/Qwen2.5-0.5B-Instruct"):
+        names = f"model.path={model.path} and model.partial_pretrain={model.partial_pretrain}"
+        raise UserError(f"{names} name the same thing: set one")
     if not isinstance(model.path, str) or not model.path:
         raise UserError(f"model.partial_pretrain={model.path}: expected a directory or a hub name")
-    path = _expand_user(model.path)
+    path = expanduser(model.path)
     model.path = model.partial_pretrain = path.rstrip("/") or path
 
 
-def _resolve_device(config: DictConfig) -> None:
+def _resolve_device_and_types(config: DictConfig) -> None:
     device = config.trainer.device
     if device == "auto":
         import torch
@@ -201,28 +188,16 @@ def _resolve_device(config: DictConfig) -> None:
         config.trainer.device = next(available, "cpu")
     elif device not in DEVICES:
         raise UserError(f"trainer.device={device}: expected auto, {', '.join(DEVICES)}")
-
-
-def compute_dtype(config: DictConfig) -> str:
-    """The type in which the base model computes, `engine.mixed_precision.param_dtype`."""
-    precision = config.engine.mixed_precision
-    return "bf16" if precision is None else precision.get("param_dtype", "bf16")
-
-
-def _resolve_types(config: DictConfig) -> None:
     if compute_dtype(config) == "auto":
         config.engine.mixed_precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
     if config.engine.model_dtype == "auto":
         config.engine.model_dtype = compute_dtype(config) if config.model.freeze_base_model else "fp32"
 
 
-def _resolve_warmup(config: DictConfig) -> None:
-    """0 switches the warm-up off and null leaves it to the ratio; verl reads 0 as the latter and fails on null."""
-    steps = config.optim.lr_warmup_steps
-    if type(steps) is int and steps == 0:
-        config.optim.lr_warmup_steps_ratio = 0.0
-    if steps is None or (type(steps) is int and steps == 0):
-        config.optim.lr_warmup_steps = -1
+def compute_dtype(config: DictConfig) -> str:
+    """The type in which the base model computes, `engine.mixed_precision.param_dtype`."""
+    precision = config.engine.mixed_precision
+    return "bf16" if precision is None else precision.get("param_dtype", "bf16")
 
 
 def _resolve_attention(config: DictConfig) -> None:
@@ -235,10 +210,8 @@ def _resolve_attention(config: DictConfig) -> None:
     if config.trainer.device == "cuda" and compute_dtype(config) not in ("fp32", "float32"):
         import torch
 
-        is_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (
-            8,
-            0,
-        )  # what flash-attn 2 needs
+        # flash-attn 2 needs compute capability 8.0.
+        is_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
         usable = flash_attention_installed() and is_ampere
     config.model.override_config["attn_implementation"] = "flash_attention_2" if usable else "sdpa"
 

@@ -50,15 +50,11 @@ class Objective:
     ) -> Objective:
         """Make an objective from values as they are written in a configuration.
 
-        Args:
-            loss: a name such as "kl", or weights by name such as {"ce": 0.1, "kl": 1.0}.
-            kl_temperature: T of `kl`.
-            lk_eta: η of `lk`; None is `LK_ETA`.
-            depth_weights: a number for each depth, or one of `PAIR_WEIGHTS`.
-            prefix: precedes the names of settings in errors.
+        `loss` is a name such as "kl", or weights by name such as {"ce": 0.1, "kl": 1.0}; `lk_eta=None` is `LK_ETA`;
+        `depth_weights` is a number for each depth, or one of `PAIR_WEIGHTS`.
 
         Raises:
-            UserError: naming the setting.
+            UserError: naming the setting, after `prefix`.
         """
         lk_eta = LK_ETA if lk_eta is None else lk_eta
         for name, value in (("kl_temperature", kl_temperature), ("lk_eta", lk_eta)):
@@ -70,10 +66,8 @@ class Objective:
         if depth_weights is not None:
             is_list = isinstance(depth_weights, Sequence) and not isinstance(depth_weights, str)
             if not is_list or not all(_is_number(w) and w >= 0 for w in depth_weights) or not any(depth_weights):
-                raise UserError(
-                    f"{prefix}depth_weights={depth_weights}: expected numbers ≥ 0, one of them above, or "
-                    + " or ".join(PAIR_WEIGHTS)
-                )
+                expected = f"numbers ≥ 0, one of them above, or {' or '.join(PAIR_WEIGHTS)}"
+                raise UserError(f"{prefix}depth_weights={depth_weights}: expected {expected}")
             depth_weights = tuple(map(float, depth_weights))
         return cls(weights, kl_temperature, lk_eta, depth_weights)
 
@@ -104,9 +98,8 @@ class Objective:
         if self.depth_weights is None:
             return (1.0,) * count
         if len(self.depth_weights) != count:
-            raise UserError(
-                f"{prefix}depth_weights={list(self.depth_weights)}: expected {count} numbers, one for each depth"
-            )
+            expected = f"expected {count} numbers, one for each depth"
+            raise UserError(f"{prefix}depth_weights={list(self.depth_weights)}: {expected}")
         return self.depth_weights
 
 
@@ -116,9 +109,8 @@ def _parse_weights(loss: Any, prefix: str) -> tuple[tuple[str, float], ...]:
         raise UserError(f"{prefix}loss={loss}: expected {LOSS_FORMS}")
     for name, weight in weights.items():
         if name not in LOSSES:
-            raise UserError(
-                f"{prefix}loss={loss}: {name} is no loss{nearest(str(name), LOSSES)}; expected {LOSS_FORMS}"
-            )
+            hint = nearest(str(name), LOSSES)
+            raise UserError(f"{prefix}loss={loss}: {name} is no loss{hint}; expected {LOSS_FORMS}")
         if not _is_number(weight) or weight < 0:
             raise UserError(f"{prefix}loss.{name}={weight}: expected a weight ≥ 0")
     if not any(weights.values()):

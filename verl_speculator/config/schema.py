@@ -32,21 +32,22 @@ Loss = Annotated[Any, pydantic.Field(description=LOSS_FORMS)]
 DepthWeights = Annotated[Any, pydantic.Field(description="a list of numbers, reach, gain")]
 
 
-def _describe_constrained(kind: type, info: Any) -> str:
-    """`Annotated[kind, pydantic.Field(…)]` in words."""
-    if info.description:
-        return info.description
-    words = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
-    bounds = [text.format(getattr(b, name)) for name, text in words.items() for b in info.metadata if hasattr(b, name)]
-    return " ".join(["an integer" if kind is int else "a number", *bounds])
+BOUNDS = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the only type."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def describe_values(annotation: Any) -> str:
     """The accepted values of an annotation in words, such as "an integer of at least 1, or null"."""
     ranges, constants = [], []
-    for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]:
+    for member in _members(annotation):
         if get_origin(member) is Annotated:
-            ranges.append(_describe_constrained(*get_args(member)))
+            kind, field = get_args(member)
+            bounds = [BOUNDS[n].format(getattr(b, n)) for n in BOUNDS for b in field.metadata if hasattr(b, n)]
+            ranges.append(field.description or " ".join(["an integer" if kind is int else "a number", *bounds]))
         else:
             constants += {bool: (True, False), NoneType: (None,)}.get(member) or get_args(member)  # or of a Literal
     names = list(map(as_written, constants))
@@ -62,19 +63,10 @@ def as_written(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
 
 
-def _text_choices(annotation: Any) -> list[str]:
-    if get_origin(annotation) is Literal:
-        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
-    return [choice for part in get_args(annotation) for choice in _text_choices(part)]
-
-
 def check_value(setting: str, value: Any, annotation: Any) -> None:
-    """Check a value against a type with pydantic, without converting it.
+    """Check a plain value, not a node of OmegaConf, against a type with pydantic, without converting it.
 
-    Args:
-        setting: the full name.
-        value: a plain value, not a node of OmegaConf.
-        annotation: `Annotated[…, pydantic.Field(…)]`, `Literal`, `bool`, None, or a union of these.
+    The type is `Annotated[…, pydantic.Field(…)]`, `Literal`, `bool`, None, or a union of these.
 
     Raises:
         UserError: naming the setting, the value received, the values accepted, and the nearest name.
@@ -82,23 +74,16 @@ def check_value(setting: str, value: Any, annotation: Any) -> None:
     try:
         pydantic.TypeAdapter(annotation).validate_python(value, strict=True)
     except pydantic.ValidationError as error:
-        word = str(error.errors()[0]["input"])
-        raise UserError(
-            f"{setting}={as_written(value)}: expected {describe_values(annotation)}"
-            + nearest(word, _text_choices(annotation))
-        ) from None
+        literals = [choice for kind in _members(annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
+        hint = nearest(str(error.errors()[0]["input"]), (choice for choice in literals if isinstance(choice, str)))
+        raise UserError(f"{setting}={as_written(value)}: expected {describe_values(annotation)}{hint}") from None
 
 
 def parse_dims(setting: str, value: Any) -> tuple[int, ...]:
-    """Widths from a single integer or the text `"a.b.c"`.
-
-    Args:
-        setting: the full name, for the error message.
-        value: an int, or a string of positive integers joined by dots. A float is refused: `1024.2560` has become
-            1024.256 by then, so what was meant cannot be recovered.
+    """Widths from a single integer or the text `"a.b.c"`. A float is refused: `1024.2560` has lost its last digit.
 
     Raises:
-        UserError: naming the setting, the value and what is accepted.
+        UserError: naming the setting (by its full name), the value and what is accepted.
     """
     is_width = isinstance(value, (int, str)) and not isinstance(value, bool)
     parts = str(value).strip().split(".") if is_width else [""]
@@ -112,12 +97,9 @@ def parse_dims(setting: str, value: Any) -> tuple[int, ...]:
 @functools.cache
 def _declarations(cls: type) -> dict[str, tuple[Any, str]]:
     """The type and the help of each setting in a dataclass, declared as `Annotated[type, help]`."""
-    declarations = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            kind, *constraints, text = get_args(hint)
-            declarations[name] = (Annotated[kind, *constraints] if constraints else kind, text)
-    return declarations
+    hints = get_type_hints(cls, include_extras=True).items()
+    parts = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Annotated}
+    return {name: (Annotated[tuple(kind)] if kind[1:] else kind[0], text) for name, (*kind, text) in parts.items()}
 
 
 def _check_fields(settings: Any, names: Iterable[str]) -> None:
@@ -176,8 +158,8 @@ class SpeculatorConfig:
         _check_fields(self, names)
         if "exit_layer" in names and self.exit_layer is None:
             raise UserError(f"{PREFIX}exit_layer=None: expected a block of the base, an integer of at least 0")
-        for name in filter(family.defaults.__contains__, DIM_KEYS):
-            value = family.defaults[name] if getattr(self, name) is None else getattr(self, name)
+        for name in DIM_KEYS:
+            value = family.defaults.get(name) if getattr(self, name) is None else getattr(self, name)
             if value is None:
                 continue
             dims = parse_dims(PREFIX + name, value)
@@ -191,10 +173,8 @@ class SpeculatorConfig:
             )
         for name, value in family.requires.items():
             if getattr(self, name) != value:
-                raise UserError(
-                    f"{PREFIX}{name}={as_written(getattr(self, name))}: {PREFIX}method={self.method} "
-                    f"needs {PREFIX}{name}={as_written(value)}"
-                )
+                setting = f"{PREFIX}{name}={as_written(getattr(self, name))}"
+                raise UserError(f"{setting}: {PREFIX}method={self.method} needs {PREFIX}{name}={as_written(value)}")
 
     @property
     def inner_dims(self) -> tuple[int, ...]:
@@ -238,9 +218,8 @@ class SpeculatorConfig:
             UserError: naming both numbers.
         """
         if self.exit_layer is not None and self.exit_layer >= count:
-            raise UserError(
-                f"{PREFIX}exit_layer={self.exit_layer}: the base has {count} blocks; expected 0 to {count - 1}"
-            )
+            expected = f"expected 0 to {count - 1}"
+            raise UserError(f"{PREFIX}exit_layer={self.exit_layer}: the base has {count} blocks; {expected}")
 
     @staticmethod
     def read_settings(method: str) -> tuple[str, ...]:
@@ -335,8 +314,7 @@ class SpeculatorSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that the family reads, with its defaults, in plain values."""
-        training = {name: getattr(self.training, name) for name in _declarations(SpeculatorTraining)}
-        return self.config.to_dict() | training
+        return self.config.to_dict() | {n: getattr(self.training, n) for n in _declarations(SpeculatorTraining)}
 
 
 def _select(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,9 +335,8 @@ def check_setting_names(names: Iterable[str]) -> None:
     known = known_settings()
     for name in names:
         if name not in known:
-            raise UserError(
-                f"{PREFIX}{name} is not a setting{nearest(name, known)}; known: {', '.join(PREFIX + k for k in known)}"
-            )
+            settings = ", ".join(PREFIX + setting for setting in known)
+            raise UserError(f"{PREFIX}{name} is not a setting{nearest(name, known)}; known: {settings}")
 
 
 def ignored_settings(values: Mapping[str, Any]) -> list[str]:

@@ -33,7 +33,7 @@ from verl_speculator.utils.options import (
     TopP,
     check_minimums,
 )
-from verl_speculator.utils.process import progress_bar, spread
+from verl_speculator.utils.process import evenly_spaced, progress_bar
 
 BACKENDS = ("hf", "vllm")
 METADATA_KEY = b"verl_speculator"
@@ -158,7 +158,7 @@ def regenerate(settings: RegenerateSettings) -> AnswerCounts:
     settings.check_output()
     file = PromptFile.read(settings.data)
     run = _Run(settings)
-    rows = spread(file.table.num_rows, settings.num_rows)
+    rows = evenly_spaced(file.table.num_rows, settings.num_rows)
     shards = [rows[i : i + settings.shard_rows] for i in range(0, len(rows), settings.shard_rows)]
     log = AnswerLog(settings.out)
     resume = log.load(run.identity(), overwrite=settings.overwrite)

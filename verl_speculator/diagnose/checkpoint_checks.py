@@ -42,7 +42,7 @@ from verl_speculator.evaluation.metrics import acceptance, align_and_unroll
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.process import progress_bar, spread
+from verl_speculator.utils.process import evenly_spaced, progress_bar
 
 FAULT, FINE, UNKNOWN = "fault", "fine", "unknown"
 HEADS = "n_predict and heads"
@@ -556,7 +556,7 @@ def diagnose(
         if training_prompts:
             training_answers = answer(training_prompts, "training prompts")
             texts = read_texts(train_data, tokenizer)
-            training_text = AlignedTexts(model, [texts[i] for i in spread(len(texts), num_prompts)], ends)
+            training_text = AlignedTexts(model, [texts[i] for i in evenly_spaced(len(texts), num_prompts)], ends)
     context = DiagnosisContext(
         info, speculator, model, base, answers, training_answers, training_text, num_draft, engine_trace
     )
@@ -576,4 +576,4 @@ def _training_file(info: CheckpointInfo) -> Path | None:
 
 def _sample_prompts(path: Path, count: int) -> list[Prompt]:
     prompts = read_prompts(path)
-    return [prompts[i] for i in spread(len(prompts), count)]
+    return [prompts[i] for i in evenly_spaced(len(prompts), count)]

@@ -37,7 +37,7 @@ from verl_speculator.evaluation.report import Record, ResultsLog, write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.process import progress_bar, spread
+from verl_speculator.utils.process import evenly_spaced, progress_bar
 
 LOGS = "journals"
 MEBIBYTE = 1024 * 1024
@@ -359,7 +359,7 @@ class Evaluator:
         self, path: Path, prompts: Sequence[Prompt], rows: Sequence[MethodRow], progress: Progress
     ) -> None:
         """Run every method on the prompts of one file that its log does not have yet."""
-        scope = spread(len(prompts), self.settings.num_prompts)
+        scope = evenly_spaced(len(prompts), self.settings.num_prompts)
         logs = {r: self._open_log("behaviour", r.speculator, r.columns, r.identity, path, scope) for r in rows}
         is_warm = False
         for index in _missing(path.name, logs, scope, progress):
@@ -426,7 +426,7 @@ class Evaluator:
 
     def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
         """Measure every checkpoint on the texts of one file that its log does not have yet."""
-        scope, logs = spread(len(texts), self.settings.num_texts), {}
+        scope, logs = evenly_spaced(len(texts), self.settings.num_texts), {}
         for name, info in self.infos.items():
             trained_at = info.provenance.get("training", {}).get("kl_temperature", 1.0)
             columns = {"training_temperature": self.settings.kl_temperature or float(trained_at)}

@@ -15,7 +15,7 @@ from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids
 from verl_speculator.models import Speculator
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.process import progress_bar, spread
+from verl_speculator.utils.process import evenly_spaced, progress_bar
 
 # Ranks with a column of their own in the report; the others share one.
 SHOWN_RANKS = 4
@@ -76,7 +76,7 @@ def sample_ranks(
     """
     limit, paths, answers = position_limit(base), [], 0
     with progress_bar() as progress:
-        for index in progress.track(spread(len(prompts), num_prompts), description="answers"):
+        for index in progress.track(evenly_spaced(len(prompts), num_prompts), description="answers"):
             replies: list[str] = []
             for _ in range(prompts[index].num_turns):
                 ids = prompt_ids(prompts[index], tokenizer, replies)

@@ -14,7 +14,7 @@ from verl_speculator.data.conversations import check_messages, check_text, open_
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.preflight.base_model import Base
 from verl_speculator.utils.errors import UserError, one_line
-from verl_speculator.utils.process import spread
+from verl_speculator.utils.process import evenly_spaced
 
 SAMPLED_ROWS = 1000
 
@@ -160,7 +160,7 @@ def check_cache(config: DictConfig, base: Base, train: Rows) -> None:
     if check_directory(directory, identify_states(config, base.tokenizer)) or config.data.custom_cls.get("path"):
         return
     # The hidden states that the drafts of all rows read, estimated from a sample.
-    sample, counts = set(spread(train.count, SAMPLED_ROWS)), []
+    sample, counts = set(evenly_spaced(train.count, SAMPLED_ROWS)), []
     for i, value in enumerate(row[train.column] for _, batch in train.read() for row in batch):
         if i in sample and train.is_text:
             counts.append(min(len(tokenize_texts(base.tokenizer, [value], plain=True)[0]), config.data.max_length))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verl_speculator.config.schema import DIM_KEYS
 from verl_speculator.evaluation.plot_data import COLOURS, MARKERS, PlotStyle, read_tables
@@ -94,36 +93,38 @@ def recommendations(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     return recommended
 
 
-def print_trials(trials: Sequence[Trial], console: Any) -> None:
-    """What a sweep would do."""
+def _print_table(
+    console: Any, title: str, headers: Sequence[str], figures: Sequence[str], lines: Iterable[Sequence[str]]
+) -> None:
+    """A table of texts under `headers`, followed by right-aligned `figures`."""
     from rich.markup import escape
     from rich.table import Table
 
-    due = sum(trial.status != DONE for trial in trials)
-    table = Table(title=f"{len(trials)} points, {due} to be trained or measured")
-    for name in ("#", "point", "status", "directory"):
+    table = Table(title=title)
+    for name in headers:
         table.add_column(name, overflow="fold")
-    for i, trial in enumerate(trials, 1):
-        table.add_row(str(i), escape(trial.label), trial.status, escape(str(trial.directory)))
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    for cells in lines:
+        table.add_row(*map(escape, cells))
     console.print(table)
+
+
+def print_trials(trials: Sequence[Trial], console: Any) -> None:
+    """What a sweep would do."""
+    due = sum(trial.status != DONE for trial in trials)
+    lines = [(str(i), trial.label, trial.status, str(trial.directory)) for i, trial in enumerate(trials, 1)]
+    title = f"{len(trials)} points, {due} to be trained or measured"
+    _print_table(console, title, ("#", "point", "status", "directory"), (), lines)
 
 
 def print_results(rows: Sequence[Row], console: Any) -> None:
     """All points, best τ first, then which one to take, then the failed ones."""
-    from rich.markup import escape
-    from rich.table import Table
 
     def print_table(title: str, headers: Sequence[str], lines: Sequence[tuple[Sequence[str], Row]]) -> None:
-        table = Table(title=title)
-        figures = [text for text in FIGURES.values() if any(text(row) != "–" for _, row in lines)]
-        for name in headers:
-            table.add_column(name, overflow="fold")
-        for name, text in FIGURES.items():
-            if text in figures:
-                table.add_column(name, justify="right", no_wrap=True)
-        for cells, row in lines:
-            table.add_row(*map(escape, cells), *(text(row) for text in figures))
-        console.print(table)
+        figures = {name: text for name, text in FIGURES.items() if any(text(row) != "–" for _, row in lines)}
+        cells = [[*texts, *(text(row) for text in figures.values())] for texts, row in lines]
+        _print_table(console, title, headers, list(figures), cells)
 
     done = sorted((row for row in rows if row["status"] == DONE), key=lambda row: -number(row, "tau", -math.inf))
     if done:
@@ -167,12 +168,11 @@ FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class ResultsTable:
+class ResultsTable(NamedTuple):
     """The rows of the points that are done, and the settings that are the sweep's axes."""
 
-    axes: tuple[str, ...]
-    rows: tuple[dict[str, str], ...]
+    axes: Sequence[str]
+    rows: Sequence[dict[str, str]]
 
 
 def is_sweep(directory: Path) -> bool:
@@ -188,16 +188,15 @@ def read_results(directory: Path) -> ResultsTable:
     """The results of a sweep."""
     with (directory / RESULTS).open(newline="") as file:
         reader = csv.DictReader(file)
-        rows = tuple(row for row in reader if row["status"] == DONE)
         names = list(reader.fieldnames or [])
-    return ResultsTable(tuple(names[1 : names.index(FOLLOWING[0])]), rows)
+        return ResultsTable(names[1 : names.index(FOLLOWING[0])], [row for row in reader if row["status"] == DONE])
 
 
 def plot_sweep(directory: Path) -> list[Path]:
     """Draw every plot for which the table has data; none where no point is done.
 
     Returns:
-        The files written, `plots/<name>.png` and `plots/<name>.pdf` for each plot.
+        `plots/<name>.png` and `plots/<name>.pdf` for each plot.
 
     Raises:
         UserError: if the table has other columns, or the directory cannot be written.
@@ -219,12 +218,12 @@ def plot_sweep(directory: Path) -> list[Path]:
 def axis_figures(table: ResultsTable) -> Iterator[tuple[str, Figure]]:
     """Name and figure of each numeric axis against quality, acceptance, and the histogram of accepted lengths."""
     for name in filter(lambda name: _is_numeric(table, name), table.axes):
-        short = short_names(table.axes)[name].replace(".", "_")
         figures = {
             "quality": metrics_along_axis(table, name, QUALITY, "text"),
             "acceptance": metrics_along_axis(table, name, ACCEPTANCE, "prompts"),
             "histogram": histograms_along_axis(table, name),
         }
+        short = short_names(table.axes)[name].replace(".", "_")
         yield from ((f"{short}_{kind}", figure) for kind, figure in figures.items() if figure is not None)
 
 
@@ -249,11 +248,7 @@ def _lines(table: ResultsTable, name: str) -> dict[str, list[dict[str, str]]]:
 def metrics_along_axis(table: ResultsTable, name: str, metrics: Sequence[str], file_column: str) -> Figure | None:
     """A panel for each metric and prompt set or text, with a line for each combination of the other axes' values.
 
-    Args:
-        table: of the sweep.
-        name: of the axis.
-        metrics: columns of the table.
-        file_column: names the first prompt set or text, whose columns have no suffix.
+    `file_column` names the first prompt set or text, whose columns have no suffix.
     """
     metrics = [metric for metric in metrics if any(math.isfinite(number(row, metric)) for row in table.rows)]
     if not metrics:

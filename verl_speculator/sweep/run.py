@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_speculator.base_model.loading import check_base_name, choose_device, choose_dtype, load_tokenizer
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, resolve_checkpoint
 from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
-from verl_speculator.config.hydra import RunConfig, load_run_config
+from verl_speculator.config.hydra import RunConfig, load_run_config, walk_settings
 from verl_speculator.decoding.draft_length import check_length
 from verl_speculator.evaluation.prompts import read_prompts, read_texts
 from verl_speculator.preflight.launch import check_run
@@ -59,6 +59,7 @@ def check_sweep(settings: SweepSettings) -> list[Trial]:
         read_prompts(path)
     trials: dict[str, Trial] = {}
     checked_data: set[str] = set()
+    processes = {"processes": settings.nproc, "processes_per_node": settings.nproc}
     for label, values in zip(labels_of(settings.points), settings.points, strict=True):
         try:
             trial, run = _make_trial(settings, label, values)
@@ -68,7 +69,6 @@ def check_sweep(settings: SweepSettings) -> list[Trial]:
                 # Points with the same data settings read the same rows.
                 template = run.tree.model.custom_chat_template
                 data = digest({"data": OmegaConf.to_container(run.tree.data), "template": template})
-                processes = {"processes": settings.nproc, "processes_per_node": settings.nproc}
                 check_run(run, **processes, read_rows=data not in checked_data)
                 checked_data.add(data)
             with _named_option():
@@ -104,33 +104,21 @@ def _make_trial(settings: SweepSettings, label: str, values: Values) -> tuple[Tr
     # The sweep reads the metrics of verl's file logger.
     loggers = config.trainer.logger
     loggers = [loggers] if isinstance(loggers, str) else list(loggers or [])
-    lines.append(f"trainer.logger={hydra_value([*loggers, *({'file'} - set(loggers))])}")
+    lines.append(f"trainer.logger={hydra_value(list(dict.fromkeys([*loggers, 'file'])))}")
     identity = _identity(config)
     directory = trial_directory(settings.out, label, identity)
     config.trainer.default_local_dir = str(directory / "run")
-    measured = {
-        "options": settings.evaluation,
-        **{
-            kind: {name: [str(path), file_fingerprint(path)] for name, path in files.items() if path.is_file()}
-            for kind, files in (("prompts", settings.prompts), ("texts", settings.texts))
-        },
-    }
-    trial = Trial(
-        label=label,
-        values=values,
-        overrides=tuple(lines),
-        identity=identity,
-        directory=directory,
-        processes=settings.nproc,
-        measurements=_measurements(settings, directory, measured),
-        measured=measured,
-    )
-    return trial, run
+    measured: dict[str, Any] = {"options": settings.evaluation}
+    for kind, files in (("prompts", settings.prompts), ("texts", settings.texts)):
+        measured[kind] = {name: [str(path), file_fingerprint(path)] for name, path in files.items() if path.is_file()}
+    measurements = _measurements(settings, directory, measured)
+    return Trial(label, values, tuple(lines), identity, directory, settings.nproc, measurements, measured), run
 
 
 def _identity(config: DictConfig) -> dict[str, Any]:
     """What makes two trainings the same: resolved settings, and the content of data, base model and start."""
-    resolved = {name: value for name, value in _flatten(OmegaConf.to_container(config)) if name not in WITHOUT_EFFECT}
+    values = dict(walk_settings(OmegaConf.to_container(config)))
+    resolved = {n: v for n, v in values.items() if n not in WITHOUT_EFFECT and (v == {} or not isinstance(v, dict))}
     base = resolved["model.path"]
     files = {name: resolved.pop(name, None) for name in FILES}
     start = files["model.speculator.path"]
@@ -140,14 +128,6 @@ def _identity(config: DictConfig) -> dict[str, Any]:
         **{name: [_fingerprint(Path(file)) for file in files[name]] for name in ("data.train_files", "data.val_files")},
         "start": None if start is None else _fingerprint(resolve_checkpoint(start) / WEIGHTS_FILE),
     }
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _fingerprint(path: Path) -> str:
@@ -169,25 +149,22 @@ def _measurements(settings: SweepSettings, directory: Path, measured: Mapping[st
     fixed = {name: value for name, value in settings.evaluation.items() if name not in ("num_prompts", "num_texts")}
     place = directory / "evaluation" / digest(dict(measured) | {"options": fixed})
     few = ("--num-prompts", "1", "--max-new-tokens", "2", "--warmup-steps", "0", "--num-trials", "1")
-    (first, path), *others = settings.texts.items() or [(None, None)]
-    text = ("--text", str(path)) if path else ()
-    return (
-        Measurement(place / "main", (*options, *prompts, *text), prompt_sets, first),
-        *(
-            Measurement(place / f"text_{name}", (*options, *prompts[:2], *few, "--text", str(path)), {}, name)
-            for name, path in others
-        ),
-    )
+    texts = [(name, ("--text", str(path))) for name, path in settings.texts.items()] or [(None, ())]
+    first, text = texts[0]
+    measurements = [Measurement(place / "main", (*options, *prompts, *text), prompt_sets, first)]
+    for name, text in texts[1:]:
+        measurements.append(Measurement(place / f"text_{name}", (*options, *prompts[:2], *few, *text), {}, name))
+    return tuple(measurements)
 
 
 class LocalExecutor:
     """Runs trials one after another."""
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns in a process of its own."""
+    def check(self, settings: SweepSettings) -> list[Trial]:
+        """`check_sweep` in a process of its own."""
         # Not forked, and not here: choosing a device may keep hold of it.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
+            return pool.submit(check_sweep, settings).result()
 
     def run(self, trials: Sequence[Trial], on_start: Callable[[Trial], None]) -> Iterator[Trial]:
         """Run all trials; yield each one when it has ended."""
@@ -198,12 +175,7 @@ class LocalExecutor:
 
 
 class RayExecutor:
-    """Runs as many trials at a time as fit into Ray's cluster; all its machines must see the output directory.
-
-    Args:
-        ray: the module, with a cluster.
-        settings: give the processes of a trial and their device.
-    """
+    """Runs as many trials at a time as fit into Ray's cluster; all its machines must see the output directory."""
 
     def __init__(self, ray: Any, settings: SweepSettings) -> None:
         self.ray = ray
@@ -215,10 +187,10 @@ class RayExecutor:
         elif "npu" in devices or ("auto" in devices and "NPU" in resources):
             self.options["resources"] = {"NPU": settings.nproc}
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns on a machine like those that train."""
+    def check(self, settings: SweepSettings) -> list[Trial]:
+        """`check_sweep` on a machine like those that train."""
         try:
-            return self.ray.get(self.ray.remote(**self.options)(function).remote(*arguments))
+            return self.ray.get(self.ray.remote(**self.options)(check_sweep).remote(settings))
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
 
@@ -233,7 +205,7 @@ class RayExecutor:
                 try:
                     self.ray.get(reference)
                 except self.ray.exceptions.RayError as error:
-                    trial.write_failure(f"Ray: {str(error).strip().splitlines()[-1][:300]}")
+                    trial.write_failure(f"Ray: {str(error).strip().splitlines()[-1]}")
                 yield trial
         finally:
             for reference in pending:
@@ -265,15 +237,11 @@ def make_executor(settings: SweepSettings) -> Iterator[LocalExecutor | RayExecut
 def plan(settings: SweepSettings) -> list[Trial]:
     """`check_sweep` on a machine like those that train."""
     with make_executor(settings) as executor:
-        return executor.call(check_sweep, settings)
+        return executor.check(settings)
 
 
 def sweep(settings: SweepSettings, log: Callable[[str], None]) -> list[Row]:
-    """Train and evaluate every point that is not done yet.
-
-    Args:
-        settings: of the sweep.
-        log: gets a line for each trial that starts or ends.
+    """Train and evaluate every point that is not done yet; `log` gets a line for each trial that starts or ends.
 
     Returns:
         The rows of `results.csv`, which is written anew after each trial.
@@ -282,7 +250,7 @@ def sweep(settings: SweepSettings, log: Callable[[str], None]) -> list[Row]:
         UserError: for what is wrong, before anything is trained.
     """
     with make_executor(settings) as executor:
-        trials = executor.call(check_sweep, settings)
+        trials = executor.check(settings)
         settings.out.mkdir(parents=True, exist_ok=True)
         with _lock(settings.out):
             rows = write_results(settings.out, trials)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from verl_speculator.config.schema import DIM_KEYS, PREFIX, known_settings
+from verl_speculator.config.schema import DIM_KEYS, PREFIX, check_value, known_settings
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError, nearest
@@ -70,43 +70,27 @@ class SweepOptions:
 
     def axes(self) -> dict[str, list[str]]:
         """Values of each axis by its full name."""
-        axes = {}
-        for name, full_name in SHORT_NAMES.items():
-            if getattr(self, name) is not None:
-                axes[full_name] = split_list(full_name, getattr(self, name), f"--{name.replace('_', '-')}")
+        texts = {(SHORT_NAMES[name], f"--{name.replace('_', '-')}"): getattr(self, name) for name in SHORT_NAMES}
         for name, values in _pairs("--axis", self.axis):
             full_name = setting_name(name, "--axis")
-            axes[full_name] = split_list(full_name, values, f"--axis {full_name}")
-        return axes
+            texts[full_name, f"--axis {full_name}"] = values
+        return {name: split_list(name, text, where) for (name, where), text in texts.items() if text is not None}
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything that decides which points there are and what is measured of them.
+    """Everything that decides which points there are and what is measured of them."""
 
-    Attributes:
-        base: directory or hub name of the base model.
-        train_files: parquet files; empty where the points name their own.
-        prompts: prompt files by name; in the results the first one's columns have no suffix.
-        texts: held-out text by name, likewise; empty to measure no quality.
-        out: directory of the results.
-        settings: of the launcher, the same for every point.
-        points: of the launcher, by point.
-        evaluation: options of the evaluation.
-        nproc: processes of each training.
-        executor: one of EXECUTORS.
-    """
-
-    base: str
-    train_files: tuple[str, ...]
-    prompts: dict[str, Path]
-    texts: dict[str, Path]
-    out: Path
-    settings: Values
-    points: tuple[Values, ...]
-    evaluation: dict[str, Any]
-    nproc: int = 1
-    executor: str = "local"
+    base: str  # directory or hub name of the base model
+    train_files: tuple[str, ...]  # parquet files; empty where the points name their own
+    prompts: dict[str, Path]  # prompt files by name; in the results the first one's columns have no suffix
+    texts: dict[str, Path]  # held-out text by name, likewise; empty to measure no quality
+    out: Path  # directory of the results
+    settings: Values  # of the launcher, the same for every point
+    points: tuple[Values, ...]  # settings of the launcher by point
+    evaluation: dict[str, Any]  # options of the evaluation
+    nproc: int = 1  # processes of each training
+    executor: str = "local"  # one of EXECUTORS
 
     def evaluation_settings(self) -> EvaluationSettings:
         """The evaluation of any point, without its checkpoint."""
@@ -139,23 +123,21 @@ def read_settings(file: Path | None, options: SweepOptions = SweepOptions()) -> 
             raise UserError(f"{where}{name} is not set: expected {expected}")
         if name != "prompts" and not isinstance(raw[name], (str, Path)):
             raise UserError(f"{where}{name}={raw[name]}: expected {expected}")
-    train_files = [Path(path).expanduser() for path in _paths(raw.get("train_files") or [], f"{where}train_files")]
+    train_files = _paths(raw.get("train_files") or [], f"{where}train_files")
     if not train_files and not all("data.train_files" in settings | point for point in points):
         raise UserError(f"{where}train_files is not set: expected one parquet file or a list of them")
     executor, nproc = str(raw.get("executor", EXECUTORS[0])), str(raw.get("nproc", 1))
-    if executor not in EXECUTORS:
-        accepted = ", ".join(EXECUTORS)
-        raise UserError(f"{where}executor={executor}: expected one of {accepted}{nearest(executor, EXECUTORS)}")
+    check_value(f"{where}executor", executor, Literal[EXECUTORS])
     if not re.fullmatch(r"0*[1-9][0-9]*", nproc):
         raise UserError(f"{where}nproc={nproc}: expected a positive integer")
     # A directory must mean the same in every process of the sweep.
-    base = Path(raw["base"]).expanduser()
+    base = _absolute(raw["base"])
     sweep = SweepSettings(
-        base=str(base.absolute()) if base.is_dir() or str(raw["base"]).startswith("~") else str(raw["base"]),
-        train_files=tuple(str(path.absolute()) for path in train_files),
+        base=str(base) if base.is_dir() or str(raw["base"]).startswith("~") else str(raw["base"]),
+        train_files=tuple(str(_absolute(path)) for path in train_files),
         prompts=_named_files(raw["prompts"], f"{where}prompts"),
         texts=_named_files(raw.get("text") or [], f"{where}text"),
-        out=Path(raw["out"]).expanduser().absolute(),
+        out=_absolute(raw["out"]),
         settings=settings,
         points=tuple(points),
         evaluation=evaluation,
@@ -188,16 +170,20 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
+
+
 def _check_keys(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for name in raw:
         if name not in known:
             raise UserError(f"{where}: {name} is not a key{nearest(str(name), known)}; known: {', '.join(known)}")
 
 
-def _check_distinct(values: Sequence[str], where: str) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise UserError(f"{where}: {value} stands there twice")
+def _check_distinct(values: list[str], where: str) -> list[str]:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise UserError(f"{where}: {repeated[0]} stands there twice")
+    return values
 
 
 def _pairs(option: str, texts: Iterable[str]) -> Iterable[tuple[str, str]]:
@@ -226,11 +212,7 @@ def unquoted(value: str) -> str:
 
 
 def setting_name(name: str, where: str) -> str:
-    """The full name of a setting, given by this or by its short name.
-
-    Raises:
-        UserError: for a name that no setting can have, or that the sweep reserves.
-    """
+    """The full name of a setting from its full or short name; a UserError if the sweep sets it or none has it."""
     full_name = SHORT_NAMES.get(name, name)
     bare = full_name.lstrip("+")
     if bare in RESERVED:
@@ -242,35 +224,29 @@ def setting_name(name: str, where: str) -> str:
     return full_name
 
 
-def _short(raw: Any) -> str:
-    return "nothing" if raw in ("", None) else repr(raw)[:80]
+def _check_type(raw: Any, kind: type, where: str, expected: str) -> None:
+    if not isinstance(raw, kind):
+        raise UserError(f"{where}: expected {expected}, got {'nothing' if raw in ('', None) else repr(raw)[:80]}")
 
 
 def _values(raw: Any, where: str) -> Values:
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected settings with a value each, got {_short(raw)}")
+    _check_type(raw, dict, where, "settings with a value each")
     return {setting_name(name, where): hydra_value(value) for name, value in raw.items()}
 
 
 def _axis(raw: Any, where: str) -> list[str]:
-    if not isinstance(raw, list):
-        raise UserError(f"{where}: expected a list of values such as [1, 2], got {_short(raw)}")
+    _check_type(raw, list, where, "a list of values such as [1, 2]")
     return _axis_values([hydra_value(value) for value in raw], where)
 
 
 def _axis_values(values: list[str], where: str) -> list[str]:
     if not values:
         raise UserError(f"{where}: an empty axis, expected at least one value")
-    _check_distinct(values, where)
-    return values
+    return _check_distinct(values, where)
 
 
 def split_list(name: str, text: str, where: str) -> list[str]:
-    """The values of an axis on the command line: Hydra's `a,b,c` or `range(0,16)`.
-
-    Raises:
-        UserError: for a text that Hydra cannot parse.
-    """
+    """The values of an axis on the command line, Hydra's `a,b,c` or `range(0,16)`; a UserError if it refuses them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -298,21 +274,19 @@ def _named_files(raw: Any, where: str) -> dict[str, Path]:
     else:
         parts = [re.fullmatch(r"(?:([\w.-]+)=)?(.*)", path) for path in _paths(raw, where)]
         pairs = [(part[1] or Path(part[2]).stem, part[2]) for part in parts]
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    for i, (name, _) in enumerate(pairs):
+        if name in dict(pairs[:i]):
             raise UserError(f"{where}: two files are called {name}; expected names of their own, such as other={name}")
         if not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{where}: {name!r} is no name for a column; expected letters, digits, '.', '_' and '-'")
-    return {name: Path(path).expanduser().absolute() for name, path in pairs}
+    return {name: _absolute(path) for name, path in pairs}
 
 
 def _evaluation(raw: Any, where: str) -> dict[str, Any]:
     """Options of the evaluation, in the types of its settings."""
     from pydantic import TypeAdapter, ValidationError
 
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected options with a value each, such as num_prompts: 20")
+    _check_type(raw, dict, where, "options with a value each, such as num_prompts: 20")
     _check_keys(raw, EVALUATION_KEYS, where)
     types = get_type_hints(EvaluationSettings)
     options = {}
@@ -325,9 +299,8 @@ def _evaluation(raw: Any, where: str) -> dict[str, Any]:
     return options
 
 
-@dataclass(frozen=True)
-class Refinement:
-    """An axis that is walked twice: the points of the `coarse` values first, then those of `all`."""
+class Refinement(NamedTuple):
+    """An axis whose `coarse` values are trained first, and then those of `all`."""
 
     axis: str
     coarse: Sequence[str]
@@ -337,13 +310,11 @@ class Refinement:
 def _read_points(raw: Mapping[str, Any], options: SweepOptions, where: str) -> list[Values]:
     """The points of `axes`, `points` and `refine`."""
     axes = raw.get("axes", {})
-    if not isinstance(axes, dict):
-        raise UserError(f"{where}axes: expected settings with a list of values each")
+    _check_type(axes, dict, f"{where}axes", "settings with a list of values each")
     axes = {setting_name(name, f"{where}axes"): _axis(axes[name], f"{where}axes.{name}") for name in axes}
     axes |= options.axes()
     listed = raw.get("points", [])
-    if not isinstance(listed, list) or ("points" in raw and not listed):
-        raise UserError(f"{where}points: expected a list of points, each with its settings")
+    _check_type(raw.get("points", [{}]) or None, list, f"{where}points", "a list of points, each with its settings")
     listed = [_values(point, f"{where}points[{i}]") for i, point in enumerate(listed)]
     refine, keys = raw.get("refine"), ("axis", "coarse", "all")
     if "refine" in raw:
@@ -367,17 +338,15 @@ def make_points(
     """
     if refine and refine.axis in axes:
         raise UserError(f"refine.axis={refine.axis}: is one of axes too, expected it in one place")
-    for i, point in enumerate(listed):
-        for name in point:
-            if name in axes or (refine and name == refine.axis):
-                raise UserError(f"points[{i}]: {name} is an axis too, expected it in one place")
     grids = [dict(axes) | {refine.axis: values} for values in (refine.coarse, refine.all)] if refine else [axes]
+    for i, point in enumerate(listed):
+        if repeated := [name for name in point if name in grids[0]]:
+            raise UserError(f"points[{i}]: {repeated[0]} is an axis too, expected it in one place")
     points: dict[frozenset[tuple[str, str]], Values] = {}
-    for grid in grids:
-        for listed_point in listed or ({},):
-            for values in product(*grid.values()):
-                point = listed_point | dict(zip(grid, values, strict=True))
-                points.setdefault(frozenset(point.items()), point)
+    for grid, listed_point in product(grids, listed or ({},)):
+        for values in product(*grid.values()):
+            point = listed_point | dict(zip(grid, values, strict=True))
+            points.setdefault(frozenset(point.items()), point)
     return list(points.values())
 
 

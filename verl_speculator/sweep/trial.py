@@ -41,49 +41,26 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One call of `verl-speculator evaluate`.
+    """One call of `verl-speculator evaluate`."""
 
-    Attributes:
-        directory: of its results.
-        arguments: of the command, without the checkpoint.
-        prompt_sets: names of the prompt sets that are reported, by file.
-        text: name of the text that is reported, None for none.
-    """
-
-    directory: Path
-    arguments: tuple[str, ...]
-    prompt_sets: dict[str, str]
-    text: str | None
+    directory: Path  # of its results
+    arguments: tuple[str, ...]  # of the command, without the checkpoint
+    prompt_sets: dict[str, str]  # names of the reported prompt sets, by file
+    text: str | None  # name of the reported text
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a sweep, with its state on the disk.
+    """One point of a sweep, with its state on the disk."""
 
-    Attributes:
-        label: name in tables and messages.
-        values: the point's settings.
-        overrides: all settings of its training.
-        identity: what a finished training must share to be this one.
-        directory: of all its files.
-        processes: of its training.
-        measurements: the first one's figures have no suffix.
-        measured: what a finished evaluation must share to be this one.
-    """
-
-    label: str
-    values: Values
-    overrides: tuple[str, ...]
-    identity: Record
-    directory: Path
-    processes: int
-    measurements: tuple[Measurement, ...]
-    measured: Record
-
-    @property
-    def run_directory(self) -> Path:
-        """The launcher's save path."""
-        return self.directory / "run"
+    label: str  # in tables and messages
+    values: Values  # the point's settings
+    overrides: tuple[str, ...]  # all settings of its training
+    identity: Record  # equal for a finished training that need not be repeated
+    directory: Path  # of all its files
+    processes: int  # of its training
+    measurements: tuple[Measurement, ...]  # the first one's figures have no suffix
+    measured: Record  # equal for a finished evaluation that need not be repeated
 
     def training(self) -> Record:
         """Status and figures of its training; empty before."""
@@ -105,22 +82,25 @@ class Trial:
         """Why it failed, empty if it did not."""
         return self.training().get("reason") or self.evaluation().get("reason") or ""
 
-    def write_training(self, record: Record) -> None:
-        """Record the outcome of the training."""
-        write_record(self.directory / TRAINING, record)
+    def write_outcome(self, record: Record) -> None:
+        """Record the outcome of the training, or of the evaluation where the training is done."""
+        if self.training().get("status") == DONE:
+            write_record(self.directory / EVALUATION, record | {"measured": self.measured})
+        else:
+            write_record(self.directory / TRAINING, record)
 
-    def write_evaluation(self, record: Record) -> None:
-        """Record the outcome of the evaluation."""
-        write_record(self.directory / EVALUATION, record | {"measured": self.measured})
+    def write_failure(self, error: str) -> None:
+        """Record an error outside of training and evaluation."""
+        self.write_outcome(failure(FAILED, error))
 
-    def write_failure(self, reason: str) -> None:
-        """Record a failure outside of training and evaluation."""
-        write = self.write_evaluation if self.training().get("status") == DONE else self.write_training
-        write({"status": FAILED, "reason": reason})
+
+def failure(status: str, reason: str) -> Record:
+    """The record of a failure, with the reason in one line."""
+    return {"status": status, "reason": " ".join(reason.split())[:300]}
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """A short name of a value that JSON can hold."""
+    """A short hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -153,27 +133,28 @@ def run_trial(trial: Trial) -> None:
     write_record(trial.directory / POINT, {"label": trial.label, "settings": trial.values, "identity": trial.identity})
     try:
         if trial.training().get("status") != DONE:
-            trial.write_training(_train(trial))
+            trial.write_outcome(_train(trial))
         if trial.training()["status"] == DONE and trial.evaluation().get("status") != DONE:
-            trial.write_evaluation(_evaluate(trial))
+            trial.write_outcome(_evaluate(trial))
     except Exception as error:  # such as a full disk; the other trials go on
-        trial.write_failure(f"{type(error).__name__}: {_one_line(str(error))}")
+        trial.write_failure(f"{type(error).__name__}: {error}")
 
 
 def _train(trial: Trial) -> Record:
     """Outcome of a training. A killed one goes on from its last checkpoint, a diverged one begins anew."""
+    run_directory = trial.directory / "run"  # the launcher's save path
     if trial.training().get("status") == DIVERGED:
-        if trial.run_directory.exists():
-            remove_directory(trial.run_directory)
+        if run_directory.exists():
+            remove_directory(run_directory)
         for path in trial.directory.glob(METRICS):
             path.unlink()
     log = trial.directory / TRAINING_LOG
     # A file for each attempt: verl's logger empties the file that it opens.
     attempt = len(list(trial.directory.glob(METRICS))) + 1
     metrics_file = trial.directory / METRICS.replace("*", f"{attempt:03d}")
-    command = ("verl_speculator.preflight.launch", str(trial.processes), str(trial.run_directory), *trial.overrides)
+    command = ("verl_speculator.preflight.launch", str(trial.processes), str(run_directory), *trial.overrides)
     environment = _environment() | {"VERL_FILE_LOGGER_PATH": str(metrics_file)}
-    failure = run_subprocess((sys.executable, "-m", *command), log, environment, lambda: has_diverged(metrics_file))
+    stopped = run_subprocess((sys.executable, "-m", *command), log, environment, lambda: has_diverged(metrics_file))
     metrics = read_metrics(trial.directory)
     last_step = max(metrics, default=0)
     figures = {
@@ -184,11 +165,11 @@ def _train(trial: Trial) -> Record:
     }
     if reason := divergence(metrics):
         return {"status": DIVERGED, "reason": reason} | figures
-    if failure:
-        return failure | figures
+    if stopped:
+        return stopped | figures
     from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 
-    info = read_checkpoint_info(trial.run_directory)
+    info = read_checkpoint_info(run_directory)
     parameters = sum(tensor.numel() for tensor in read_weights(info).values())
     return {"status": DONE, "checkpoint": str(info.directory), "parameters": parameters} | figures
 
@@ -200,14 +181,16 @@ def _evaluate(trial: Trial) -> Record:
     for measurement in trial.measurements:
         output = ("--speculator", checkpoint, "--out", str(measurement.directory))
         command = (sys.executable, "-m", "verl_speculator", "evaluate", *measurement.arguments, *output)
-        if failure := run_subprocess(command, log, _environment()):
-            return failure | {"reason": f"evaluation: {failure['reason']}", "log": str(log)}
+        if stopped := run_subprocess(command, log, _environment()):
+            return stopped | {"reason": f"evaluation: {stopped['reason']}", "log": str(log)}
         with (measurement.directory / "results.csv").open(newline="") as file:
-            own_rows = [row for row in csv.DictReader(file) if row["speculator"] == checkpoint]
-        if not own_rows:
+            # The first row of each prompt set.
+            rows: dict[str, Record] = {}
+            for row in csv.DictReader(file):
+                if row["speculator"] == checkpoint:
+                    rows.setdefault(row["prompts"], row)
+        if not rows:
             return {"status": FAILED, "reason": "evaluation: no prompt fits the base", "log": str(log)}
-        # The first row of each prompt set: the last one that is written to the mapping.
-        rows = {row["prompts"]: row for row in reversed(own_rows)}
         prompt_sets = list(measurement.prompt_sets.items())
         if measurement is trial.measurements[0]:
             figures |= rows.get(prompt_sets[0][0], {})
@@ -238,8 +221,7 @@ def run_subprocess(
 ) -> Record:
     """Run a command until it ends or should stop, and end all its descendants; its output is appended to a log.
 
-    Returns:
-        Status and reason of a failure; empty for exit code 0.
+    Returns status and reason of a failure; empty for exit code 0.
     """
     # Ends the command when this process is gone.
     parent_death = (sys.executable, "-m", "verl_speculator.utils.process", str(os.getpid()))
@@ -300,25 +282,19 @@ USER_ERROR = re.compile(r"^error: (.*)$")
 
 
 def failure_of(code: int, log: Path, start: int = 0) -> Record:
-    """Status and reason in one line.
-
-    Args:
-        code: exit code of the command, negative for a signal.
-        log: its output.
-        start: offset in the log at which the output begins.
-    """
+    """Status and reason in one line, from an exit code (negative for a signal) and the log from byte `start` on."""
     text = _tail(log, start)
     lines = [line.strip() for line in text.splitlines()]
     raised, user_errors = ([m[1] for line in lines if (m := form.match(line))] for form in (RAISED, USER_ERROR))
     if memory := [line for line in raised if MEMORY.search(line)]:
-        return {"status": OUT_OF_MEMORY, "reason": _one_line(memory[0])}
+        return failure(OUT_OF_MEMORY, memory[0])
     if user_errors or raised:
         reason = (user_errors or raised)[-1]
     elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "Signal 9 (SIGKILL)" in text:
         reason = "killed by SIGKILL, which is what the system does when memory runs out"
     else:
         reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return {"status": FAILED, "reason": _one_line(reason)}
+    return failure(FAILED, reason)
 
 
 def _tail(file: Path, start: int = 0) -> str:
@@ -327,16 +303,10 @@ def _tail(file: Path, start: int = 0) -> str:
         return content.read().decode(errors="replace").replace("\r", "\n")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
 def read_metrics(directory: Path) -> dict[int, Record]:
-    """Metrics by step, over all attempts; a step that was repeated counts as it was done last."""
-    metrics: dict[int, Record] = {}
-    for path in sorted(directory.glob(METRICS)):
-        metrics |= _parse_metrics(path.read_text())
-    return dict(sorted(metrics.items()))
+    """Metrics by step, over all attempts; of a repeated step those of the last attempt."""
+    lines = "\n".join(path.read_text() for path in sorted(directory.glob(METRICS)))
+    return dict(sorted(_parse_metrics(lines).items()))
 
 
 def _parse_metrics(text: str) -> dict[int, Record]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,8 @@ def check_writable(setting: str, directory: Path) -> None:
     Makes a directory of the same name within a temporary one in the nearest parent that exists: permissions alone do
     not show a read-only disk, a name that is too long, or what the superuser may do.
 
-    Args:
-        setting: name and value as the user gave them, for the message.
-        directory: may not exist.
-
     Raises:
-        UserError: if a file is in the way, or nothing can be written there.
+        UserError: beginning with `setting`, if a file is in the way or nothing can be written there.
     """
     directory = directory.absolute()
     try:
@@ -54,15 +51,11 @@ def check_writable(setting: str, directory: Path) -> None:
 
 def check_metrics_file(setting: str, project: str, experiment: str) -> None:
     """Check that verl's file logger can open its file: $VERL_FILE_LOGGER_PATH in an existing directory, or
-    $VERL_FILE_LOGGER_ROOT/<project>/<experiment>.jsonl, whose directory verl makes.
-
-    Args:
-        setting: name and value as the user gave them, for the message.
-        project: verl's `trainer.project_name`.
-        experiment: verl's `trainer.experiment_name`.
+    $VERL_FILE_LOGGER_ROOT/<project>/<experiment>.jsonl, whose directory verl makes; project and experiment are
+    `trainer.project_name` and `trainer.experiment_name`.
 
     Raises:
-        UserError: if it cannot.
+        UserError: beginning with `setting`, if it cannot.
     """
     if named := os.environ.get("VERL_FILE_LOGGER_PATH"):
         setting, path = f"{setting}: VERL_FILE_LOGGER_PATH={named}", Path(named)
@@ -84,7 +77,7 @@ def _temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; the file replaces `path` if the block ends without an exception."""
+    """Yield a temporary path in the directory of `path`; the file replaces `path` if the block raises nothing."""
     temporary = _temporary_path(path)
     try:
         yield temporary
@@ -97,8 +90,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; it replaces `path` as a whole if the block ends without an
-    exception."""
+    """Yield a temporary directory next to `path`; it replaces `path` as a whole if the block raises nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
     replaced = temporary.with_name(f"{TEMPORARY}{os.getpid()}.old.{path.name}")
@@ -140,38 +132,33 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: if the file is missing, truncated, or holds anything but tensors.
     """
+    from safetensors import SafetensorError
+
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if tensors is None:
-        raise UserError(f"{path}: truncated, or not a file of tensors")
-    return tensors
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError):
+        raise UserError(f"{path}: truncated, or not a file of tensors") from None
 
 
-def _read_torch(path: Path) -> dict[str, torch.Tensor] | None:
-    import pickle
-
+def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        return None
-    if not isinstance(content, Mapping):
-        return None
-    by_name = all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items())
-    return dict(content) if by_name else None
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise ValueError
+    return dict(content)
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor] | None:
-    from safetensors import SafetensorError, safe_open
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            ties = {name: first for name, first in (file.metadata() or {}).items() if first in tensors}
-    except SafetensorError:
-        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        ties = {name: first for name, first in (file.metadata() or {}).items() if first in tensors}
     return tensors | {name: tensors[first] for name, first in ties.items()}
 
 
@@ -183,11 +170,8 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     first_names: dict[tuple, str] = {}
-    ties = {}
-    for name, tensor in tensors.items():
-        first = first_names.setdefault((tensor.data_ptr(), tensor.shape), name)
-        if first != name:
-            ties[name] = first
+    firsts = {n: first_names.setdefault((tensor.data_ptr(), tensor.shape), n) for n, tensor in tensors.items()}
+    ties = {name: first for name, first in firsts.items() if first != name}
     untied = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in ties}
     save_file(untied, path, metadata={"format": "pt"} | ties)
     mask = os.umask(0)

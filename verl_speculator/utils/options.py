@@ -18,28 +18,16 @@ from verl_speculator.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting appears on the command line.
+    """How a setting appears on the command line."""
 
-    Attributes:
-        help: text of `--help`.
-        flag: name of the option, by default the field's name with dashes and, for a boolean, its `--no-` form.
-        positional: an argument instead of an option.
-        parse: from the text of the command line to the field's type, for types that are no scalar or list of scalars.
-        minimum: smallest value that `check` accepts.
-    """
-
-    help: str
-    flag: str | None = None
-    positional: bool = False
-    parse: Callable[[str], Any] | None = None
-    minimum: int | None = None
+    help: str  # text of `--help`
+    flag: str | None = None  # by default the field's name with dashes and, for a boolean, its `--no-` form
+    positional: bool = False  # an argument instead of an option
+    parse: Callable[[str], Any] | None = None  # from text to the field's type, if that is no scalar or list of scalars
+    minimum: int | None = None  # smallest value that `check` accepts
 
     def check(self, name: str, value: Any) -> None:
-        """Check a value against the minimum; None and texts pass.
-
-        Raises:
-            UserError: for a value below it.
-        """
+        """Refuse a number below the minimum by a UserError; None and texts pass."""
         if self.minimum is not None and isinstance(value, int) and value < self.minimum:
             raise UserError(f"{name}={value}: expected a number ≥ {self.minimum}")
 

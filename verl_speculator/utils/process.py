@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -46,47 +47,32 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class _MessageFilter(logging.Filter):
-    """Drops the records whose message begins with one text."""
-
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self.beginning = beginning
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is logged."""
-        return not record.getMessage().startswith(self.beginning)
+def _is_wanted(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
 
 
+@functools.cache
 def silence_import_warnings() -> None:
     """Drop the messages above in this process. Call it before verl is imported; a second call changes nothing."""
     for name, beginning in UNWANTED_MESSAGES.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(known, _MessageFilter) for known in logger.filters):
-            logger.addFilter(_MessageFilter(beginning))
+        logging.getLogger(name).addFilter(functools.partial(_is_wanted, beginning))
     warnings.filterwarnings("ignore", message=OPTIONAL_ENGINES, category=UserWarning, module=r"verl\.workers\.engine")
 
 
 def progress_bar() -> Progress:
     """Progress bars on stderr: description, bar, count, time elapsed and remaining."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    description, bar, _, remaining = Progress.get_default_columns()
+    columns = (description, bar, MofNCompleteColumn(), TimeElapsedColumn(), remaining)
+    return Progress(*columns, console=Console(stderr=True))
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` evenly spaced indices below `count`, so that a file sorted by category is sampled whole; all for 0."""
-    wanted = min(wanted, count) or count
-    return [i * count // wanted for i in range(wanted)]
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """`limit` evenly spaced indices below `count`, so that a sample of a sorted file has all its categories; 0: all."""
+    limit = min(limit, count) or count
+    return [i * count // limit for i in range(limit)]
 
 
 def main() -> None:

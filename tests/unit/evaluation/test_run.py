@@ -30,7 +30,7 @@ from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod,
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.losses import DraftLoss
 from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.process import spread
+from verl_speculator.utils.process import evenly_spaced
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 
@@ -202,10 +202,10 @@ def test_results_log_with_half_a_line_continues(tmp_path):
     assert ResultsLog.open(tmp_path, {"x": 2}, {"weights": "a"}, origin, [0]).path != log.path
 
 
-def test_spread_returns_evenly_spaced_indices():
-    assert spread(10, 0) == list(range(10)) == spread(10, 12)
-    assert spread(10, 3) == [0, 3, 6]
-    assert spread(480, 240) == list(range(0, 480, 2))
+def test_evenly_spaced_returns_evenly_spaced_indices():
+    assert evenly_spaced(10, 0) == list(range(10)) == spread(10, 12)
+    assert evenly_spaced(10, 3) == [0, 3, 6]
+    assert evenly_spaced(480, 240) == list(range(0, 480, 2))
 
 
 # Whole evaluations.
