@@ -59,14 +59,19 @@ def load_base(settings: SpeculatorModelConfig, dtype: torch.dtype, *, receives_w
     return base
 
 
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def copy_types_of_first_rank(base: nn.Module) -> None:
     """Convert parameters and buffers to the dtypes of rank 0. `from_pretrained` decides some of them while it reads
     weights, and a rank that reads none would receive tensors of another dtype than it expects."""
     tensors: dict[str, Tensor] = dict(base.named_parameters()) | dict(base.named_buffers())
-    types = [{name: tensor.dtype for name, tensor in tensors.items()}]
-    dist.broadcast_object_list(types, src=0)
-    for name, tensor in tensors.items():
-        tensor.data = tensor.data.to(types[0][name])
+    for name, dtype in from_rank_0({name: tensor.dtype for name, tensor in tensors.items()}).items():
+        tensors[name].data = tensors[name].data.to(dtype)
 
 
 def keep_types(base: nn.Module) -> None:

@@ -35,6 +35,7 @@ from verl_speculator.data.hidden_state_cache import SETTING, StateCache, check_d
 from verl_speculator.data.run_record import RECORD, record_settings
 from verl_speculator.losses import DraftSums
 from verl_speculator.training import MODEL_TYPE
+from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import RunCheckpoints
 from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
 from verl_speculator.utils.atomic_io import check_metrics_file
@@ -56,6 +57,11 @@ class SpeculatorTrainer(SFTTrainer):
     def processes(self) -> int:
         """Number of processes that train."""
         return dist.get_world_size()
+
+    @property
+    def saves_state(self) -> bool:
+        """Whether checkpoints hold what resuming needs."""
+        return "optimizer" in self.config.checkpoint.save_contents
 
     # Building
 
@@ -111,12 +117,8 @@ class SpeculatorTrainer(SFTTrainer):
         data, model = self.config.data, self.model_config
         directory = Path(data.cache_hidden_states)
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        identity, exists = None, [None]
-        if rank == 0:
-            identity = identify_states(self.config, model.tokenizer)
-            exists = [check_directory(directory, identity)]
-        dist.broadcast_object_list(exists, src=0)
-        if not exists[0]:
+        identity = identify_states(self.config, model.tokenizer) if rank == 0 else None
+        if not from_rank_0(rank == 0 and check_directory(directory, identity)):
             rank_rows = range(rank, len(self.train_dataset), ranks)
             counts = count_states(self.train_dataset, rank_rows, data.num_workers, show=rank == 0)
             parts = [None] * ranks
@@ -182,7 +184,7 @@ class SpeculatorTrainer(SFTTrainer):
             self.engine,
             Path(self.config.trainer.default_local_dir),
             self.config.trainer,
-            save_state="optimizer" in self.config.checkpoint.save_contents,
+            save_state=self.saves_state,
             provenance=self._provenance,
         )
 
