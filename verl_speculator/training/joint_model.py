@@ -153,9 +153,8 @@ class ModelWithSpeculator(nn.Module):
         if draft is None:
             with self._base_autocast(base_inputs):
                 return self.base(**base_inputs)
-        if "cached_states" in draft:
-            hidden, teacher_hidden, base_output = draft["cached_states"], None, None
-        else:
+        hidden, teacher_hidden, base_output = draft.get("cached_states"), None, None
+        if hidden is None:
             hidden, teacher_hidden, base_output = self._run_base(base_inputs)
         to_cache = {}
         if "cache_positions" in draft:  # rounded as in the cache, so that every epoch trains on the same states
@@ -174,9 +173,8 @@ class ModelWithSpeculator(nn.Module):
 
     def _base_autocast(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
         """No autocast for a frozen base model: its own code chooses the dtype of each product, fp32 for some."""
-        if not self.freeze_base:
-            return nullcontext()
-        return torch.autocast(base_inputs["input_ids"].device.type, enabled=False)
+        device = base_inputs["input_ids"].device.type
+        return torch.autocast(device, enabled=False) if self.freeze_base else nullcontext()
 
     def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
         """What the speculator reads; the states [B, T, D] that the LM head reads, if a teacher needs them and
