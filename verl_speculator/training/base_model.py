@@ -124,11 +124,8 @@ def probe_documents(tokenizer: Any, config: Any) -> tuple[Tensor, Tensor]:
     chunk = getattr(config, "attention_chunk_size", None)
     first_length = FIRST_LENGTH if chunk is None else chunk - min(FIRST_LENGTH // 2, chunk // 4)
     generator = torch.Generator().manual_seed(0)
-    first, second = (
-        vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)]
-        for length in (first_length, SECOND_LENGTH)
-    )
-    return first, second
+    lengths = (first_length, SECOND_LENGTH)
+    return tuple(vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)] for length in lengths)
 
 
 @torch.no_grad()
@@ -142,8 +139,7 @@ def packing_error(run: Callable[[Sequence[Tensor]], Tensor], documents: Sequence
         run: gives the states [T, D] of documents in one packed row.
         documents: token ids, [t] each.
     """
-    packed = run(documents).split([len(document) for document in documents])
-    largest = []
+    packed, largest = run(documents).split([len(document) for document in documents]), []
     for together, document in zip(packed, documents, strict=True):
         alone = run([document]).float()
         errors = (together.float() - alone).norm(dim=-1) / alone.norm(dim=-1)

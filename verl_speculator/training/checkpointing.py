@@ -209,12 +209,8 @@ class RunCheckpoints:
 
 
 def _load_optimizer(engine: SpeculatorEngine, saved: dict[str, Any]) -> None:
-    """Load the moments of each parameter. Learning rates, weight decay and betas stay those of this run.
-
-    Args:
-        engine: of this run.
-        saved: the optimizer's whole state dict on rank 0, empty on the other ranks.
-    """
+    """Load the moments of each parameter from rank 0's state dict, empty on the other ranks. Learning rates, weight
+    decay and betas stay those of this run."""
     groups = engine.optimizer.param_groups
     options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if saved:
@@ -229,8 +225,7 @@ def _regroup(saved: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     if len(saved) == count:
         return saved
     names = [name for group in saved for name in group["params"]]
-    is_draft = [name.startswith(DRAFT_PREFIX) for name in names]
-    halves = [[name for name, draft in zip(names, is_draft, strict=True) if draft is part] for part in (False, True)]
+    halves = [[name for name in names if name.startswith(DRAFT_PREFIX) is is_draft] for is_draft in (False, True)]
     return [saved[0] | {"params": params} for params in ([names] if count == 1 else halves)]
 
 

@@ -72,8 +72,7 @@ class PolicyEngine(SpeculatorEngine):
             )
         return module
 
-    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return FSDPEngineWithLMHead._build_lr_scheduler(self, optimizer)
+    _build_lr_scheduler = FSDPEngineWithLMHead._build_lr_scheduler
 
     def initialize(self) -> None:
         """As verl's; the policy is saved under its own names."""
