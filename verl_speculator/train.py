@@ -1,6 +1,6 @@
 """The training process that torchrun starts: `torchrun -m verl_speculator.train [hydra overrides]`.
 
-`run_speculator_training.sh` checks everything first, in a process of its own, and then starts this.
+`run_speculator_training.sh` checks everything first, in a process of its own, and then starts this by `torchrun`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,32 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from verl_speculator.config.hydra import common_overrides, compute_dtype, load_settings
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import end_with_parent
+
+# Read by verl, before it looks for a device; the second because verl would use flash-attn's loss if it is installed.
+CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_DISABLE_FLASH_ATTN_CE": "1"}
+
+
+def torchrun() -> None:
+    """torchrun with its own arguments, except that a user's error in a worker ends it with exit code 2.
+
+    torchrun itself turns every exit code into 1 and prints a traceback below the worker's line.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # This logger repeats what the worker or the report of ChildFailedError says.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        run.main()
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode == 2:
+            sys.exit(2)
+        raise
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -25,17 +46,16 @@ def train(overrides: Sequence[str]) -> None:
     """
     config = load_settings(overrides)
     if config.trainer.device == "cpu":
-        os.environ["VERL_PLATFORM"] = "cpu"  # before verl looks for a device
-        os.environ["VERL_DISABLE_FLASH_ATTN_CE"] = "1"  # verl would use flash-attn's loss if it is installed
+        os.environ |= CPU_ENVIRONMENT
     importlib.import_module("verl_speculator.training.plugin")  # registers platform and engine, and fails loudly
     import torch.distributed
     from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
+    from verl_speculator.training.platform_cpu import start_process_group
     from verl_speculator.training.trainer import SpeculatorTrainer
 
-    if config.trainer.device == "cpu":
-        torch.distributed.init_process_group("gloo")  # verl would ask for "cpu:gloo,cpu:gloo"
-    else:
+    start_process_group()
+    if not torch.distributed.is_initialized():
         initialize_global_process_group()
     # By name, because this module is __main__ when torchrun starts it.
     logging.getLogger("verl_speculator.train").info(
@@ -48,23 +68,43 @@ def train(overrides: Sequence[str]) -> None:
     destroy_global_process_group()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `train`; a user's error is one line and exit code 2."""
+def run_command(
+    function: Callable[[Sequence[str]], None],
+    usage: str,
+    argv: Sequence[str] | None,
+    *,
+    log_level: int = logging.INFO,
+    error_delay: float = 0,
+) -> None:
+    """Call a function with the arguments of the command line; a user's error is one line and exit code 2.
+
+    Args:
+        function: takes Hydra overrides.
+        usage: the text for `--help`.
+        argv: the arguments; None for those of this process.
+        log_level: of this package's log lines.
+        error_delay: seconds until the error is printed.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(f"{__doc__}\n{common_overrides()}")
+        sys.stdout.write(usage)
         return
-    end_with_parent()  # else a worker, which has its own session, would outlive a killed torchrun
-    rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("verl_speculator").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("verl_speculator").setLevel(log_level)
     try:
-        train(arguments)
+        function(arguments)
     except UserError as error:
-        if rank:
-            time.sleep(30)  # rank 0 reports the same error; torchrun then ends this process
-        sys.stderr.write(f"error: {error}\n")
+        time.sleep(error_delay)
+        # Ray wraps an error of a worker in one whose text has the traceback, and whose cause is the error itself.
+        sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
         sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `train`. A rank above 0 waits before it prints: rank 0 reports the same error and torchrun ends the rest."""
+    end_with_parent()  # else a worker, which has its own session, would outlive a killed torchrun
+    level, delay = (logging.WARNING, 30) if int(os.environ.get("RANK", 0)) else (logging.INFO, 0)
+    run_command(train, f"{__doc__}\n{common_overrides()}", argv, log_level=level, error_delay=delay)
 
 
 if __name__ == "__main__":

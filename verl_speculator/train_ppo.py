@@ -11,12 +11,11 @@ syncs its weights to the rollout, and the metrics report its acceptance (docs/ro
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from verl_speculator.config.hydra import compose_ppo
 from verl_speculator.rl.rollout_args import check_ppo
-from verl_speculator.utils.errors import UserError
+from verl_speculator.train import run_command
 from verl_speculator.utils.process import silence_import_warnings
 
 logger = logging.getLogger(__name__)
@@ -44,19 +43,9 @@ def train(overrides: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `train`; a user's error is one line and exit code 2."""
-    logging.basicConfig(format="%(name)s: %(message)s")
+    """Run `train`."""
     silence_import_warnings()
-    arguments = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(f"{__doc__}\n")
-        return
-    try:
-        train(arguments)
-    except UserError as error:
-        # Ray wraps an error of a worker in one whose text has the traceback, and whose cause is the error itself.
-        sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
-        sys.exit(2)
+    run_command(train, f"{__doc__}\n", argv, log_level=logging.WARNING)
 
 
 if __name__ == "__main__":

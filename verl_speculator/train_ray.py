@@ -9,9 +9,7 @@ The settings and the checkpoints are those of `run_speculator_training.sh`, whos
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +18,9 @@ from omegaconf import OmegaConf
 from verl_speculator.config.hydra import common_overrides, load_run_config
 from verl_speculator.preflight.launch import check_run, worker_environment
 from verl_speculator.preflight.settings import check_settings
+from verl_speculator.train import CPU_ENVIRONMENT, run_command
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError
-
-CPU_PLATFORM = {"VERL_PLATFORM": "cpu", "VERL_DISABLE_FLASH_ATTN_CE": "1"}
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -44,8 +41,8 @@ def train(overrides: Sequence[str]) -> None:
     check_run(run, processes=processes, processes_per_node=settings.n_gpus_per_node)
     variables = worker_environment(settings.device, settings.n_gpus_per_node, os.environ)
     if settings.device == "cpu":
-        variables |= CPU_PLATFORM
-        os.environ |= CPU_PLATFORM
+        variables |= CPU_ENVIRONMENT
+        os.environ |= CPU_ENVIRONMENT
     added = {name: value for name, value in variables.items() if name not in os.environ or name.startswith("VERL_")}
     importlib.import_module("verl_speculator.training.plugin")  # after VERL_PLATFORM
     import ray
@@ -67,19 +64,8 @@ def train(overrides: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `train`; a user's error is one line and exit code 2."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(f"{__doc__}\n{common_overrides()}")
-        return
-    logging.basicConfig(format="%(name)s: %(message)s")
-    logging.getLogger("verl_speculator").setLevel(logging.INFO)
-    try:
-        train(arguments)
-    except UserError as error:
-        # Ray wraps an error of a worker in one whose text has the traceback, and whose cause is the error itself.
-        sys.stderr.write(f"error: {getattr(error, 'cause', error)}\n")
-        sys.exit(2)
+    """Run `train`."""
+    run_command(train, f"{__doc__}\n{common_overrides()}", argv)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A draft that is another one beside a larger target: its experts are used from a buffer that both models write.
+"""A draft whose outputs change after a larger target has run: both models write their experts into one buffer.
 
     python tests/helpers/buffered_moe.py DIR     writes DIR/draft and DIR/target, of random weights
     verl-speculator diagnose … --external-lib tests/helpers/buffered_moe.py
 
-The case of docs/diagnose.md. Importing this module teaches transformers the architecture `buffered_moe`.
+The case of docs/diagnose.md. Importing this module registers the architecture `buffered_moe` with transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TARGET = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "
 class BufferedMoE(nn.Module):
     """Experts that are used from one buffer, which is found by the layer's name alone: the fault of the 120b case.
 
-    Whoever runs first under a name has written the buffer; a larger model writes over all of a smaller one's.
+    The first model to run under a name writes the buffer; a larger model overwrites all of a smaller one's.
     """
 
     buffers: ClassVar[dict[str, Tensor]] = {}

@@ -1,7 +1,7 @@
 """verl's engine with a speculator in one process or several: builds it, feeds it, reads its gradients.
 
-Run by torchrun it writes gradients: `torchrun engine_harness.py <base> <parquet> <out> <settings>`, settings in JSON,
-keys of model.speculator.
+Run by torchrun it writes gradients: `torchrun engine_harness.py <parquet> <out> <cases>`, cases in JSON: pairs of a
+base model and model.speculator settings.
 """
 
 from __future__ import annotations
@@ -147,21 +147,27 @@ def weights(engine) -> dict[str, torch.Tensor]:
     return {name: whole(p).detach().clone() for name, p in engine.module.named_parameters()}
 
 
+def gradients_of_every_cut(base: str, parquet: str, speculator: dict[str, Any]) -> dict[tuple, dict[str, torch.Tensor]]:
+    """Gradients by (joint, rows of a micro-batch, packed)."""
+    result = {}
+    for joint in (False, True):
+        engine = build_engine(base, freeze_base_model=not joint, speculator=speculator)
+        # Chunks as small as these, so that the ranks have different numbers of them.
+        engine.draft.chunk_rows = 5
+        rows = load_rows(parquet, engine.model_config.tokenizer)[:16]
+        for micro in (1, 4):
+            for packed in (True, False):
+                run_batch(engine, make_batch(rows, micro=micro, packed=packed))
+                result[joint, micro, packed] = gradients(engine)
+    return result
+
+
 if __name__ == "__main__":
     os.environ["VERL_PLATFORM"] = "cpu"
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {}
-    for joint in (False, True):
-        built = build_engine(sys.argv[1], freeze_base_model=not joint, speculator=json.loads(sys.argv[4]))
-        rows = load_rows(sys.argv[2], built.model_config.tokenizer)[:16]
-        for micro in (1, 4):
-            for packed in (True, False):
-                # Chunks as small as these, so that the ranks have different numbers of them.
-                built.draft.chunk_rows = 5
-                run_batch(built, make_batch(rows, micro=micro, packed=packed))
-                found[joint, micro, packed] = gradients(built)
+    results = [gradients_of_every_cut(base, sys.argv[1], settings) for base, settings in json.loads(sys.argv[3])]
     if dist.get_rank() == 0:
-        torch.save(found, sys.argv[3])
+        torch.save(results, sys.argv[2])
     dist.barrier()
     dist.destroy_process_group()

@@ -45,8 +45,8 @@ IMPORTS = {
         "sweep",
     },
     "train": {"utils", "config", "training"},
-    "train_ray": {"utils", "config", "training", "preflight"},
-    "train_ppo": {"utils", "config", "rl"},
+    "train_ray": {"utils", "config", "training", "preflight", "train"},
+    "train_ppo": {"utils", "config", "rl", "train"},
     "__main__": {"utils", "cli"},
     "__init__": {"config", "models", "checkpoint"},
 }

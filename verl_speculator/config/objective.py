@@ -89,6 +89,12 @@ class Objective:
             return self.pair_weights
         return "equal" if self.depth_weights is None else list(self.depth_weights)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The part of a checkpoint's provenance that describes it."""
+        depth_weights = self.weights_of_depths
+        return {"loss": dict(self.weights), "kl_temperature": self.kl_temperature, "depth_weights": depth_weights}
+
     def depths(self, count: int, *, prefix: str = "") -> Sequence[float]:
         """The weight of each of `count` depths.
 

@@ -81,7 +81,8 @@ def check_run(
 
 def torchrun_command(processes: int, overrides: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """The command line of torchrun for this machine."""
-    command = [sys.executable, "-m", "verl_speculator.training.torchrun", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-c", "from verl_speculator.train import torchrun; torchrun()"]
+    command.append(f"--nproc-per-node={processes}")
     return [*command, *_rendezvous(environment), "-m", "verl_speculator.train", *overrides]
 
 

@@ -59,14 +59,19 @@ def load_base(settings: SpeculatorModelConfig, dtype: torch.dtype, *, receives_w
     return base
 
 
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def copy_types_of_first_rank(base: nn.Module) -> None:
     """Convert parameters and buffers to the dtypes of rank 0. `from_pretrained` decides some of them while it reads
     weights, and a rank that reads none would receive tensors of another dtype than it expects."""
     tensors: dict[str, Tensor] = dict(base.named_parameters()) | dict(base.named_buffers())
-    types = [{name: tensor.dtype for name, tensor in tensors.items()}]
-    dist.broadcast_object_list(types, src=0)
-    for name, tensor in tensors.items():
-        tensor.data = tensor.data.to(types[0][name])
+    for name, dtype in from_rank_0({name: tensor.dtype for name, tensor in tensors.items()}).items():
+        tensors[name].data = tensors[name].data.to(dtype)
 
 
 def keep_types(base: nn.Module) -> None:
@@ -119,11 +124,8 @@ def probe_documents(tokenizer: Any, config: Any) -> tuple[Tensor, Tensor]:
     chunk = getattr(config, "attention_chunk_size", None)
     first_length = FIRST_LENGTH if chunk is None else chunk - min(FIRST_LENGTH // 2, chunk // 4)
     generator = torch.Generator().manual_seed(0)
-    first, second = (
-        vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)]
-        for length in (first_length, SECOND_LENGTH)
-    )
-    return first, second
+    lengths = (first_length, SECOND_LENGTH)
+    return tuple(vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)] for length in lengths)
 
 
 @torch.no_grad()
@@ -137,8 +139,7 @@ def packing_error(run: Callable[[Sequence[Tensor]], Tensor], documents: Sequence
         run: gives the states [T, D] of documents in one packed row.
         documents: token ids, [t] each.
     """
-    packed = run(documents).split([len(document) for document in documents])
-    largest = []
+    packed, largest = run(documents).split([len(document) for document in documents]), []
     for together, document in zip(packed, documents, strict=True):
         alone = run([document]).float()
         errors = (together.float() - alone).norm(dim=-1) / alone.norm(dim=-1)

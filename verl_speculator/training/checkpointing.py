@@ -28,13 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from verl.utils.device import get_device_id, get_device_name, get_torch_device
-from verl.utils.fsdp_utils import (
-    load_fsdp_model_to_gpu,
-    load_fsdp_optimizer,
-    offload_fsdp_model_to_cpu,
-    offload_fsdp_optimizer,
-)
+from verl.utils.device import get_device_name, get_torch_device
 
 from verl_speculator.base_model.loading import load_base
 from verl_speculator.checkpoint.format import (
@@ -48,6 +42,7 @@ from verl_speculator.checkpoint.format import (
     read_weights,
     write_checkpoint,
 )
+from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.engine import SpeculatorEngine
 from verl_speculator.training.joint_model import BASE_PREFIX, DRAFT_PREFIX
 from verl_speculator.utils.atomic_io import atomic_directory, atomic_file, remove_directory, remove_temporaries
@@ -119,10 +114,6 @@ class RunCheckpoints:
     save_state: bool
     provenance: Callable[[int], dict[str, Any]]
 
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
     # Saving
 
     def save_checkpoint(self, step: int) -> None:
@@ -133,7 +124,7 @@ class RunCheckpoints:
             optimizer = get_optimizer_state_dict(engine.module, engine.optimizer, options=GATHER)
         random_states = [None] * dist.get_world_size()
         dist.all_gather_object(random_states, _random_state())
-        if self.rank == 0:
+        if dist.get_rank() == 0:
             target = self.directory / f"global_step_{step}"
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_temporaries(self.directory)
@@ -188,47 +179,38 @@ class RunCheckpoints:
 
     def load_checkpoint(self) -> int:
         """Load the checkpoint that the settings name; its step, or 0 for a fresh start."""
-        answer = [find_resume_path(self.directory, self.settings) if self.rank == 0 else None]
-        dist.broadcast_object_list(answer, src=0)
-        (folder,), engine = answer, self.engine
+        rank, engine = dist.get_rank(), self.engine
+        folder = from_rank_0(find_resume_path(self.directory, self.settings) if rank == 0 else None)
         if folder is None:
             return 0
-        weights, optimizer, schedule, random_states = self._read(folder) if self.rank == 0 else ({}, {}, None, None)
+        weights, optimizer, *states = self._read(folder) if rank == 0 else ({}, {})
         with _on_device(engine):
             module = engine.draft if engine.model_config.freeze_base_model else engine.module
             set_model_state_dict(module, weights, options=SEND)
             _load_optimizer(engine, optimizer)
-        answer = [schedule, random_states]
-        dist.broadcast_object_list(answer, src=0)
-        schedule, random_states = answer
+        schedule, random_states = from_rank_0(states)
         # The position on the schedule is the checkpoint's; the schedule itself is this run's.
         current = {name: engine.lr_scheduler.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
         engine.lr_scheduler.load_state_dict(schedule | current)
-        _apply_schedule(engine.lr_scheduler)
+        engine.lr_scheduler.last_epoch -= 1
+        engine.lr_scheduler._update_lr()  # one step on: sets the rates by this run's schedule
         if len(random_states) == dist.get_world_size():
-            _set_random_state(random_states[self.rank])
+            _set_random_state(random_states[rank])
         logger.info("resumed from %s", folder)
         return int(STEP_DIRECTORY.match(folder.name)[1])
 
     def _read(self, folder: Path) -> tuple[State, dict, dict, list]:
         weights = read_speculator(self.engine, folder)
         if not self.engine.model_config.freeze_base_model:
-            weights = _add_prefix(weights, DRAFT_PREFIX) | _add_prefix(_read_base(folder), BASE_PREFIX)
+            base = load_base(folder / BASE_DIRECTORY, device="cpu", dtype=torch.float32).state_dict()
+            weights = _add_prefix(weights, DRAFT_PREFIX) | _add_prefix(base, BASE_PREFIX)
         state = folder / STATE_DIRECTORY
         return weights, *(torch.load(state / name, map_location="cpu", weights_only=True) for name in STATE_FILES)
 
 
-def _read_base(folder: Path) -> State:
-    return load_base(folder / BASE_DIRECTORY, device="cpu", dtype=torch.float32).state_dict()
-
-
 def _load_optimizer(engine: SpeculatorEngine, saved: dict[str, Any]) -> None:
-    """Load the moments of each parameter. Learning rates, weight decay and betas stay those of this run.
-
-    Args:
-        engine: of this run.
-        saved: the optimizer's whole state dict on rank 0, empty on the other ranks.
-    """
+    """Load the moments of each parameter from rank 0's state dict, empty on the other ranks. Learning rates, weight
+    decay and betas stay those of this run."""
     groups = engine.optimizer.param_groups
     options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if saved:
@@ -243,18 +225,8 @@ def _regroup(saved: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     if len(saved) == count:
         return saved
     names = [name for group in saved for name in group["params"]]
-    is_draft = [name.startswith(DRAFT_PREFIX) for name in names]
-    halves = [[name for name, draft in zip(names, is_draft, strict=True) if draft is part] for part in (False, True)]
+    halves = [[name for name in names if name.startswith(DRAFT_PREFIX) is is_draft] for is_draft in (False, True)]
     return [saved[0] | {"params": params} for params in ([names] if count == 1 else halves)]
-
-
-def _apply_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Set the current step's learning rates by this run's schedule, which may have more steps than the saved one."""
-    factors = [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
-    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 @contextmanager
@@ -264,13 +236,9 @@ def _on_device(engine: SpeculatorEngine) -> Iterator[None]:
     Under FSDP1 this also makes the whole model the root of its units, before the state of a single unit is read.
     """
     if not engine._uses_fsdp2_cpu_offload_policy:
-        load_fsdp_model_to_gpu(engine.module)
-        load_fsdp_optimizer(engine.optimizer, get_device_id())
+        engine.to(get_device_name())
     yield
-    if engine.is_param_offload_enabled:
-        offload_fsdp_model_to_cpu(engine.module)
-    if engine.is_optimizer_offload_enabled:
-        offload_fsdp_optimizer(engine.optimizer)
+    engine.to("cpu", model=engine.is_param_offload_enabled, optimizer=engine.is_optimizer_offload_enabled, grad=False)
 
 
 def _random_state() -> dict[str, Any]:

@@ -65,11 +65,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     """
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config) -> None:
-        if engine_config.ulysses_sequence_parallel_size > 1:
-            raise UserError(
-                f"engine.ulysses_sequence_parallel_size={engine_config.ulysses_sequence_parallel_size}: "
-                f"{MODEL_TYPE} supports 1 only"
-            )
+        if (size := engine_config.ulysses_sequence_parallel_size) > 1:
+            raise UserError(f"engine.ulysses_sequence_parallel_size={size}: {MODEL_TYPE} supports 1 only")
         if model_config.form.is_quantized and engine_config.forward_only:
             raise UserError(f"model.quantization={model_config.quantization}: not for a forward-only engine")
         if model_config.freeze_base_model and not engine_config.forward_only:
@@ -85,10 +82,6 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         self.state_cache: StateCache | None = None
 
     @property
-    def _unwrapped(self) -> nn.Module:
-        return getattr(self.module, "_fsdp_wrapped_module", self.module)
-
-    @property
     def speculator(self) -> Speculator:
         """The speculator inside the sharded model. Its parameters are shards outside of the model's forward."""
         return self.draft.speculator
@@ -96,12 +89,12 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     @property
     def draft(self) -> nn.Module:
         """The sharding unit that holds the speculator and its loss."""
-        return self._unwrapped.draft
+        return _unwrap(self.module).draft
 
     @property
     def base(self) -> nn.Module:
         """The base model inside the sharded model."""
-        return self._unwrapped if self.engine_config.forward_only else self._unwrapped.base
+        return _unwrap(self.module) if self.engine_config.forward_only else _unwrap(self.module).base
 
     # Building
 
@@ -123,14 +116,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             self.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = [*units, DraftLoss.__name__]
         training = self.model_config.speculator_training
         speculator = self._build_speculator(base)
+        compiled = get_device_name() == "cuda" if training.compile is None else training.compile
         return ModelWithSpeculator(
             base,
-            DraftLoss(
-                speculator,
-                training.objective,
-                training.loss_chunk_rows,
-                compiled=get_device_name() == "cuda" if training.compile is None else training.compile,
-            ),
+            DraftLoss(speculator, training.objective, training.loss_chunk_rows, compiled=compiled),
             freeze_base=self.model_config.freeze_base_model,
             shard_base=not is_quantized,
             detach_hidden=training.detach_hidden,
@@ -177,12 +166,11 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         lr = self.model_config.speculator_training.lr
         if lr is None:
             return build_optimizer(trained, self.optimizer_config)
-        draft = {id(p) for p in getattr(module, "_fsdp_wrapped_module", module).draft.parameters()}
-        groups = [
-            {"params": [p for p in trained if id(p) not in draft]},
-            {"params": [p for p in trained if id(p) in draft], "lr": lr},
-        ]
-        return build_optimizer([group for group in groups if group["params"]], self.optimizer_config)
+        draft = {id(p) for p in _unwrap(module).draft.parameters()}
+        base = [p for p in trained if id(p) not in draft]
+        groups = [{"params": base}] if base else []
+        groups.append({"params": [p for p in trained if id(p) in draft], "lr": lr})
+        return build_optimizer(groups, self.optimizer_config)
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         settings = self.optimizer_config
@@ -205,11 +193,9 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             UserError: for such a base model if the settings require packing.
         """
         super().initialize()
-        if self.packs:
-            self._check_packing()
-
-    def _check_packing(self) -> None:
         settings = self.model_config
+        if not self.packs:
+            return
         documents = probe_documents(settings.tokenizer, settings.hf_config.get_text_config())
         with self.eval_mode():
             error = torch.tensor(packing_error(self._packed_states, documents), device=get_device_id())
@@ -229,9 +215,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             {"input_ids": ids, "position_ids": torch.arange(len(ids)), "loss_mask": torch.ones_like(ids)}
             for ids in documents
         ]
-        settings = {"use_remove_padding": True, "pad_mode": DatasetPadMode.NO_PADDING, "temperature": 1.0}
-        batch = tu.get_tensordict(SFTTensorCollator(DatasetPadMode.NO_PADDING)(rows), settings).to(get_device_id())
-        inputs, _ = self.prepare_model_inputs(micro_batch=batch)
+        pad_mode = DatasetPadMode.NO_PADDING
+        settings = {"use_remove_padding": True, "pad_mode": pad_mode, "temperature": 1.0}
+        batch = tu.get_tensordict(SFTTensorCollator(pad_mode)(rows), settings).to(get_device_id())
+        inputs, _ = self.prepare_model_inputs(batch)
         if "logits_to_keep" in signature(self.base.forward).parameters:  # the logits are not used
             inputs["logits_to_keep"] = 1
         with self._autocast(), HiddenStateHook(self.base, POST_NORM) as hook:
@@ -245,12 +232,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         return loss_function is not None and not self.engine_config.forward_only
 
     def _assistant_mask(self, batch: TensorDict) -> Tensor:
-        """[T] 1 where the tokens of the flattened batch are the assistant's.
-
-        Raises:
-            UserError: for rollouts: the frozen base model of SFT would never see the loss of PPO.
-        """
-        if "response_mask" in batch:
+        """[T] 1 where the tokens of the flattened batch are the assistant's."""
+        if "response_mask" in batch:  # a rollout: the frozen base model of SFT would never see the loss of PPO
             raise UserError(
                 "actor_rollout_ref.model._target_: an actor's base is a policy; "
                 "expected verl_speculator.training.model_config.SpeculatorPolicyConfig"
@@ -258,13 +241,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         return batch["loss_mask"].values()
 
     def _report(self, loss: Tensor, base_loss: Tensor, micro_batch: TensorDict) -> tuple[Tensor, dict[str, Any]]:
-        """The loss to report of a trained base model, and metrics that verl's loss function does not give.
-
-        Args:
-            loss: of base model and speculator.
-            base_loss: what verl's loss function returned.
-            micro_batch: with `batch_num_tokens`, the tokens of the global batch.
-        """
+        """The loss to report if the base model is trained, from the total and from what verl's loss function returned,
+        and metrics that verl's function does not give."""
         tokens, total_tokens = micro_batch["loss_mask"].values().sum(), micro_batch["batch_num_tokens"]
         share = base_loss.detach() * total_tokens / self.get_data_parallel_size()
         share = share if total_tokens else torch.zeros_like(share)  # verl's loss is 0/0 then
@@ -292,8 +270,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             tu.assign_non_tensor(data, use_remove_padding=False)
         if not self._uses_draft(loss_function, forward_only):
             return super().forward_backward_batch(data, loss_function, forward_only)
-        # Each micro-batch divides by the pairs of the global batch, so they are counted before the first one: value and
-        # gradient do not depend on how a batch is cut. All ranks must agree on skipping the base model's forward pass:
+        # Each micro-batch divides by the pairs of the global batch, so they are counted before the first one: loss and
+        # gradient do not depend on the micro-batches. All ranks must agree on skipping the base model's forward pass:
         # it gathers shards.
         is_uncached = self.state_cache is None or "row" not in data or not self.state_cache.has(_row_numbers(data))
         pairs = self._align(data).valid.sum(1)
@@ -307,9 +285,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         return output
 
     def _autocast(self) -> AbstractContextManager:
-        if self._autocast_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(device_type=get_device_name(), dtype=self._autocast_dtype)
+        dtype = self._autocast_dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype=dtype)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool):
         """The loss of one micro-batch, on which verl calls `backward`, and what is reported of it."""
@@ -318,12 +295,8 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         base_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         rows = self._align(micro_batch)
-        draft = self._state_indices(rows, micro_batch, base_inputs["input_ids"].shape[1]) | {
-            "tokens": rows.tokens,
-            "targets": rows.targets,
-            "valid": rows.valid,
-            "counts": self._batch_pairs,
-        }
+        draft = {"tokens": rows.tokens, "targets": rows.targets, "valid": rows.valid, "counts": self._batch_pairs}
+        draft |= self._state_indices(rows, micro_batch, base_inputs["input_ids"].shape[1])
         with self._autocast():
             # One call of the wrapped module runs base model, unroll, head and loss: only there are parameters whole.
             draft_output, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
@@ -336,24 +309,14 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             metrics: dict[str, Any] = {DRAFT_SUMS: DraftSums(**draft_output).stack()}
             model_output = {}
             if base_output is not None:  # the base model is trained: the rest is verl's own forward_step
-                model_output = self.prepare_model_outputs(
-                    output=base_output,
-                    output_args=output_args,
-                    micro_batch=micro_batch,
-                    logits_processor_func=loss_function,
-                )
-                base_loss, base_metrics = loss_function(
-                    model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
-                )
+                model_output = self.prepare_model_outputs(base_output, output_args, micro_batch, loss_function)
+                group = self.get_data_parallel_group()
+                base_loss, base_metrics = loss_function(model_output=model_output, data=micro_batch, dp_group=group)
                 loss = loss + base_loss
                 reported_loss, more_metrics = self._report(loss, base_loss, micro_batch)
                 metrics |= base_metrics | more_metrics
-        output = {
-            "model_output": detach_tree(model_output),
-            "loss": reported_loss.detach().item(),
-            "metrics": metrics,
-        }
-        return loss, output
+        reported = {"model_output": detach_tree(model_output), "loss": reported_loss.detach().item()}
+        return loss, reported | {"metrics": metrics}
 
     def _state_indices(self, rows: DraftRows, micro_batch: TensorDict, width: int) -> dict[str, Tensor]:
         """Where the states that the rows read are: in the base model's flattened batch, or among the cached states."""
@@ -397,6 +360,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
                 # Some architectures have other names on disk. verl asks the whole model for them, which has none.
                 ((name, rest),) = convert_weight_keys({name.removeprefix(BASE_PREFIX): rest}, self.base).items()
                 yield (name, *rest)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    return getattr(module, "_fsdp_wrapped_module", module)
 
 
 def _row_numbers(batch: TensorDict) -> list[int]:

@@ -153,9 +153,8 @@ class ModelWithSpeculator(nn.Module):
         if draft is None:
             with self._base_autocast(base_inputs):
                 return self.base(**base_inputs)
-        if "cached_states" in draft:
-            hidden, teacher_hidden, base_output = draft["cached_states"], None, None
-        else:
+        hidden, teacher_hidden, base_output = draft.get("cached_states"), None, None
+        if hidden is None:
             hidden, teacher_hidden, base_output = self._run_base(base_inputs)
         to_cache = {}
         if "cache_positions" in draft:  # rounded as in the cache, so that every epoch trains on the same states
@@ -166,7 +165,10 @@ class ModelWithSpeculator(nn.Module):
         if self.head is None:
             return self.draft(hidden, **inputs) | to_cache, base_output
         if teacher_hidden is None:
-            teacher_hidden = self._after_norm(hidden.detach())
+            teacher_hidden = hidden.detach()
+            if self.hidden_state_source == PRE_NORM:
+                with torch.no_grad():
+                    teacher_hidden = final_norm(self.base)(teacher_hidden)
         inputs["teacher_hidden"] = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
         with self.head.gathered() as head:
             output = self.draft(hidden, **inputs, teacher_rows=draft["teacher_rows"], base_head=head)
@@ -174,13 +176,12 @@ class ModelWithSpeculator(nn.Module):
 
     def _base_autocast(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
         """No autocast for a frozen base model: its own code chooses the dtype of each product, fp32 for some."""
-        if not self.freeze_base:
-            return nullcontext()
-        return torch.autocast(base_inputs["input_ids"].device.type, enabled=False)
+        device = base_inputs["input_ids"].device.type
+        return torch.autocast(device, enabled=False) if self.freeze_base else nullcontext()
 
     def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
-        """What the speculator reads; the states [B, T, D] that the LM head reads, if a teacher needs them and
-        `_after_norm` cannot compute them; and the base model's output if it is trained."""
+        """What the speculator reads; the states [B, T, D] that the LM head reads, if a teacher needs them and the final
+        norm cannot compute them; and the base model's output if it is trained."""
         needs_head_states = self.head is not None and self.hidden_state_source not in (POST_NORM, PRE_NORM)
         with (
             HiddenStateHook(self.base, self.hidden_state_source) as draft_hook,
@@ -197,11 +198,6 @@ class ModelWithSpeculator(nn.Module):
             is_call = isinstance(hidden, BlockCall)
             hidden = BlockCall(hidden.state.detach(), hidden.arguments) if is_call else hidden.detach()
         return hidden, head_states.detach() if needs_head_states else None, output
-
-    @torch.no_grad()
-    def _after_norm(self, states: Tensor) -> Tensor:
-        """The states that the LM head reads, from those that the speculator reads."""
-        return final_norm(self.base)(states) if self.hidden_state_source == PRE_NORM else states
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
         """Once, on 8 tokens of the first batch: `BaseHead.check`. The base model's weights are whole here."""

@@ -41,12 +41,8 @@ class SpeculatorModelConfig(HFModelConfig):
     """
 
     _mutable_fields = HFModelConfig._mutable_fields | {
-        "form",
-        "packing_required",
-        "use_remove_padding",
-        "speculator_config",
-        "speculator_training",
-        "end_token_ids",
+        *("form", "packing_required", "use_remove_padding"),
+        *("speculator_config", "speculator_training", "end_token_ids"),
     }
 
     partial_pretrain: str | None = None
@@ -71,8 +67,8 @@ class SpeculatorModelConfig(HFModelConfig):
         check_language_model(f"model.path={self.path}", self.hf_config)
         self._adapt_base_config()
         settings: Mapping[str, Any] = dict(self.speculator)
-        if settings.get("path"):
-            settings = read_checkpoint_info(settings["path"]).config.to_dict() | settings
+        if path := settings.get("path"):
+            settings = read_checkpoint_info(path).config.to_dict() | settings
         parsed = SpeculatorSettings.parse(settings)
         self.speculator_config, self.speculator_training = parsed.config, parsed.training
         if ensure_chat_template(self.tokenizer):

@@ -7,6 +7,7 @@ that have one.
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -26,8 +27,12 @@ def start_process_group() -> None:
         dist.init_process_group("gloo")
 
 
-def _do_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
-    """There is one device, no cache and no profiler, and operations are synchronous."""
+def _returns(value: Any) -> Callable[..., Any]:
+    """A method that returns `value` for any arguments."""
+    return lambda self, *args, **kwargs: value
+
+
+_do_nothing = _returns(None)  # there is one device, no cache and no profiler, and operations are synchronous
 
 
 class CpuDeviceModule(ModuleType):
@@ -49,12 +54,11 @@ class CpuDeviceModule(ModuleType):
     max_memory_reserved = max_memory_allocated
     empty_cache = reset_peak_memory_stats = _do_nothing
 
+    get_device_name = _returns("CPU")
+
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         memory = psutil.virtual_memory()
         return memory.available, memory.total
-
-    def get_device_name(self, device: Any = None) -> str:
-        return "CPU"
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
@@ -78,38 +82,19 @@ class PlatformCPU(PlatformBase):
     profiler_start = profiler_stop = cudart = _do_nothing
     manual_seed = manual_seed_all = CpuDeviceModule.manual_seed
 
-    def is_available(self) -> bool:
-        return True
-
-    def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return False  # never by detection
-
-    def current_device(self) -> str:
-        return "cpu"
-
-    def device_count(self) -> int:
-        return 1
-
-    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        return None, None
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-    def visible_devices_envvar(self) -> str:
-        return "CPU_VISIBLE_DEVICES"
-
-    def nvtx_range(self, msg: str) -> AbstractContextManager:
-        return torch.profiler.record_function(msg)
-
-    def ray_resource_name(self) -> str:
-        return "CPU"
+    is_available = _returns(True)
+    is_platform_available = _returns(False)  # never by detection
+    current_device = _returns("cpu")
+    device_count = _returns(1)
+    get_device_capability = _returns((None, None))
+    communication_backend_name = _returns("gloo")
+    visible_devices_envvar = _returns("CPU_VISIBLE_DEVICES")
+    ray_resource_name = _returns("CPU")
+    ray_noset_envvars = _returns([])
+    is_ipc_supported = _returns(False)
 
     def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
         return {"num_cpus": num_gpus}
 
-    def ray_noset_envvars(self) -> list[str]:
-        return []
-
-    def is_ipc_supported(self) -> bool:
-        return False
+    def nvtx_range(self, msg: str) -> AbstractContextManager:
+        return torch.profiler.record_function(msg)

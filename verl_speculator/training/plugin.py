@@ -22,7 +22,6 @@ from verl_speculator.training.model_config import SpeculatorModelConfig, Specula
 from verl_speculator.training.policy import PolicyEngine
 
 __all__ = ["PlatformCPU", "PolicyEngine", "SpeculatorEngine"]
-SERVERS = ("vllm", "sglang", "trtllm")
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"])
@@ -65,6 +64,6 @@ def without_speculator(load: Callable[[], type[RolloutReplica]]) -> Callable[[],
     return load_replica
 
 
-for _server in SERVERS:
+for _server in ("vllm", "sglang", "trtllm"):
     # Read without the registry's own method, which would call the loader and import the server's package.
     RolloutReplicaRegistry.register(_server, without_speculator(RolloutReplicaRegistry._registry[_server]))

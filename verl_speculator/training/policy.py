@@ -18,6 +18,7 @@ from verl_speculator.base_model.loading import UNQUANTIZED
 from verl_speculator.checkpoint.provenance import git_commit, versions
 from verl_speculator.losses import DraftSums
 from verl_speculator.training import MODEL_TYPE
+from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import SEND, gather_speculator, read_speculator, write_speculator
 from verl_speculator.training.engine import DRAFT_SUMS, SpeculatorEngine
 from verl_speculator.utils.atomic_io import atomic_directory
@@ -71,8 +72,7 @@ class PolicyEngine(SpeculatorEngine):
             )
         return module
 
-    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        return FSDPEngineWithLMHead._build_lr_scheduler(self, optimizer)
+    _build_lr_scheduler = FSDPEngineWithLMHead._build_lr_scheduler
 
     def initialize(self) -> None:
         """As verl's; the policy is saved under its own names."""
@@ -154,16 +154,15 @@ class PolicyEngine(SpeculatorEngine):
         super().load_checkpoint(local_path, *args, **kwargs)
         if not self.trains_draft:
             return
-        folder, parameters, answer = Path(local_path) / DIRECTORY, {}, [False, None]
+        folder, parameters, error = Path(local_path) / DIRECTORY, {}, None
         if dist.get_rank() == 0 and folder.is_dir():
             try:
-                parameters, answer[0] = read_speculator(self, folder), True
-            except UserError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, src=0)
-        exists, error = answer
+                parameters = read_speculator(self, folder)
+            except UserError as cause:
+                error = cause
+        exists, error = from_rank_0((bool(parameters), error))
         if error is not None:
-            raise UserError(error)
+            raise error
         if exists:
             set_model_state_dict(self.draft, parameters, options=SEND)
 

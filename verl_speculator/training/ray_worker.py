@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +52,6 @@ class SpeculatorWorker(TrainingWorker):
         return self.engine.optimizer.param_groups[0]["lr"]
 
 
-@dataclass
 class RayWorkers:
     """All workers, with the interface of the training client and the engine that a trainer has in its own process.
 
@@ -61,27 +59,22 @@ class RayWorkers:
 
     Args:
         config: of each worker.
-        loss_function: of the base.
-        nodes: number of machines.
-        processes_per_node: workers on each.
-        device: the trainer's.
+        settings: `trainer.*`: machines, workers on each, and the device.
     """
 
-    config: TrainingWorkerConfig
-    loss_function: Any
-    nodes: int
-    processes_per_node: int
-    device: str
-    state_cache: StateCache | None = None
+    def __init__(self, config: TrainingWorkerConfig, settings: Any) -> None:
+        self.config = config
+        self.settings = settings
 
     def reset(self) -> None:
         """Start the workers and build their engines, whose configuration has the number of steps by now."""
+        settings = self.settings
         self.group = RayWorkerGroup(
-            resource_pool=RayResourcePool(process_on_nodes=[self.processes_per_node] * self.nodes),
+            resource_pool=RayResourcePool(process_on_nodes=[settings.n_gpus_per_node] * settings.nnodes),
             ray_cls_with_init=RayClassWithInitArgs(ray.remote(SpeculatorWorker), config=self.config),
-            device_name=self.device,
+            device_name=settings.device,
         )
-        self.group.set_loss_fn(loss_fn=self.loss_function)
+        self.group.set_loss_fn(loss_fn=partial(sft_loss, config=None))
         self.group.reset()
 
     def train_batch(self, data: TensorDict) -> TensorDict:
@@ -114,22 +107,6 @@ class RayWorkers:
         return None
 
 
-@dataclass
-class RayCheckpoints:
-    """`RunCheckpoints` of the workers, called from the trainer."""
-
-    trainer: RaySpeculatorTrainer
-
-    def load_checkpoint(self) -> int:
-        config, group = self.trainer.config, self.trainer.engine.group
-        save_state = "optimizer" in config.checkpoint.save_contents
-        directory, cache = config.trainer.default_local_dir, config.data.cache_hidden_states
-        return group.open_run(directory, config.trainer, save_state, cache)[0]
-
-    def save_checkpoint(self, step: int) -> None:
-        self.trainer.engine.group.save_run(step, self.trainer._provenance(step))
-
-
 class RaySpeculatorTrainer(SpeculatorTrainer):
     """`SpeculatorTrainer` on the workers of a Ray cluster. It runs in a process group of one process.
 
@@ -141,17 +118,20 @@ class RaySpeculatorTrainer(SpeculatorTrainer):
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
 
     def _build_engine(self) -> None:
-        settings = self.config.trainer
-        self.training_client = self.engine = RayWorkers(
-            self._worker_config(),
-            partial(sft_loss, config=None),
-            settings.nnodes,
-            settings.n_gpus_per_node,
-            settings.device,
-        )
+        self.training_client = self.engine = RayWorkers(self._worker_config(), self.config.trainer)
 
     def _build_ckpt_handler(self) -> None:
-        self.ckpt_handler = RayCheckpoints(self)
+        self.ckpt_handler = self
+
+    def load_checkpoint(self) -> int:
+        """`RunCheckpoints.load_checkpoint` of the workers."""
+        settings = self.config.trainer
+        cache = self.config.data.cache_hidden_states
+        return self.engine.group.open_run(settings.default_local_dir, settings, self.saves_state, cache)[0]
+
+    def save_checkpoint(self, step: int) -> None:
+        """`RunCheckpoints.save_checkpoint` of the workers."""
+        self.engine.group.save_run(step, self._provenance(step))
 
     def _get_batch_seqlens(self, data: TensorDict) -> list[int]:
         return data["input_ids"].offsets().diff().tolist()

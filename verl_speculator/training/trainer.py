@@ -21,6 +21,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.utils.memory_utils import aggressive_empty_cache
 from verl.utils.tracking import FileLogger, Tracking
+from verl.workers.config import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.losses import sft_loss
 
 from verl_speculator.checkpoint.provenance import git_commit, versions, weights_fingerprint
 from verl_speculator.data.dataset import (
@@ -35,10 +38,11 @@ from verl_speculator.data.hidden_state_cache import SETTING, StateCache, check_d
 from verl_speculator.data.run_record import RECORD, record_settings
 from verl_speculator.losses import DraftSums
 from verl_speculator.training import MODEL_TYPE
+from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import RunCheckpoints
 from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
 from verl_speculator.utils.atomic_io import check_metrics_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -57,39 +61,31 @@ class SpeculatorTrainer(SFTTrainer):
         """Number of processes that train."""
         return dist.get_world_size()
 
+    @property
+    def saves_state(self) -> bool:
+        """Whether checkpoints hold what resuming needs."""
+        return "optimizer" in self.config.checkpoint.save_contents
+
     # Building
 
     def _build_config(self) -> None:
         super()._build_config()
         self.tracking = self._start_tracking() if dist.get_rank() == 0 else None
 
-    @property
-    def _logger_names(self) -> list[str]:
-        names = self.config.trainer.logger
-        return [names] if isinstance(names, str) else list(names)
-
     def _start_tracking(self) -> Tracking:
         """The loggers, before anything heavy loads: a service may still reject settings that passed the local checks.
-        verl's file logger truncates its file, so it is only checked here and started by `_open_metrics_file`."""
+        verl's file logger truncates its file, so it is only checked here and started by `fit`."""
         settings = self.config.trainer
-        names = self._logger_names
-        if FILE in names:
+        names = [settings.logger] if isinstance(settings.logger, str) else list(settings.logger)
+        self._logs_to_file = FILE in names
+        if self._logs_to_file:
             check_metrics_file(f"trainer.logger={FILE}", settings.project_name, settings.experiment_name)
+            names.remove(FILE)
+        values = OmegaConf.to_container(self.config, resolve=True)
         try:
-            return Tracking(
-                project_name=settings.project_name,
-                experiment_name=settings.experiment_name,
-                default_backend=[name for name in names if name != FILE],
-                config=OmegaConf.to_container(self.config, resolve=True),
-            )
+            return Tracking(settings.project_name, settings.experiment_name, default_backend=names, config=values)
         except Exception as error:  # each backend has errors of its own
-            raise UserError(f"trainer.logger={settings.logger}: {' '.join(str(error).split())[:200]}") from error
-
-    def _open_metrics_file(self) -> None:
-        """Start verl's file logger, if it is requested, right before the first step."""
-        settings = self.config.trainer
-        if self.tracking is not None and FILE in self._logger_names:
-            self.tracking.logger[FILE] = FileLogger(settings.project_name, settings.experiment_name)
+            raise UserError(f"trainer.logger={settings.logger}: {one_line(error, 200)}") from error
 
     def _build_dataset(self) -> None:
         data, model = self.config.data, self.model_config
@@ -111,12 +107,8 @@ class SpeculatorTrainer(SFTTrainer):
         data, model = self.config.data, self.model_config
         directory = Path(data.cache_hidden_states)
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        identity, exists = None, [None]
-        if rank == 0:
-            identity = identify_states(self.config, model.tokenizer)
-            exists = [check_directory(directory, identity)]
-        dist.broadcast_object_list(exists, src=0)
-        if not exists[0]:
+        identity = identify_states(self.config, model.tokenizer) if rank == 0 else None
+        if not from_rank_0(rank == 0 and check_directory(directory, identity)):
             rank_rows = range(rank, len(self.train_dataset), ranks)
             counts = count_states(self.train_dataset, rank_rows, data.num_workers, show=rank == 0)
             parts = [None] * ranks
@@ -135,10 +127,8 @@ class SpeculatorTrainer(SFTTrainer):
         logger.info("%s: states of %d of %d rows are cached", directory, cache.written, cache.rows)
         return cache
 
-    def _worker_config(self) -> Any:
+    def _worker_config(self) -> TrainingWorkerConfig:
         """The configuration of verl's worker, in this process or another."""
-        from verl.workers.engine_workers import TrainingWorkerConfig
-
         return TrainingWorkerConfig(
             model_type=MODEL_TYPE,
             model_config=self.model_config,
@@ -149,9 +139,6 @@ class SpeculatorTrainer(SFTTrainer):
         )
 
     def _build_engine(self) -> None:
-        from verl.workers.engine_workers import TrainingWorker
-        from verl.workers.utils.losses import sft_loss
-
         self.training_client = TrainingWorker(self._worker_config())
         self.training_client.set_loss_fn(partial(sft_loss, config=None))
         self.engine = self.training_client.engine
@@ -182,7 +169,7 @@ class SpeculatorTrainer(SFTTrainer):
             self.engine,
             Path(self.config.trainer.default_local_dir),
             self.config.trainer,
-            save_state="optimizer" in self.config.checkpoint.save_contents,
+            save_state=self.saves_state,
             provenance=self._provenance,
         )
 
@@ -193,7 +180,6 @@ class SpeculatorTrainer(SFTTrainer):
     def _provenance(self, step: int) -> dict[str, Any]:
         model, data = self.model_config, self.config.data
         trained = not model.freeze_base_model
-        objective = model.speculator_training.objective
         return {
             "base": {
                 "name": model.path,
@@ -216,9 +202,7 @@ class SpeculatorTrainer(SFTTrainer):
                 "lr": self.optimizer_config.lr,
                 "speculator_lr": model.speculator_training.lr,
                 "speculator_loss_coeff": model.speculator_loss_coeff,
-                "loss": dict(objective.weights),
-                "kl_temperature": objective.kl_temperature,
-                "depth_weights": objective.weights_of_depths,
+                **model.speculator_training.objective.provenance,
                 "seed": self.config.trainer.seed,
                 "cached_states": self.state_cache is not None,
                 "processes": self.processes,
@@ -238,31 +222,17 @@ class SpeculatorTrainer(SFTTrainer):
             total, tokens = sums[BASE_SUMS].tolist()
             values["base_loss"] = total / max(tokens, 1.0)
             loss += values["base_loss"]
-        return {f"{prefix}/{name}": value for name, value in ({"loss": loss} | values).items()}
-
-    @staticmethod
-    def _sums(output: TensorDict) -> dict[str, torch.Tensor]:
-        """The sums of a batch. verl collects one copy per rank, and all are equal."""
-        metrics = tu.get(output, "metrics")
-        return {
-            name: torch.tensor(metrics[name][0], dtype=torch.float64)
-            for name in (DRAFT_SUMS, BASE_SUMS)
-            if name in metrics
-        }
+        return {f"{prefix}/loss": loss} | {f"{prefix}/{name}": value for name, value in values.items()}
 
     # The loop
 
     @property
     def _batch_settings(self) -> dict[str, Any]:
-        data = self.config.data
-        return {
+        names = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "pad_mode")
+        return {name: self.config.data[name] for name in names} | {
             "use_remove_padding": self.model_config.use_remove_padding,
-            "use_dynamic_bsz": data.use_dynamic_bsz,
-            "max_token_len_per_gpu": data.max_token_len_per_gpu,
-            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
             "temperature": 1.0,
             "global_batch_size": self.global_batch_size,
-            "pad_mode": data.pad_mode,
             "pad_token_id": self.model_config.tokenizer.pad_token_id,
         }
 
@@ -275,9 +245,8 @@ class SpeculatorTrainer(SFTTrainer):
         lr = self.engine.optimizer.param_groups[0]["lr"]
         output = self.training_client.train_batch(data=data)
         self.training_client.step_profile()
-        metrics = self._metrics(self._sums(output), "train")
         engine_metrics = tu.get(output, "metrics")
-        return metrics | {
+        return self._metrics(_batch_sums(output), "train") | {
             "train/grad_norm": engine_metrics["grad_norm"],
             "train/lr": lr,
             "train/global_tokens": sum(seqlens),
@@ -290,7 +259,7 @@ class SpeculatorTrainer(SFTTrainer):
         total: dict[str, torch.Tensor] = {}
         for batch in self.val_dataloader:
             data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
-            for name, sums in self._sums(self.training_client.infer_batch(data)).items():
+            for name, sums in _batch_sums(self.training_client.infer_batch(data)).items():
                 total[name] = total.get(name, 0) + sums
         return self._metrics(total, "val")
 
@@ -300,7 +269,9 @@ class SpeculatorTrainer(SFTTrainer):
         if step >= last:
             logger.info("nothing to train: step %d of %d is reached", step, last)
             return
-        self._open_metrics_file()
+        if self.tracking is not None and self._logs_to_file:
+            settings = self.config.trainer
+            self.tracking.logger[FILE] = FileLogger(settings.project_name, settings.experiment_name)
         total_epochs = -(-last // self.steps_per_epoch)
         while step < last:
             epoch, done = divmod(step, self.steps_per_epoch)
@@ -336,6 +307,13 @@ class SpeculatorTrainer(SFTTrainer):
                 f"data.train_batch_size={self.global_batch_size}: the training files have only "
                 f"{len(self.train_dataset)} rows"
             )
+
+
+def _batch_sums(output: TensorDict) -> dict[str, torch.Tensor]:
+    """The sums of a batch. verl collects one copy per rank, and all are equal."""
+    metrics = tu.get(output, "metrics")
+    names = [name for name in (DRAFT_SUMS, BASE_SUMS) if name in metrics]
+    return {name: torch.tensor(metrics[name][0], dtype=torch.float64) for name in names}
 
 
 def _is_due(step: int, last: int, frequency: int | None) -> bool:

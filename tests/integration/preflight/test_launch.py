@@ -57,7 +57,8 @@ def test_launch_valid_run_starts_one_torchrun(attempt, tmp_path):
     with pytest.raises(Started) as started:
         attempt('model.speculator.inner_dim="16.24"', nproc="2")
     command, environment = started.value.args
-    assert command[:4] == [sys.executable, "-m", "verl_speculator.training.torchrun", "--nproc-per-node=2"]
+    torchrun = "from verl_speculator.train import torchrun; torchrun()"
+    assert command[:4] == [sys.executable, "-c", torchrun, "--nproc-per-node=2"]
     assert command.count("verl_speculator.train") == 1
     assert "--standalone" in command
     assert environment["MALLOC_TRIM_THRESHOLD_"]

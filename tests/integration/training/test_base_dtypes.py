@@ -70,7 +70,7 @@ def reference_model(path, **options):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa", **options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def any_base(bases, other_bases):
     return bases | other_bases
 
@@ -129,17 +129,27 @@ def test_trained_base_keeps_one_type_for_its_parameters_and_fp32_for_frequencies
     assert engine.base.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+@pytest.fixture(scope="module")
+def tensors_of_two_ranks(any_base, request, tmp_path_factory):
+    """A folder with the tensors of each base model on each rank, from one start of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    pairs = [any_base["ernie4_5_moe"], "", any_base["dots1"], ""]
+    if importlib.util.find_spec("gguf"):
+        pairs += [request.getfixturevalue("gguf_bases")["qwen2_untied"], GGUF_FILE]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*command, folder, *pairs], check=True, capture_output=True, env=environment)
+    return folder
+
+
 @pytest.mark.parametrize(("name", "gguf_file"), [("ernie4_5_moe", None), ("dots1", None), ("gguf", GGUF_FILE)])
-def test_every_rank_has_the_types_and_values_of_the_first(any_base, gguf_bases, tmp_path, name, gguf_file):
+def test_every_rank_has_the_types_and_values_of_the_first(any_base, gguf_bases, tensors_of_two_ranks, name, gguf_file):
     if gguf_file and not importlib.util.find_spec("gguf"):
         pytest.skip("gguf is not installed")
     path = gguf_bases["qwen2_untied"] if gguf_file else any_base[name]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([*command, path, gguf_file or "", tmp_path], check=True, capture_output=True, env=environment)
     reference = reference_model(path, gguf_file=gguf_file)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        found = torch.load(tensors_of_two_ranks / f"{path.name}.{rank}.pt", weights_only=True)
         expected = tensors(reference)
         assert {key: t.dtype for key, t in found.items()} == {key: t.dtype for key, t in expected.items()}
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
@@ -166,14 +176,16 @@ def test_fsdp1_casts_no_buffer_of_a_frozen_base(other_bases):
     assert found == types
 
 
-def write_tensors_of_this_rank(base: str, gguf_file: str, folder: str) -> None:
+def write_tensors_of_this_rank(folder: str, *pairs: str) -> None:
+    """For each pair of a base model and its GGUF file or an empty text."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    engine = build_engine(base, param_dtype="bf16", gguf_file=gguf_file or None)
-    run_batch(engine, make_batch([long_row(50), long_row(60)], micro=1), train=False)
-    found = {name: whole(tensor).detach().clone() for name, tensor in tensors(engine.base).items()}
-    torch.save(found, Path(folder) / f"{dist.get_rank()}.pt")
+    for base, gguf_file in zip(pairs[::2], pairs[1::2], strict=True):
+        engine = build_engine(base, param_dtype="bf16", gguf_file=gguf_file or None)
+        run_batch(engine, make_batch([long_row(50), long_row(60)], micro=1), train=False)
+        gathered = {name: whole(tensor).detach().clone() for name, tensor in tensors(engine.base).items()}
+        torch.save(gathered, Path(folder) / f"{Path(base).name}.{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -66,29 +66,33 @@ def test_gradients_do_not_depend_on_the_cut(base, rows, expected, joint):
     assert_same_gradients(gradients(engine), expected[joint])
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("qwen2_tied", {"loss": "ce"}),
-        ("qwen2_untied", {"loss": "kl"}),
-        ("qwen2_untied", {"loss": "kl", "method": "medusa", "hidden_state": "pre_norm", "inner_dim": None}),
-        ("qwen2_untied", {"loss": "kl", "method": "early_exit", "exit_layer": 0, "trainable": "head_and_block"}),
-    ],
-    ids=["sum_rnn", "untied", "medusa", "early_exit"],
-)
-def test_gradients_do_not_depend_on_the_ranks(bases, rows, chat, name, settings, tmp_path):
-    """An untied head is a sharding unit of its own, and the teacher needs it whole on every rank."""
-    expected = one_micro_batch(bases[name], rows, **settings)
+CASES = [
+    ("qwen2_tied", {"loss": "ce"}),
+    ("qwen2_untied", {"loss": "kl"}),
+    ("qwen2_untied", {"loss": "kl", "method": "medusa", "hidden_state": "pre_norm", "inner_dim": None}),
+    ("qwen2_untied", {"loss": "kl", "method": "early_exit", "exit_layer": 0, "trainable": "head_and_block"}),
+]
+
+
+@pytest.fixture(scope="module")
+def gradients_of_two_ranks(bases, chat, tmp_path_factory):
+    """Of every case, from one start of two processes."""
+    cases = json.dumps([(str(bases[name]), settings) for name, settings in CASES])
+    path = tmp_path_factory.mktemp("ranks") / "gradients.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*command, "-m", "helpers.engine_harness", bases[name], chat, tmp_path / "found.pt", json.dumps(settings)],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    assert len(found) == 8
-    for (joint, _, _), gradient in found.items():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command += ["-m", "helpers.engine_harness", chat, path, cases]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["sum_rnn", "untied", "medusa", "early_exit"])
+def test_gradients_do_not_depend_on_the_ranks(bases, rows, gradients_of_two_ranks, case):
+    """An untied head is a sharding unit of its own, and the teacher needs it whole on every rank."""
+    name, settings = CASES[case]
+    expected = one_micro_batch(bases[name], rows, **settings)
+    assert len(gradients_of_two_ranks[case]) == 8
+    for (joint, _, _), gradient in gradients_of_two_ranks[case].items():
         assert_same_gradients(gradient, expected[joint])
 
 

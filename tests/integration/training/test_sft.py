@@ -20,6 +20,8 @@ from helpers.training_runs import SCRIPT, environment, overrides, read_log, scri
 from verl_speculator import load_speculator
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.config.hydra import load_settings
+from verl_speculator.preflight import launch
+from verl_speculator.utils.errors import UserError
 
 STEPS = 6
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "loss_curve.json"
@@ -156,9 +158,10 @@ def test_more_steps_follow_the_longer_schedule(uninterrupted, runs, settings):
 def test_resume_other_data_or_objective_refused(uninterrupted, runs, settings, tmp_path, replaced, more, words):
     data = write_parquet(tmp_path / "chat.parquet", make_chat_rows(40, seed=int(replaced)))
     given = settings(data__train_files=data, **more)
-    result = script(1, interrupted(runs, "one", tmp_path.name), *given)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-    assert f"(its own, this run's): {words};" in result.stderr, "the only difference"
+    with pytest.raises(UserError) as error:
+        launch.launch(["1", str(interrupted(runs, "one", tmp_path.name)), *given])
+    assert f"(its own, this run's): {words};" in str(error.value), "the only difference"
+    assert "\n" not in str(error.value)
 
 
 def test_resume_optimizer_takes_this_runs_values(uninterrupted, runs, settings):
@@ -172,11 +175,20 @@ def test_resume_optimizer_takes_this_runs_values(uninterrupted, runs, settings):
     assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.8, 0.9))
 
 
-def test_joint_training_saves_the_base_and_resumes(runs, settings, bases):
+@pytest.fixture(scope="module")
+def joint(settings, bases):
+    return settings(model__freeze_base_model="false", model__partial_pretrain=bases["qwen2_untied"])
+
+
+@pytest.fixture(scope="module")
+def joint_run(runs, joint):
+    return train(1, runs / "joint", joint)
+
+
+def test_joint_training_saves_the_base(joint_run, runs, bases):
     from transformers import AutoModelForCausalLM
 
-    joint = settings(model__freeze_base_model="false", model__partial_pretrain=bases["qwen2_untied"])
-    full = train(1, runs / "joint", joint)
+    full = joint_run
     assert {"train/base_loss", "train/speculator_loss"} <= set(full[1])
     metrics = full[1]
     assert metrics["train/loss"] == pytest.approx(metrics["train/base_loss"] + metrics["train/speculator_loss"])
@@ -186,16 +198,20 @@ def test_joint_training_saves_the_base_and_resumes(runs, settings, bases):
     assert set(saved) == set(original)
     assert all(not torch.equal(saved[name], original[name]) for name in saved if name.endswith("q_proj.weight"))
     assert not any("base" in key for key in torch.load(folder / "pytorch_model.bin", weights_only=True))
-    found = train(2, interrupted(runs, "joint", "joint_resumed"), joint)
-    assert_same(found, full, [4], 1e-3)
-    assert_same(found, full, [5, 6], 1e-2)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_joint_training_resumes(joint_run, runs, joint, processes):
+    resumed = train(processes, interrupted(runs, "joint", f"joint_resumed_{processes}"), joint)
+    assert_same(resumed, joint_run, [4], 1e-3 if processes > 1 else 1e-5)
+    assert_same(resumed, joint_run, [5, 6], 1e-2 if processes > 1 else 1e-5)
 
 
 def test_last_step_saved_before_it_is_validated(runs, settings):
     """A validation that fails, on a row beyond the length, does not cost the training."""
     long = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two " * 500}]
     data = write_parquet(runs / "long.parquet", [{"messages": long}])
-    with pytest.raises(AssertionError, match="max_length"):
+    with pytest.raises(Exception, match="max_length"):
         train(1, runs / "saved", settings(trainer__total_training_steps=2, data__val_files=data, data__max_length=256))
     assert (runs / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert load_speculator(runs / "saved").n_predict == 3
@@ -207,7 +223,7 @@ def test_logger_that_fails_stops_before_the_base_loads(runs, settings, base):
     broken = shutil.copytree(base, runs / "broken")
     (broken / "model.safetensors").write_text("no weights")
     runs.joinpath("refused.jsonl").mkdir()
-    with pytest.raises(AssertionError, match=r"error: trainer.logger=file: .* is a directory, expected a file"):
+    with pytest.raises(UserError, match=r"^trainer.logger=file: .* is a directory, expected a file"):
         train(1, runs / "refused", settings(model__partial_pretrain=broken))
 
 
@@ -217,7 +233,7 @@ def test_log_of_an_earlier_run_outlives_a_run_that_does_not_train(uninterrupted,
     (broken / "model.safetensors").write_text("no weights")
     log = shutil.copy(runs / "one.jsonl", runs / "failed.jsonl")
     before = log.read_bytes()
-    with pytest.raises(AssertionError, match=r"SafetensorError|cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         train(1, runs / "failed", settings(model__partial_pretrain=broken))
     assert log.read_bytes() == before
     assert train(1, runs / "one", settings()) == uninterrupted
@@ -234,6 +250,7 @@ def test_plain_text_beyond_the_epochs_keeping_one_checkpoint(runs, base):
     assert not any(key.startswith("val/") for metrics in found.values() for key in metrics)
 
 
+@pytest.mark.slow
 def test_the_guides_commands(runs, base, chat):
     """With a small local base in place of the named ones, and few rows; all else as the guide has it."""
     val = write_parquet(runs / "val.parquet", make_chat_rows(6, seed=1))

@@ -194,6 +194,7 @@ def test_a_gguf_base_is_told_from_others(bases, gguf_bases, tmp_path):
 
 
 @needs_gguf
+@pytest.mark.slow
 def test_a_gguf_base_through_the_launcher_and_the_commands(gguf_bases, chat, tmp_path):
     """The same losses with one process and two; the commands then decode with what came of it."""
     folder = gguf_bases["qwen2_untied"]
@@ -226,6 +227,7 @@ def test_decoding_with_a_base_in_4_bits(bases, tmp_path, tokenizer):
 
 
 @needs_bnb
+@pytest.mark.slow
 def test_a_base_in_4_bits_through_the_launcher_and_the_commands(bases, chat, tmp_path):
     folder = bases["qwen2_untied"]
     _train_both_ways(folder, chat, tmp_path, model__quantization="bnb4", model__speculator__loss="kl")

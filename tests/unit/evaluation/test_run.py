@@ -203,7 +203,7 @@ def test_results_log_with_half_a_line_continues(tmp_path):
 
 
 def test_evenly_spaced_returns_evenly_spaced_indices():
-    assert evenly_spaced(10, 0) == list(range(10)) == spread(10, 12)
+    assert evenly_spaced(10, 0) == list(range(10)) == evenly_spaced(10, 12)
     assert evenly_spaced(10, 3) == [0, 3, 6]
     assert evenly_spaced(480, 240) == list(range(0, 480, 2))
 
