@@ -1,246 +1,198 @@
-"""`verl-speculator diagnose`: where two runs part, and why a speculator is not accepted."""
+"""`verl-speculator diagnose`: where two runs differ first, and why a speculator is not accepted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from verl_speculator.cli.options import command, wide_console
+from verl_speculator.diagnose import DiagnosisSettings, TracedModelOptions
 from verl_speculator.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from verl_speculator.utils.options import Option
 
 WIDTH = 140
+TEXT = {"markup": False, "highlight": False, "soft_wrap": True}
 
-app = typer.Typer(no_args_is_help=True, help="Find the first place where two runs part: 'acceptance is 0 %'.")
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-Dtype = Annotated[str, typer.Option(help="auto (fp32 on a CPU, else bf16), fp32, bf16, fp16, fp64")]
-Model = Annotated[str | None, typer.Option(help="a model: a directory or a hub name")]
-Base = Annotated[str | None, typer.Option(help="a base, with --speculator")]
-Speculator = Annotated[str | None, typer.Option(help="its speculator: a checkpoint or a run")]
-Tokens = Annotated[str, typer.Option(help='token ids, such as "5,9,23"')]
-Tolerance = Annotated[float | None, typer.Option(help="what rounding may explain [by the coarsest type]")]
-External = Annotated[
-    str | None, typer.Option(help="a module or a Python file to import first: own architectures, kernels, patches")
-]
-Drafts = Annotated[int, typer.Option(help="tokens to draft")]
+app = typer.Typer(no_args_is_help=True, help="Find the first place where two runs differ: 'acceptance is 0 %'.")
 
 
-def _console() -> Console:
-    from rich.console import Console
+def parse_tokens(text: str) -> list[int]:
+    """Token ids written as "5,9,23".
 
-    console = Console()
-    # A file or a pipe has no width of its own, and a narrow one would cut the names.
-    return console if console.is_terminal else Console(width=WIDTH)
+    Raises:
+        UserError: for anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise UserError(f'tokens={text}: expected token ids joined by commas, such as "5,9,23"')
+    return [int(part) for part in parts]
 
 
-def _check_drafts(count: int) -> None:
-    if count < 1:
-        raise UserError(f"num-draft={count}: expected a number ≥ 1")
+Tokens = Annotated[list[int], Option('token ids, such as "5,9,23"', parse=parse_tokens)]
+Model = Annotated[str | None, Option("a model: a directory or a hub name")]
+Tolerance = Annotated[float | None, Option("the largest relative difference of rounding [by the coarsest type]")]
+Drafts = Annotated[int, Option("tokens to draft", minimum=1)]
+
+
+def _print_table(console, rows: Sequence[Sequence[str]], headers: Sequence[str] = ("",) * 3) -> None:
+    """A table whose last column folds. Square brackets in a text are printed as they are."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=any(headers))
+    for i, header in enumerate(headers):
+        table.add_column(header, no_wrap=i < len(headers) - 1, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 @app.command()
+@command
 def trace(
+    *,
     tokens: Tokens,
-    out: Annotated[Path, typer.Option(help="file to write")],
+    out: Annotated[Path, Option("file to write")],
     model: Model = None,
-    base: Base = None,
-    speculator: Speculator = None,
-    modules: Annotated[list[str] | None, typer.Option(help="only these: names, ends of names, patterns")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="keep the tensors of these modules, for bisect")] = None,
+    options: TracedModelOptions,
+    modules: Annotated[tuple[str, ...], Option("only these: names, ends of names, patterns")] = (),
+    keep: Annotated[tuple[str, ...], Option("keep the tensors of these modules, for bisect")] = (),
     num_draft: Drafts = 3,
-    external_lib: External = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
 ) -> None:
-    """Run a model, or a base with its speculator, on fixed tokens and write what every module made of them."""
-    from verl_speculator.diagnose.experiments import import_external, load_traced_model, parse_tokens
+    """Run a model, or a base with its speculator, on fixed tokens and write statistics of every module's tensors."""
+    from verl_speculator.diagnose.experiments import draft_tokens, load_traced_model
     from verl_speculator.diagnose.tracer import check_out
     from verl_speculator.diagnose.tracer import trace as record
 
-    ids = parse_tokens(tokens)
     check_out(out)
-    _check_drafts(num_draft)
-    import_external(external_lib)
-    traced = load_traced_model(model=model, base=base, speculator=speculator, device=device, dtype=dtype, tokens=ids)
-    with record(traced.module, out, modules=modules, keep=keep or ()) as recorder:
-        recorder.notes["drafts"] = traced.draft(ids, num_draft)
-    typer.echo(f"{out}: {len(recorder.calls)} calls, {out.stat().st_size:,} bytes; drafts {recorder.notes['drafts']}")
+    traced = load_traced_model(model, options, tokens)
+    with record(traced, out, modules=modules or None, keep=keep) as tracer:
+        tracer.notes["drafts"] = draft_tokens(traced, tokens, num_draft)
+    typer.echo(f"{out}: {len(tracer.calls)} calls, {out.stat().st_size:,} bytes; drafts {tracer.notes['drafts']}")
 
 
 @app.command()
+@command
 def compare(
-    a: Annotated[Path, typer.Argument(help="a trace")],
-    b: Annotated[Path, typer.Argument(help="another")],
-    out: Annotated[Path | None, typer.Option(help="directory for comparison.csv and the picture")] = None,
+    *,
+    a: Annotated[Path, Option("a trace", positional=True)],
+    b: Annotated[Path, Option("another", positional=True)],
+    out: Annotated[Path | None, Option("directory for comparison.csv and the picture")] = None,
     tolerance: Tolerance = None,
-    under_a: Annotated[str | None, typer.Option(help="module of A to look at [found by names]")] = None,
-    under_b: Annotated[str | None, typer.Option(help="module of B")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="every call in the table")] = False,
+    under_a: Annotated[str | None, Option("module of A to compare [found by names]")] = None,
+    under_b: Annotated[str | None, Option("module of B")] = None,
+    everything: Annotated[bool, Option("every call in the table", flag="--all")] = False,
 ) -> None:
-    """Say where two traces part. Exit code 0: they agree; 1: they do not; 2: they cannot be compared."""
-    from verl_speculator.diagnose.comparison import compare as compared
+    """Say where two traces differ first. Exit code 0: they agree; 1: they do not; 2: they cannot be compared."""
+    from verl_speculator.diagnose.comparison import compare as compare_traces
     from verl_speculator.diagnose.report import show, write
     from verl_speculator.diagnose.trace_file import read_trace
     from verl_speculator.utils.atomic_io import check_writable
 
     if out is not None:
         check_writable(f"out={out}", out)
-    found = compared(read_trace(a), read_trace(b), tolerance=tolerance, under=(under_a, under_b))
-    show(found, _console(), everything=everything)
-    for path in write(found, out) if out is not None else ():
+    comparison = compare_traces(read_trace(a), read_trace(b), tolerance=tolerance, under=(under_a, under_b))
+    show(comparison, wide_console(WIDTH), everything=everything)
+    for path in write(comparison, out) if out is not None else ():
         typer.echo(path)
-    raise typer.Exit(0 if found.agrees else 1)
+    raise typer.Exit(0 if comparison.agrees else 1)
 
 
 @app.command()
+@command
 def bisect(
-    trace: Annotated[Path, typer.Argument(help="a trace that kept the module (--keep)")],
-    module: Annotated[str, typer.Argument(help="its name, or the end of it")],
+    *,
+    trace: Annotated[Path, Option("a trace that kept the module (--keep)", positional=True)],
+    module: Annotated[str, Option("its name, or the end of it", positional=True)],
     model: Model = None,
-    base: Base = None,
-    speculator: Speculator = None,
-    call: Annotated[int, typer.Option(help="which of its calls")] = 0,
-    after: Annotated[str | None, typer.Option(help="a model that runs in between: does it leave a mark?")] = None,
+    options: TracedModelOptions,
+    call: Annotated[int, Option("which of its calls")] = 0,
+    after: Annotated[str | None, Option("a model that runs in between, which should change nothing")] = None,
     tolerance: Tolerance = None,
-    external_lib: External = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
 ) -> None:
     """Replay a module's inputs: alone, twice, after another model, in float64, in a batch; and all that it calls."""
-    from rich.table import Table
-
     from verl_speculator.diagnose.experiments import bisect as replay
-    from verl_speculator.diagnose.experiments import import_external, load_traced_model
+    from verl_speculator.diagnose.experiments import draft_tokens, load_other_model, load_traced_model
     from verl_speculator.diagnose.trace_file import read_trace
 
     recorded = read_trace(trace)
     if not recorded.kept:
         raise UserError(f"{trace}: kept no module's inputs; expected a trace made with --keep {module}")
-    settings = {"device": device, "dtype": dtype, "tokens": list(recorded.tokens)}
-    import_external(external_lib)
-    traced = load_traced_model(model=model, base=base, speculator=speculator, **settings)
+    tokens = list(recorded.tokens)
+    traced = load_traced_model(model, options, tokens)
     disturb = None
     if after is not None:
-        other = load_traced_model(model=after, base=None, speculator=None, **settings)
+        other = load_other_model(after, options, tokens)
 
         def disturb() -> None:
-            other.draft(list(recorded.tokens), 1)
+            draft_tokens(other, tokens, 1)
 
-    found = replay(recorded, traced.module, module, call=call, disturb=disturb, tolerance=tolerance)
-    console, table = _console(), Table(box=None, pad_edge=False)
-    for name in ("module", "run", "against", "difference"):
-        table.add_column(name, no_wrap=True)
-    table.add_column(overflow="fold")
-    for v in found.variants:
-        told = "–" if v.distance is None else f"{v.distance:.1e}"
-        table.add_row(v.module, v.name, v.against, told, "changes it" if v.changes else v.note)
-    console.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
-    console.print()
-    console.print(table)
-    raise typer.Exit(0 if found.agrees else 1)
+    result = replay(recorded, traced, module, call=call, disturb=disturb, tolerance=tolerance)
+    console = wide_console(WIDTH)
+    console.print(f"{result.verdict}\n", **TEXT)
+    rows = [
+        (v.module, v.name, v.against, "–" if v.distance is None else f"{v.distance:.1e}", v.effect)
+        for v in result.variants
+    ]
+    _print_table(console, rows, ("module", "run", "against", "difference", ""))
+    raise typer.Exit(0 if result.agrees else 1)
 
 
 @app.command("solo-vs-pair")
+@command
 def solo_vs_pair(
-    target: Annotated[str, typer.Option(help="the model that runs beside it: a directory or a hub name")],
+    *,
+    target: Annotated[str, Option("the model that runs before the draft: a directory or a hub name")],
     tokens: Tokens,
-    out: Annotated[Path, typer.Option(help="directory for the traces and comparisons")],
-    draft: Annotated[str | None, typer.Option(help="a model that drafts: a directory or a hub name")] = None,
-    base: Base = None,
-    speculator: Speculator = None,
+    out: Annotated[Path, Option("directory for the traces and comparisons")],
+    draft: Annotated[str | None, Option("a model that drafts: a directory or a hub name")] = None,
+    options: TracedModelOptions,
     num_draft: Drafts = 4,
     tolerance: Tolerance = None,
-    external_lib: External = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
 ) -> None:
-    """The draft alone, beside its own weights as target, and beside the target: is it still the same?"""
-    from verl_speculator.diagnose.experiments import import_external, load_traced_model, parse_tokens
+    """The draft alone, after its own weights as target, and after the target: is it still the same?"""
+    from verl_speculator.diagnose.experiments import draft_tokens, load_other_model, load_traced_model
     from verl_speculator.diagnose.experiments import solo_vs_pair as experiment
     from verl_speculator.diagnose.report import write
     from verl_speculator.utils.atomic_io import check_writable
 
-    ids = parse_tokens(tokens)
-    _check_drafts(num_draft)
     check_writable(f"out={out}", out)
-    settings = {"device": device, "dtype": dtype, "tokens": ids}
-    if draft is None and base is None:
+    if draft is None and options.base is None:
         raise UserError("draft: expected --draft, or --base together with --speculator")
-    import_external(external_lib)
-    traced = load_traced_model(model=draft, base=base, speculator=speculator, **settings)
-    others = {"own": draft or base, "target": target}
+    traced = load_traced_model(draft, options, tokens)
     out.mkdir(parents=True, exist_ok=True)
 
-    def beside(name: str) -> None:
-        # Loaded when its turn comes: loading, too, may leave a mark.
-        load_traced_model(model=others[name], base=None, speculator=None, **settings).draft(ids, num_draft)
+    def run(name: str) -> None:
+        # Loaded only now: loading, too, may have an effect.
+        draft_tokens(load_other_model(name, options, tokens), tokens, num_draft)
 
-    found = experiment(
-        traced.module,
-        lambda: traced.draft(ids, num_draft),
-        {name: (lambda name=name: beside(name)) for name in others},
-        out,
-        tolerance=tolerance,
-    )
-    typer.echo(found.verdict)
-    for name, drafted in found.tokens.items():
-        typer.echo(f"  {name:<8} drafts {drafted}")
-    for name, one in found.comparisons.items():
-        typer.echo(f"  alone against {name}: {one.verdict.sentence}")
-        write(one, out / f"alone-{name}")
-    raise typer.Exit(0 if found.agrees else 1)
+    others = {"own": lambda: run(draft or options.base), "target": lambda: run(target)}
+    result = experiment(traced, lambda: draft_tokens(traced, tokens, num_draft), others, out, tolerance=tolerance)
+    typer.echo(result.verdict)
+    for name, drafts in result.tokens.items():
+        typer.echo(f"  {name:<8} drafts {drafts}")
+    for name, comparison in result.comparisons.items():
+        typer.echo(f"  alone against {name}: {comparison.verdict.sentence}")
+        write(comparison, out / f"alone-{name}")
+    raise typer.Exit(0 if result.agrees else 1)
 
 
 @app.command()
-def speculator(
-    checkpoint: Annotated[str, typer.Argument(help="a checkpoint, or a run's folder for its latest step")],
-    base: Annotated[str, typer.Option(help="base model: a directory or a hub name")],
-    prompts: Annotated[Path, typer.Option(help="parquet or jsonl of prompts like those that are served")],
-    rollout_trace: Annotated[Path | None, typer.Option(help="a trace of the serving engine's draft")] = None,
-    train_data: Annotated[Path | None, typer.Option(help="what it was trained on [as its config.json names]")] = None,
-    num_prompts: Annotated[int, typer.Option(help="prompts of each file, at even distances")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="the most tokens of an answer")] = 64,
-    num_draft: Annotated[int | None, typer.Option(help="tokens that the engine drafts a round")] = None,
-    external_lib: External = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> None:
+@command
+def speculator(settings: DiagnosisSettings) -> None:
     """Why is it not accepted? Checks in order, each with its evidence, and one recommendation."""
-    from rich.table import Table
+    from verl_speculator.diagnose.checkpoint_checks import diagnose
 
-    from verl_speculator.diagnose.checkpoint_checks import FAULT
-    from verl_speculator.diagnose.checkpoint_checks import diagnose as run_checks
-    from verl_speculator.diagnose.experiments import import_external
-
-    import_external(external_lib)
-    found = run_checks(
-        checkpoint,
-        base,
-        prompts,
-        rollout_trace=rollout_trace,
-        train_data=train_data,
-        num_prompts=num_prompts,
-        max_new_tokens=max_new_tokens,
-        num_draft=num_draft,
-        device=device,
-        dtype=dtype,
-    )
-    faults = [check for check in found.checks if check.status == FAULT]
-    accepted = "It does not load"
-    if found.accepted is not None:
-        accepted = f"{found.accepted} of drafts accepted ({found.accepted.positions} positions)"
+    report = diagnose(settings)
+    faults, accepted = report.faults, "It does not load"
+    if report.accepted is not None:
+        accepted = f"{report.accepted} of drafts accepted ({report.accepted.positions} positions)"
     cause = f"{faults[0].name}: {faults[0].evidence}" if faults else "no check finds a fault"
-    console, table = _console(), Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for check in found.checks:
-        table.add_row(check.status, check.name, check.evidence)
-    console.print(f"{accepted}; {cause}.\n", markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(f"\nRecommendation: {found.recommendation}", markup=False, highlight=False, soft_wrap=True)
+    console = wide_console(WIDTH)
+    console.print(f"{accepted}; {cause}.\n", **TEXT)
+    _print_table(console, [(check.status, check.name, check.evidence) for check in report.checks])
+    console.print(f"\nRecommendation: {report.recommendation}", **TEXT)
     raise typer.Exit(1 if faults else 0)

@@ -210,7 +210,7 @@ class GenerationStream(Iterator[Round]):
             options.tokenizer,
             count if limit is None else min(count, limit - len(prompt)),
         )
-        decoder = _make_decoder(base, speculator, options)
+        decoder = make_decoder(base, speculator, options)
         if options.draft_tree is not None:
             lengths = FixedLength(options.draft_tree.depth)
         elif speculator is not None:
@@ -251,7 +251,7 @@ class GenerationStream(Iterator[Round]):
         self._rounds.close()
 
 
-def _make_decoder(base: nn.Module, speculator: Speculator | None, options: GenerationOptions) -> DraftAndVerify:
+def make_decoder(base: nn.Module, speculator: Speculator | None, options: GenerationOptions) -> DraftAndVerify:
     """Target and drafter: the one place that knows that a draft may be a part of the target."""
     generator = torch.Generator()
     if options.seed is None:

@@ -36,8 +36,9 @@ from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.families import HIDDEN_STATES
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.decoding.target import Target, position_limit
-from verl_speculator.diagnose.tensor_stats import distance, stats_of
-from verl_speculator.diagnose.trace_file import Trace, read_trace
+from verl_speculator.diagnose import DiagnosisSettings
+from verl_speculator.diagnose.experiments import import_external
+from verl_speculator.diagnose.trace_file import Trace, distance, read_trace, stats_of
 from verl_speculator.evaluation.metrics import acceptance, align_and_unroll
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
 from verl_speculator.models import Speculator, build_speculator
@@ -495,46 +496,36 @@ class DiagnosisReport:
     checks: list[Check]
 
     @property
+    def faults(self) -> list[Check]:
+        """The checks that found a fault."""
+        return [check for check in self.checks if check.status == FAULT]
+
+    @property
     def recommendation(self) -> str:
         """What to do about the first fault."""
-        for check in self.checks:
-            if check.status == FAULT:
-                return f"{check.name}: {check.advice}."
+        for check in self.faults:
+            return f"{check.name}: {check.advice}."
         return "Nothing is wrong with the checkpoint: train longer, or on more data like what is served."
 
 
-def diagnose(
-    checkpoint: str,
-    base: str,
-    prompts: Path,
-    *,
-    rollout_trace: Path | None,
-    train_data: Path | None,
-    num_prompts: int,
-    max_new_tokens: int,
-    num_draft: int | None,
-    device: str,
-    dtype: str,
-) -> DiagnosisReport:
-    """Load a checkpoint and its base model, and run every check. The arguments are the command's options.
+def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
+    """Load a checkpoint and its base model, and run every check.
 
     Raises:
         UserError: for a file, a base model or a setting that cannot be used; before the base model is loaded.
     """
-    numbers = {"num-prompts": num_prompts, "max-new-tokens": max_new_tokens, "num-draft": num_draft}
-    for setting, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{setting}={value}: expected a number ≥ 1")
+    import_external(settings.external_lib)
+    checkpoint, base, num_draft = settings.checkpoint, settings.base, settings.num_draft
     info = read_checkpoint_info(checkpoint)
     info.check_base(*base_shape(base))
-    engine_trace = read_trace(rollout_trace) if rollout_trace else None
+    engine_trace = read_trace(settings.rollout_trace) if settings.rollout_trace else None
     if num_draft is None and engine_trace is not None and "drafts" in engine_trace.notes:
         num_draft = len(engine_trace.notes["drafts"])
-    given_prompts = _sample_prompts(prompts, num_prompts)
-    train_data = train_data or _training_file(info)
-    training_prompts = _sample_prompts(train_data, num_prompts) if train_data else []
-    device = choose_device(device)
-    torch_dtype = choose_dtype(dtype, device)
+    given_prompts = _sample_prompts(settings.prompts, settings.num_prompts)
+    train_data = settings.train_data or _training_file(info)
+    training_prompts = _sample_prompts(train_data, settings.num_prompts) if train_data else []
+    device = choose_device(settings.device)
+    placement = {"device": device, "dtype": choose_dtype(settings.dtype, device)}
     try:
         read_weights(info)
     except UserError as error:
@@ -542,28 +533,30 @@ def diagnose(
             raise
         advice = "take both files from the same checkpoint: its heads are not those that n_predict calls for"
         return DiagnosisReport(None, [Check(HEADS, str(error), advice)])
-    tokenizer, model = load_tokenizer(base), load_base(base, device=device, dtype=torch_dtype)
-    speculator = load_speculator(checkpoint, device=device, dtype=torch_dtype).requires_grad_(False).eval()
+    tokenizer, model = load_tokenizer(base), load_base(base, **placement)
+    speculator = load_speculator(checkpoint, **placement).requires_grad_(False).eval()
     ends = end_token_ids(tokenizer, model.generation_config)
     training_answers = training_text = None
     with progress_bar() as progress:
 
         def answer(prompts: list[Prompt], description: str) -> AlignedTexts:
             ids = (prompt_ids(prompt, tokenizer) for prompt in progress.track(prompts, description=description))
-            return AlignedTexts(model, greedy_answers(model, ids, max_new_tokens, ends), ends)
+            return AlignedTexts(model, greedy_answers(model, ids, settings.max_new_tokens, ends), ends)
 
         answers = answer(given_prompts, "prompts")
         if training_prompts:
             training_answers = answer(training_prompts, "training prompts")
             texts = read_texts(train_data, tokenizer)
-            training_text = AlignedTexts(model, [texts[i] for i in evenly_spaced(len(texts), num_prompts)], ends)
+            training_text = AlignedTexts(
+                model, [texts[i] for i in evenly_spaced(len(texts), settings.num_prompts)], ends
+            )
     context = DiagnosisContext(
         info, speculator, model, base, answers, training_answers, training_text, num_draft, engine_trace
     )
     if not context.served.positions:
         raise UserError(
-            f"prompts={prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, so there is no "
-            "position to draft from; expected other prompts, or a larger --max-new-tokens"
+            f"prompts={settings.prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, so "
+            "there is no position to draft from; expected other prompts, or a larger --max-new-tokens"
         )
     return DiagnosisReport(context.served, list(run_checks(context)))
 

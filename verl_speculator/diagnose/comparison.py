@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from verl_speculator.diagnose.module_matching import CallPair, TensorPair, TracePair, is_inside
-from verl_speculator.diagnose.tensor_stats import TOLERANCES, TensorStats, distance
-from verl_speculator.diagnose.trace_file import Call, Trace
+from verl_speculator.diagnose.trace_file import TOLERANCES, Call, TensorStats, Trace, distance
 from verl_speculator.utils.errors import UserError
 
 # See `_Search.jump`.

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from verl_speculator.decoding.drafters import SpeculatorDrafter
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
-from verl_speculator.decoding.target import Target
+from verl_speculator.base_model.loading import base_shape, choose_device, choose_dtype, load_base
+from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info
+from verl_speculator.decoding import speculative_generate
+from verl_speculator.decoding.generate import GenerationOptions, make_decoder
+from verl_speculator.diagnose import TracedModelOptions
 from verl_speculator.diagnose.comparison import Comparison, compare
 from verl_speculator.diagnose.module_matching import largest_distance, matching_tensors
-from verl_speculator.diagnose.tensor_stats import TOLERANCES, stats_of
-from verl_speculator.diagnose.trace_file import Trace, from_structure, read_trace
+from verl_speculator.diagnose.trace_file import TOLERANCES, Trace, from_structure, read_trace, stats_of
 from verl_speculator.diagnose.tracer import named_tensors, select, trace
 from verl_speculator.models import Speculator
 from verl_speculator.utils.errors import UserError
 
 COPIES = 4
 ALONE = "alone"
-
-
-def parse_tokens(text: str) -> list[int]:
-    """Token ids written as "5,9,23".
-
-    Raises:
-        UserError: for anything else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise UserError(f'tokens={text}: expected token ids joined by commas, such as "5,9,23"')
-    return [int(part) for part in parts]
 
 
 def import_external(name: str | None) -> None:
@@ -74,7 +63,6 @@ class BaseWithSpeculator(nn.Module):
     def __init__(self, base: nn.Module, speculator: Speculator) -> None:
         super().__init__()
         self.base, self.speculator = base, speculator
-        self.drafter = SpeculatorDrafter(speculator, SamplingPolicy(), sampled=False)
 
     def forward(self, input_ids: Tensor, count: int) -> dict[str, Tensor]:
         """Read the tokens [N], take the base model's next one, and draft after it.
@@ -82,60 +70,50 @@ class BaseWithSpeculator(nn.Module):
         Returns:
             `token` [1], `drafts` [count], and `logits` [1, V] of the base model.
         """
-        with Target(self.base, self.speculator.hidden_state_source) as target:
+        decoder = make_decoder(self.base, self.speculator, GenerationOptions(max_new_tokens=count))
+        with decoder.target as target:
             hidden, logits = target.read(input_ids, last_only=True)
-        token = logits.argmax(-1)
-        drafts = self.drafter.propose(hidden, token, None, count).tokens
+            token = logits.argmax(-1)
+            drafts = decoder.drafter.propose(hidden, token, None, count).tokens
         return {"token": token, "drafts": drafts, "logits": logits}
 
 
-@dataclass(frozen=True)
-class TracedModel:
-    """A causal language model that drafts by itself with a KV cache of its own, or a `BaseWithSpeculator`."""
-
-    module: nn.Module
-
-    @torch.no_grad()
-    def draft(self, tokens: list[int], count: int) -> list[int]:
-        """`count` greedy tokens after these; a speculator drafts at most `n_predict`, after the base's next token."""
-        if isinstance(self.module, BaseWithSpeculator):
-            ids = torch.tensor(tokens, device=self.module.base.device)
-            return self.module(ids, min(count, self.module.speculator.n_predict))["drafts"].tolist()
-        ids, drafts = torch.tensor(tokens, device=self.module.device), []
-        with Target(self.module) as target:
-            for _ in range(count):
-                _, logits = target.read(ids)
-                ids = logits[-1:].argmax(-1)
-                drafts.append(int(ids))
-        return drafts
+@torch.no_grad()
+def draft_tokens(model: nn.Module, tokens: list[int], count: int) -> list[int]:
+    """`count` greedy tokens after these; a speculator drafts at most `n_predict`, after the base model's next token."""
+    if isinstance(model, BaseWithSpeculator):
+        ids = torch.tensor(tokens, device=model.base.device)
+        return model(ids, min(count, model.speculator.n_predict))["drafts"].tolist()
+    return speculative_generate(model, None, tokens, max_new_tokens=count, eos_token_id=()).tokens
 
 
-def load_traced_model(
-    *, model: str | None, base: str | None, speculator: str | None, device: str, dtype: str, tokens: list[int]
-) -> TracedModel:
+def load_traced_model(model: str | None, options: TracedModelOptions, tokens: list[int]) -> nn.Module:
     """Load what the command line names: a model, or a base model with a speculator.
 
     Raises:
         UserError: for neither or both, a model that cannot be loaded, or tokens outside of its vocabulary.
     """
+    base, speculator = options.base, options.speculator
     if (model is None) == (base is None) or (base is None) != (speculator is None):
         raise UserError("model: expected --model, or --base together with --speculator")
-    from verl_speculator.base_model.loading import base_shape, choose_device, choose_dtype, load_base
-    from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info
-
+    import_external(options.external_lib)
     width, vocabulary = base_shape(model or base)
     unknown = [token for token in tokens if token >= vocabulary]
     if unknown:
         raise UserError(f"tokens: {unknown[0]} is outside of the model's vocabulary; expected ids below {vocabulary}")
     if speculator is not None:
         read_checkpoint_info(speculator).check_base(width, vocabulary)
-    device = choose_device(device)
-    torch_dtype = choose_dtype(dtype, device)
-    loaded = load_base(model or base, device=device, dtype=torch_dtype)
+    device = choose_device(options.device)
+    placement = {"device": device, "dtype": choose_dtype(options.dtype, device)}
+    loaded = load_base(model or base, **placement)
     if speculator is None:
-        return TracedModel(loaded)
-    draft = load_speculator(speculator, device=device, dtype=torch_dtype).requires_grad_(False)
-    return TracedModel(BaseWithSpeculator(loaded, draft).eval())
+        return loaded
+    return BaseWithSpeculator(loaded, load_speculator(speculator, **placement).requires_grad_(False)).eval()
+
+
+def load_other_model(model: str, options: TracedModelOptions, tokens: list[int]) -> nn.Module:
+    """Load a model without a speculator. Raises as `load_traced_model`."""
+    return load_traced_model(model, replace(options, base=None, speculator=None), tokens)
 
 
 @dataclass(frozen=True)
@@ -156,6 +134,11 @@ class Variant:
     distance: float | None
     changes: bool
     note: str = ""
+
+    @property
+    def effect(self) -> str:
+        """ "changes it", or the note."""
+        return "changes it" if self.changes else self.note
 
 
 @dataclass(frozen=True)
@@ -259,7 +242,7 @@ def _replay(
             yield Variant(name, variant, against, difference, difference > tolerance, note)
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as `draft_tokens`, which may leave inference tensors in a module's buffers
 def _run(module: nn.Module, arguments: dict[str, Any]) -> Any:
     copies = tree_map_only(Tensor, torch.clone, arguments)  # some modules write to their arguments
     return module(*copies["args"], **copies["kwargs"])

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-from verl_speculator.diagnose.tensor_stats import ROUNDING, TensorStats, distance
-from verl_speculator.diagnose.trace_file import CACHE_PLACES, Call, Trace
+from verl_speculator.diagnose.trace_file import CACHE_PLACES, ROUNDING, Call, TensorStats, Trace, distance
 from verl_speculator.utils.errors import UserError
 
 # Parts that wrappers add to module names.

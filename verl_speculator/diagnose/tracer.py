@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.diagnose.tensor_stats import DeviceStats, device_stats
-from verl_speculator.diagnose.trace_file import CACHE_PLACES, to_structure, write_trace
+from verl_speculator.diagnose.trace_file import CACHE_PLACES, DeviceStats, device_stats, to_structure, write_trace
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError
 

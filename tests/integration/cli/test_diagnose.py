@@ -227,7 +227,7 @@ def test_read_trace_damaged_file_is_refused(base, tmp_path):
         ("empty", b"", "cut off, or no trace"),
         ("text", b"not a trace at all, but a longer text", "cut off, or no trace"),
         ("tensors", (base / "model.safetensors").read_bytes(), "a file of tensors, but no trace"),
-        ("newer", data.replace(b'"version":"1"', b'"version":"7"'), "a trace of version 7, expected version 1"),
+        ("newer", data.replace(b'"version":"2"', b'"version":"7"'), "a trace of version 7, expected version 2"),
     ):
         (tmp_path / name).write_bytes(content)
         assert assert_refused("compare", good, tmp_path / name, message=message).startswith(str(tmp_path / name))
@@ -296,7 +296,7 @@ def test_trace_exception_leaves_no_file_and_no_hook(tmp_path):
         (("--base", "x/y"), "model: expected --model, or --base together with --speculator"),
         (("--out", "/no/such/file"), "out=/no/such/file: /no/such does not exist"),
         (("--out", "/"), "out=/: a directory, expected the name of a file"),
-        (("--num-draft", 0), "num-draft=0: expected a number ≥ 1"),
+        (("--num-draft", 0), "num_draft=0: expected a number ≥ 1"),
         (
             ("--external-lib", "no.such"),
             "external-lib=no.such: cannot be imported: ModuleNotFoundError: No module named",

@@ -351,8 +351,8 @@ def test_serving_trace_of_a_rollout_worker_detects_stale_weights(good, answers, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--num-draft", "0"), "num-draft=0: expected a number ≥ 1"),
-        (("--num-prompts", "0"), "num-prompts=0: expected a number ≥ 1"),
+        (("--num-draft", "0"), "num_draft=0: expected a number ≥ 1"),
+        (("--num-prompts", "0"), "num_prompts=0: expected a number ≥ 1"),
         (("--rollout-trace", "/no/such"), "/no/such: no such file; expected a trace"),
         (("--train-data", "/no/such.parquet"), "/no/such.parquet: no such file"),
         (("--prompts", "/no/such.parquet"), "/no/such.parquet: no such file"),

@@ -26,7 +26,7 @@ from helpers.planted_faults import (
 )
 from verl_speculator.diagnose import compare, read_trace, trace
 from verl_speculator.diagnose.experiments import solo_vs_pair
-from verl_speculator.diagnose.tensor_stats import TOLERANCES
+from verl_speculator.diagnose.trace_file import TOLERANCES
 
 MOE = MODELS[1:]
 

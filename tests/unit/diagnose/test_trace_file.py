@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from verl_speculator.diagnose.tensor_stats import distance, stats_of
+from verl_speculator.diagnose.trace_file import distance, stats_of
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 1000, (1 << 20) + 77])
