@@ -32,9 +32,11 @@ Drafts = Annotated[int, typer.Option(help="tokens to draft")]
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
+    # Names and errors may hold square brackets and colons, which are no markup.
+    plain = {"markup": False, "highlight": False, "emoji": False}
+    console = Console(**plain)
     # A file or a pipe has no width of its own, and a narrow one would cut the names.
-    return console if console.is_terminal else Console(width=WIDTH)
+    return console if console.is_terminal else Console(width=WIDTH, **plain)
 
 
 def _check_drafts(count: int) -> None:
@@ -136,9 +138,9 @@ def bisect(
         table.add_column(name, no_wrap=True)
     table.add_column(overflow="fold")
     for v in found.variants:
-        told = "–" if v.distance is None else f"{v.distance:.1e}"
-        table.add_row(v.module, v.name, v.against, told, "changes it" if v.changes else v.note)
-    console.print(found.verdict, markup=False, highlight=False, soft_wrap=True)
+        difference = "–" if v.distance is None else f"{v.distance:.1e}"
+        table.add_row(v.module, v.name, v.against, difference, "changes it" if v.changes else v.note)
+    console.print(found.verdict, soft_wrap=True)
     console.print()
     console.print(table)
     raise typer.Exit(0 if found.agrees else 1)
@@ -240,7 +242,7 @@ def speculator(
     table.add_column(overflow="fold")
     for check in found.checks:
         table.add_row(check.status, check.name, check.evidence)
-    console.print(f"{accepted}; {cause}.\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{accepted}; {cause}.\n", soft_wrap=True)
     console.print(table)
-    console.print(f"\nRecommendation: {found.recommendation}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nRecommendation: {found.recommendation}", soft_wrap=True)
     raise typer.Exit(1 if faults else 0)
