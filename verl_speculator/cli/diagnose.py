@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from verl_speculator.cli.options import command, wide_console
+from verl_speculator.cli.options import command
 from verl_speculator.diagnose import DiagnosisSettings, TracedModelOptions
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.options import Option
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 WIDTH = 140
-TEXT = {"markup": False, "highlight": False, "soft_wrap": True}
 
 app = typer.Typer(no_args_is_help=True, help="Find the first place where two runs differ: 'acceptance is 0 %'.")
 
@@ -37,16 +39,25 @@ Tolerance = Annotated[float | None, Option("the largest relative difference of r
 Drafts = Annotated[int, Option("tokens to draft", minimum=1)]
 
 
-def _print_table(console, rows: Sequence[Sequence[str]], headers: Sequence[str] = ("",) * 3) -> None:
-    """A table whose last column folds. Square brackets in a text are printed as they are."""
+def _console() -> Console:
+    from rich.console import Console
+
+    # Names and errors may hold square brackets and colons, which are no markup.
+    plain = {"markup": False, "highlight": False, "emoji": False}
+    console = Console(**plain)
+    # A file or a pipe has no width of its own, and a narrow one would cut the names.
+    return console if console.is_terminal else Console(width=WIDTH, **plain)
+
+
+def _print_table(console: Console, rows: Sequence[Sequence[str]], headers: Sequence[str] = ("",) * 3) -> None:
+    """A table whose last column folds."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, show_header=any(headers))
     for i, header in enumerate(headers):
         table.add_column(header, no_wrap=i < len(headers) - 1, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     console.print(table)
 
 
@@ -95,7 +106,7 @@ def compare(
     if out is not None:
         check_writable(f"out={out}", out)
     comparison = compare_traces(read_trace(a), read_trace(b), tolerance=tolerance, under=(under_a, under_b))
-    show(comparison, wide_console(WIDTH), everything=everything)
+    show(comparison, _console(), everything=everything)
     for path in write(comparison, out) if out is not None else ():
         typer.echo(path)
     raise typer.Exit(0 if comparison.agrees else 1)
@@ -131,8 +142,8 @@ def bisect(
             draft_tokens(other, tokens, 1)
 
     result = replay(recorded, traced, module, call=call, disturb=disturb, tolerance=tolerance)
-    console = wide_console(WIDTH)
-    console.print(f"{result.verdict}\n", **TEXT)
+    console = _console()
+    console.print(f"{result.verdict}\n", soft_wrap=True)
     rows = [
         (v.module, v.name, v.against, "–" if v.distance is None else f"{v.distance:.1e}", v.effect)
         for v in result.variants
@@ -191,8 +202,8 @@ def speculator(settings: DiagnosisSettings) -> None:
     if report.accepted is not None:
         accepted = f"{report.accepted} of drafts accepted ({report.accepted.positions} positions)"
     cause = f"{faults[0].name}: {faults[0].evidence}" if faults else "no check finds a fault"
-    console = wide_console(WIDTH)
-    console.print(f"{accepted}; {cause}.\n", **TEXT)
+    console = _console()
+    console.print(f"{accepted}; {cause}.\n", soft_wrap=True)
     _print_table(console, [(check.status, check.name, check.evidence) for check in report.checks])
-    console.print(f"\nRecommendation: {report.recommendation}", **TEXT)
+    console.print(f"\nRecommendation: {report.recommendation}", soft_wrap=True)
     raise typer.Exit(1 if faults else 0)

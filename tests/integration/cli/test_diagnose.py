@@ -311,3 +311,14 @@ def test_what_is_refused_before_anything_loads(base, tmp_path, monkeypatch, argu
         verl_speculator.base_model.loading, "load_base", lambda *args, **settings: pytest.fail("loaded")
     )
     assert_refused("trace", "--model", base, "--tokens", "5,9", "--out", tmp_path / "x", *arguments, message=message)
+
+
+def test_console_with_square_brackets_in_a_table_prints_them(capsys):
+    from rich.table import Table
+
+    from verl_speculator.cli.diagnose import _console
+
+    table = Table("note")
+    table.add_row("could not run: list[int] [bold] :x:")
+    _console().print(table)
+    assert "could not run: list[int] [bold] :x:" in capsys.readouterr().out
