@@ -40,6 +40,13 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
+def _text_choices(annotation: Any) -> list[str]:
+    """The words that a type accepts anywhere in it, in a list of them as well."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for part in get_args(annotation) for choice in _text_choices(part)]
+
+
 def describe_values(annotation: Any) -> str:
     """The accepted values of an annotation in words, such as "an integer of at least 1, or null"."""
     ranges, constants = [], []
@@ -74,8 +81,7 @@ def check_value(setting: str, value: Any, annotation: Any) -> None:
     try:
         pydantic.TypeAdapter(annotation).validate_python(value, strict=True)
     except pydantic.ValidationError as error:
-        literals = [choice for kind in _members(annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
-        hint = nearest(str(error.errors()[0]["input"]), (choice for choice in literals if isinstance(choice, str)))
+        hint = nearest(str(error.errors()[0]["input"]), _text_choices(annotation))
         raise UserError(f"{setting}={as_written(value)}: expected {describe_values(annotation)}{hint}") from None
 
 
