@@ -25,7 +25,7 @@ demo: setup
 	PYTHON=$(BIN)/python examples/demo/run.sh
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --durations 20
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

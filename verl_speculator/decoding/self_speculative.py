@@ -56,7 +56,7 @@ def _shallow_replace(module: nn.Module, **modules: nn.Module) -> nn.Module:
     view = module.__class__.__new__(module.__class__)
     view.__dict__.update(module.__dict__)
     view.__dict__["_modules"] = module._modules | modules
-    # Hooks of the module must not fire on the view: whoever registered them wants one call per forward pass.
+    # Hooks of the module must not fire on the view: their owner expects one call per forward pass.
     view.__dict__.update({name: type(hooks)() for name, hooks in module.__dict__.items() if name.endswith("_hooks")})
     return view
 

@@ -30,7 +30,7 @@ PROMPT = [5, 9, 23, 4, 77, 31, 8]
 
 
 def heads(count=3, layers=1, *, width=D, vocab=V, bias=True, dtype=torch.float32):
-    """What a head is, whoever names it: for each its blocks [(A, a), …] and its output matrix."""
+    """What a head is, under any format's names: for each its blocks [(A, a), …] and its output matrix."""
     draw = torch.Generator().manual_seed(count * 10 + layers)
 
     def values(*shape):
