@@ -41,15 +41,13 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
         generation_config: of the base model, None where there is none.
     """
     eos_ids = _eos_ids(tokenizer)
-    ids = set(_eos_ids(generation_config) or eos_ids) | set(closing_token_ids(tokenizer))
+    ids = {*(_eos_ids(generation_config) or eos_ids), *closing_token_ids(tokenizer)}
     ends = tuple(sorted(ids))
-    logger.info("a turn ends at %s", _describe(tokenizer, ends) or "no token: generation stops at its length")
+    named, named_eos = (", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in x) for x in (ends, eos_ids))
+    logger.info("a turn ends at %s", named or "no token: generation stops at its length")
     if ends and eos_ids and not ids & set(eos_ids):
-        logger.warning(
-            "the tokenizer's eos_token %s ends no turn: generation config and chat template say %s",
-            _describe(tokenizer, eos_ids),
-            _describe(tokenizer, ends),
-        )
+        message = "the tokenizer's eos_token %s ends no turn: generation config and chat template say %s"
+        logger.warning(message, named_eos, named)
     return ends
 
 
@@ -73,18 +71,11 @@ def _eos_ids(source: Any) -> list[int]:
     return [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])]
 
 
-def _describe(tokenizer: Any, ids: Sequence[int]) -> str:
-    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
-
-
 def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
     """Token ids of each text.
 
-    Args:
-        tokenizer: of the base model.
-        texts: plain documents, or conversations that the chat template has rendered.
-        plain: a document begins as the tokenizer begins one, and is closed with its end token. A rendered conversation
-            is complete.
+    A plain document begins as the tokenizer begins one, and is closed with its end token. A conversation that the chat
+    template has rendered is complete.
     """
     # verbose=False: texts that are too long are reported by the code that cuts or refuses them.
     rows = tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
@@ -95,10 +86,9 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
+    options = {"tokenize": False, "return_dict": False, "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, return_dict=False
-        )
+        return tokenizer.apply_chat_template(list(messages), **options)
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None
 
@@ -126,15 +116,14 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]])
     after = [_render(tokenizer, messages[: i + 1], add_generation_prompt=False) for i in answers]
     ids, *parts = tokenize_texts(tokenizer, [whole, *before, *after], plain=False)
     mask = [0] * len(ids)
-    for k, i in enumerate(answers):
-        start, end = len(parts[k]), len(parts[len(answers) + k])
-        appends = after[k].startswith(before[k]) and whole.startswith(after[k])
+    starts, ends = parts[: len(answers)], parts[len(answers) :]
+    for i, prompt, text, start, end in zip(answers, before, after, starts, ends, strict=True):
         # Only the end has to fall between two tokens: as in verl's mask, an answer's first characters may merge into
         # the last token of the prompt for it, and are then no target.
-        if not appends or ids[:end] != parts[len(answers) + k]:
+        if not (text.startswith(prompt) and whole.startswith(text) and ids[: len(end)] == end):
             raise UserError(
                 f"the chat template writes messages[{i}] otherwise alone than in the whole conversation, so that its "
                 "tokens cannot be told apart; expected a template that only appends"
             )
-        mask[start:end] = [1] * (end - start)
+        mask[len(start) : len(end)] = [1] * (len(end) - len(start))
     return ids, mask

@@ -38,10 +38,8 @@ def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     method = f"model.speculator.method=early_exit: {type(decoder).__name__}"
     for name in STREAMS:
         if (count := getattr(getattr(decoder, "config", None), name, None) or 1) > 1:
-            raise UserError(
-                f"{method} passes {count} states of each token between its blocks ({name}); expected a base that "
-                "passes one"
-            )
+            what = f"passes {count} states of each token between its blocks ({name})"
+            raise UserError(f"{method} {what}; expected a base that passes one")
     for name in BLOCK_NAMES:
         if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
             return name, blocks
@@ -51,19 +49,15 @@ def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
 def block_of(base: nn.Module, layer: int) -> nn.Module:
     """Decoder layer number `layer`, from 0. Raises UserError if the base model has no such layer."""
     _, blocks = block_list(base.base_model)
-    if layer >= len(blocks):
-        raise UserError(
-            f"model.speculator.exit_layer={layer}: {type(base).__name__} has {len(blocks)} blocks; "
-            f"expected 0 to {len(blocks) - 1}"
-        )
-    return blocks[layer]
+    if layer < (count := len(blocks)):
+        return blocks[layer]
+    where = f"model.speculator.exit_layer={layer}: {type(base).__name__}"
+    raise UserError(f"{where} has {count} blocks; expected 0 to {count - 1}")
 
 
 def final_norm(base: nn.Module) -> nn.Module:
-    """The RMS norm before the LM head of a Hugging Face causal language model. Raises UserError if there is no norm, or
-    it is not an RMS norm."""
-    setting = f"a copy of the final norm: {type(base).__name__}"
-    decoder = base.base_model
+    """The RMS norm before the LM head of a Hugging Face causal language model. Raises UserError if it has none."""
+    setting, decoder = f"a copy of the final norm: {type(base).__name__}", base.base_model
     norm = next((getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name)), None)
     if norm is None:
         raise UserError(f"{setting} has no final norm that is known here (looked for {', '.join(NORM_NAMES)})")
@@ -75,10 +69,7 @@ def final_norm(base: nn.Module) -> nn.Module:
 class FrozenNorm(nn.Module):
     """A copy of the base model's final RMS norm, w ⊙ x · rsqrt(mean(x²) + ε); saved with the speculator, not trained.
 
-    ε is a parameter too, so that a checkpoint describes the norm completely.
-
-    Args:
-        width: D, the last axis of the input.
+    ε is a parameter too, so that a checkpoint describes the norm completely. `width` is D, the input's last axis.
     """
 
     def __init__(self, width: int) -> None:
@@ -109,12 +100,7 @@ class FrozenNorm(nn.Module):
 class HiddenStateHook:
     """Context manager that records hidden states of a base model's forward passes, with their autograd graph.
 
-    Args:
-        base: a Hugging Face causal language model.
-        hidden_state_source: which state, one of the module's list; `Speculator.hidden_state_source`.
-
-    Raises:
-        UserError: if the base model has no such module.
+    `hidden_state_source` is one of the list above, as in `Speculator`. Raises UserError if there is no such module.
     """
 
     def __init__(self, base: nn.Module, hidden_state_source: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 # Layer types of transformers' configurations that keep keys and values, or nothing; every other one has a state.
-STATELESS_LAYERS = frozenset(
-    {"full_attention", "sliding_attention", "chunked_attention", "attention", "sparse", "dense", "moe"}
-)
+STATELESS_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "sparse", "dense", "moe"}
 QUANTIZATIONS = ("bnb4",)
 # The package that each setting needs, and the extra of this package that installs it.
 PACKAGES = {"quantization": ("bitsandbytes", "bnb"), "gguf_file": ("gguf", "gguf")}
@@ -54,27 +53,23 @@ class BaseModelFormat:
         Raises:
             UserError: naming the setting.
         """
-        is_quantized, file = self.is_quantized, self.gguf_file
-        quantization, gguf_file = (f"{prefix}{name}={getattr(self, name)}" for name in PACKAGES)
-        if is_quantized and self.quantization not in QUANTIZATIONS:
-            hint = nearest(str(self.quantization), QUANTIZATIONS)
-            raise UserError(f"{quantization}: expected {', '.join(QUANTIZATIONS)} or null{hint}")
-        if file is not None and (not isinstance(file, str) or not file.endswith(".gguf")):
-            raise UserError(f"{gguf_file}: expected the name of a .gguf file inside the base's directory")
-        if is_quantized and file is not None:
-            raise UserError(
-                f"{quantization}, {gguf_file}: a GGUF file defines its own quantization; expected one of the two"
-            )
-        if is_quantized and not frozen:
-            raise UserError(
-                f"{quantization}: a base in 4 bits cannot be trained; expected {prefix}freeze_base_model=true"
-            )
-        for setting, (package, extra) in PACKAGES.items():
-            if getattr(self, setting) is not None and importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"{prefix}{setting}={getattr(self, setting)}: the package {package} is not installed; "
-                    f"expected: pip install 'verl_speculator[{extra}]'"
-                )
+        given = {name: f"{prefix}{name}={getattr(self, name)}" for name in PACKAGES if getattr(self, name) is not None}
+        if self.is_quantized and self.quantization not in QUANTIZATIONS:
+            expected = f"{', '.join(QUANTIZATIONS)} or null{nearest(str(self.quantization), QUANTIZATIONS)}"
+            raise UserError(f"{given['quantization']}: expected {expected}")
+        if "gguf_file" in given and not str(self.gguf_file).endswith(".gguf"):
+            raise UserError(f"{given['gguf_file']}: expected the name of a .gguf file inside the base's directory")
+        if len(given) > 1:
+            names = ", ".join(given.values())
+            raise UserError(f"{names}: a GGUF file defines its own quantization; expected one of the two")
+        for name, setting in given.items():
+            if name == "quantization" and not frozen:
+                expected = f"{prefix}freeze_base_model=true"
+                raise UserError(f"{setting}: a base in 4 bits cannot be trained; expected {expected}")
+            package, extra = PACKAGES[name]
+            if importlib.util.find_spec(package) is None:
+                expected = f"pip install 'verl_speculator[{extra}]'"
+                raise UserError(f"{setting}: the package {package} is not installed; expected: {expected}")
 
     def check_file(self, base: str | Path, prefix: str = "") -> None:
         """Check that the GGUF file is in the base model's directory. Files of a hub repository are not looked up.
@@ -87,10 +82,8 @@ class BaseModelFormat:
             existing = ", ".join(sorted(path.name for path in directory.glob("*.gguf"))) or "none"
             raise UserError(f"{setting}: no such file in {directory}; its *.gguf: {existing}")
         if PART_OF_SEVERAL.search(self.gguf_file):
-            raise UserError(
-                f"{setting}: one part of several, transformers reads whole files; join them with llama.cpp's "
-                "llama-gguf-split --merge"
-            )
+            advice = "join them with llama.cpp's llama-gguf-split --merge"
+            raise UserError(f"{setting}: one part of several, transformers reads whole files; {advice}")
 
     @property
     def is_quantized(self) -> bool:
@@ -110,15 +103,9 @@ class BaseModelFormat:
     def load(self, auto_class: Any, base: str | Path, *, dtype: torch.dtype, device: Any, **options: Any) -> nn.Module:
         """Load the model: on `device` if it is quantized, since it can be neither moved nor cast; else on the CPU.
 
-        Args:
-            auto_class: of transformers, such as `AutoModelForCausalLM`.
-            base: a directory or hub name.
-            dtype: of the weights that are not quantized, and of the products with those that are.
-            device: of a quantized model.
-            options: more options of `from_pretrained`.
-
-        Raises:
-            UserError: if it cannot be loaded.
+        `auto_class` is one of transformers, `options` are more of its `from_pretrained`, and `dtype` is that of the
+        weights that are not quantized, and of the products with those that are. Raises UserError if it cannot be
+        loaded.
         """
         options |= {"dtype": dtype} | self.read_options
         if self.is_quantized:
@@ -135,7 +122,13 @@ class BaseModelFormat:
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise UserError(f"base={self.name_of(base)}: cannot be loaded: {one_line(error)}") from None
         if self.is_quantized:
-            _leave_odd_shapes_unpacked(model)
+            from bitsandbytes.nn import Linear4bit
+
+            # On processors with AVX512-BF16 bitsandbytes packs matrices into tiles; the product of one that does not
+            # fill them, such as a gate with one output, fails.
+            for module in model.modules():
+                if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % 64):
+                    module.support_avx512bf16_for_cpu = False
         return model
 
     def read_tokenizer(self, base: str | Path, **options: Any) -> Any:
@@ -155,11 +148,9 @@ class BaseModelFormat:
         """Read the generation configuration without loading the model: its file, else what `hf_config` implies."""
         from transformers import GenerationConfig
 
-        if self.gguf_file is None:
-            try:
+        with suppress(OSError, ValueError):
+            if self.gguf_file is None:
                 return GenerationConfig.from_pretrained(base)
-            except (OSError, ValueError):
-                pass
         return GenerationConfig.from_model_config(hf_config)
 
     def write_description(self, base: str | Path, folder: Path) -> None:
@@ -174,16 +165,6 @@ class BaseModelFormat:
 
 
 UNQUANTIZED = BaseModelFormat()
-
-
-def _leave_odd_shapes_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing matrices into tiles that they do not fill (on processors with AVX512-BF16), such
-    as a gate with one output: its product fails."""
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % 64):
-            module.support_avx512bf16_for_cpu = False
 
 
 class BaseModelLoader:
@@ -218,7 +199,8 @@ class BaseModelLoader:
         return end_token_ids(self.tokenizer, self.form.read_generation_config(self.base, self.config))
 
     def load(self) -> nn.Module:
-        """As `load_base`."""
+        """As `load_base`, for speculative decoding: raises UserError as `check_rollback`."""
+        check_rollback(str(self.base), causal_lm_class(self.config), self.config)
         return load_base(self.base, device=self.device, dtype=self.dtype, form=self.form)
 
 
@@ -236,8 +218,7 @@ def load_base(base: str | Path, *, device: str, dtype: torch.dtype, form: BaseMo
 
 
 def load_tokenizer(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> Any:
-    """Load a base model's tokenizer, with the default chat template if it has none. Raises UserError if there is
-    none."""
+    """A base model's tokenizer, with the default chat template if it has none. Raises UserError if there is none."""
     check_base_name(base)
     try:
         tokenizer = form.read_tokenizer(base, trust_remote_code=False)
@@ -248,8 +229,7 @@ def load_tokenizer(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> Any
 
 
 def choose_device(device: str) -> str:
-    """Resolve `auto` to the accelerator if there is one. Raises UserError for a device that this machine does not
-    have."""
+    """Resolve `auto` to the accelerator if there is one. Raises UserError for a device that this machine lacks."""
     import torch
 
     is_available = torch.accelerator.is_available()
@@ -323,29 +303,19 @@ def check_language_model(setting: str, config: Any) -> None:
     """Reject models that transformers loads only as models of images and text: their positions have several
     components, and the datasets and commands of this package do not have their inputs.
 
-    Args:
-        setting: name and value as the user gave them, for the message.
-        config: a Hugging Face configuration.
-
-    Raises:
-        UserError: for such a model.
+    Raises UserError for the Hugging Face configuration of such a model; the message begins with `setting`.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and causal_lm_class(config) is None:
-        raise UserError(
-            f"{setting}: {config.model_type} is a model of images and text; expected a causal language model"
-        )
+        what = f"{config.model_type} is a model of images and text"
+        raise UserError(f"{setting}: {what}; expected a causal language model")
 
 
 def check_frozen_type(model_dtype: str, param_dtype: str) -> None:
     """Check that a frozen base model is held (verl's `engine.model_dtype`) in the dtype that it computes in (verl's
     `engine.mixed_precision.param_dtype`). Otherwise its sharding units cast every parameter that they gather, those
-    that it keeps in fp32 included.
-
-    Raises:
-        UserError: if they differ.
-    """
+    that it keeps in fp32 included. Raises UserError if they differ."""
     if DTYPES.get(model_dtype, model_dtype) != DTYPES.get(param_dtype, param_dtype):
         raise UserError(
             f"engine.model_dtype={model_dtype}: a frozen base is held in the type that it computes in, "
@@ -354,37 +324,20 @@ def check_frozen_type(model_dtype: str, param_dtype: str) -> None:
 
 
 def supported_attention(config: Any, wanted: str) -> str:
-    """An attention implementation that the base model supports: the wanted one, else sdpa, else eager.
-
-    Args:
-        config: a Hugging Face configuration; for an architecture that transformers does not know, `wanted` is returned.
-        wanted: as in `attn_implementation`.
-    """
+    """An `attn_implementation` that the base model supports: the wanted one, else sdpa, else eager. For an architecture
+    that transformers does not know it is the wanted one."""
     model_class = causal_lm_class(config)
-    if model_class is None:
+    checked = {"flash_attention_2": "_supports_flash_attn", "sdpa": "_supports_sdpa"}
+    if model_class is None or wanted not in checked or getattr(model_class, checked[wanted]):
         return wanted
-    supported = {"flash_attention_2": model_class._supports_flash_attn, "sdpa": model_class._supports_sdpa}
-    if supported.get(wanted, True):
-        return wanted
-    return "sdpa" if supported["sdpa"] else "eager"
-
-
-def check_base(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> None:
-    """Check by its configuration that a base model can be decoded speculatively, as `check_rollback`."""
-    config = read_config(base, form)
-    check_rollback(str(base), causal_lm_class(config), config)
+    return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def check_rollback(base: str, model_class: type | None, config: Any) -> None:
     """Reject a base model with recurrent layers: their state cannot be rolled back after a rejected draft.
 
-    Args:
-        base: its name, for the message.
-        model_class: of transformers; None for an architecture that it does not know, which passes.
-        config: its Hugging Face configuration.
-
-    Raises:
-        UserError: for such a model.
+    `base` is its name, for the UserError; `model_class` is None for an architecture that transformers does not know,
+    which passes.
     """
     if model_class is None:
         return

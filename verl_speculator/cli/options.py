@@ -214,14 +214,12 @@ def load_models(base: str, speculator: str | None, loading: LoadingOptions) -> L
     Raises:
         UserError: for an unknown device or dtype, or a base model that cannot be loaded or decoded with.
     """
-    from verl_speculator.base_model.loading import BaseModelLoader, check_base
+    from verl_speculator.base_model.loading import BaseModelLoader
     from verl_speculator.checkpoint.format import load_speculator
 
     base_format = loading.base_format(base)
     loader = BaseModelLoader(base, device=loading.device, dtype=loading.dtype, form=base_format)
-    tokenizer = loader.tokenizer
-    check_base(base, base_format)
-    model = loader.load()
+    tokenizer, model = loader.tokenizer, loader.load()
     draft = None
     if speculator is not None:
         draft = load_speculator(speculator, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()

@@ -17,14 +17,7 @@ from rich.progress import Progress
 from torch import nn
 
 from verl_speculator.base_model.chat_template import end_token_ids
-from verl_speculator.base_model.loading import (
-    base_shape,
-    check_base,
-    choose_device,
-    choose_dtype,
-    load_base,
-    load_tokenizer,
-)
+from verl_speculator.base_model.loading import BaseModelLoader, base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.decoding import DraftTree, Generation, SamplingPolicy, speculative_generate
@@ -233,19 +226,14 @@ def evaluate(settings: EvaluationSettings) -> None:
     settings.check_output()
     infos = settings.checkpoints()
     prompts = {path: read_prompts(path) for path in settings.prompts}
-    shape = base_shape(settings.base, settings.form)
+    loader = BaseModelLoader(settings.base, device=settings.device, dtype=settings.dtype, form=settings.form)
     for info in infos.values():
-        info.check_base(*shape)
+        info.check_base(*base_shape(loader.config))
         info.check_base_weights(settings.base, settings.form, allow_other=settings.allow_other_base)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    tokenizer = load_tokenizer(settings.base, settings.form)
-    check_base(settings.base, settings.form)
-    texts = read_texts(settings.texts, tokenizer) if settings.texts else []
+    texts = read_texts(settings.texts, loader.tokenizer) if settings.texts else []
 
-    speculators = {name: _load_trained(name, settings, device, dtype) for name in infos}
-    base = load_base(settings.base, device=device, dtype=dtype, form=settings.form)
-    evaluator = Evaluator(settings, base, tokenizer, infos, speculators)
+    speculators = {name: _load_trained(name, settings, loader) for name in infos}
+    evaluator = Evaluator(settings, loader, infos, speculators)
     rows = evaluator.method_rows()
     with progress_bar() as progress:
         for path, file_prompts in prompts.items():
@@ -255,9 +243,9 @@ def evaluate(settings: EvaluationSettings) -> None:
     write_results(settings.out, settings.out / LOGS)
 
 
-def _load_trained(name: str, settings: EvaluationSettings, device: str, dtype: torch.dtype) -> Speculator:
+def _load_trained(name: str, settings: EvaluationSettings, loader: BaseModelLoader) -> Speculator:
     """Load a checkpoint, and refuse one that training has not changed."""
-    speculator = load_speculator(name, device=device, dtype=dtype).requires_grad_(False).eval()
+    speculator = load_speculator(name, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
     if speculator.is_untrained() and not settings.allow_untrained:
         raise UserError(
             f"speculator={name}: its tensors are those it was initialised with, no training step has changed them; "
@@ -271,22 +259,21 @@ class Evaluator:
     """Runs the methods on prompts, and the speculators on texts; `infos` and `speculators` are by checkpoint."""
 
     settings: EvaluationSettings
-    base: nn.Module
-    tokenizer: Any
+    loader: BaseModelLoader
     infos: dict[str, CheckpointInfo]
     speculators: dict[str, Speculator]
 
     def __post_init__(self) -> None:
-        settings, base = self.settings, self.base
-        self.ends = end_token_ids(self.tokenizer, base.generation_config)
+        settings, loader = self.settings, self.loader
+        base = self.base = loader.load()
+        self.ends = end_token_ids(loader.tokenizer, base.generation_config)
         self.policy, self.limit = settings.policy, position_limit(base)
         self.vanilla = SpeculativeMethod(base, None, self.policy, None, self.ends)
         self.greedy = SpeculativeMethod(base, None, SamplingPolicy(), None, self.ends)
-        device = choose_device(settings.device)
         self.base_columns = {
             "base": settings.form.name_of(settings.base),
-            "dtype": str(choose_dtype(settings.dtype, device)).removeprefix("torch."),
-            "device": device,
+            "dtype": str(loader.dtype).removeprefix("torch."),
+            "device": loader.device,
             "threads": torch.get_num_threads(),
         }
         self.base_identity = {"base": weights_fingerprint(settings.base, settings.gguf_file)}
@@ -383,8 +370,8 @@ class Evaluator:
         for turn in range(prompt.num_turns):
             if turn:
                 answer = self.greedy.generate(turns[-1], max_new_tokens=self.settings.max_new_tokens, seed=0)
-                replies.append(self.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-            ids = prompt_ids(prompt, self.tokenizer, replies)
+                replies.append(self.loader.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+            ids = prompt_ids(prompt, self.loader.tokenizer, replies)
             if self.limit is not None and len(ids) >= self.limit:
                 place = f"turn {turn + 1} of {prompt.num_turns}: " if prompt.num_turns > 1 else ""
                 return turns, f"{place}{len(ids)} tokens, the base has {self.limit} positions"
