@@ -45,7 +45,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 class DraftSums(NamedTuple):
-    """Sums over rows, for each depth. Micro-batches and ranks are added before anything is divided.
+    """The rows of a tensor [6, K] of sums. Micro-batches and ranks are added before anything is divided.
 
     Attributes:
         loss: [K] the loss of the valid pairs.
@@ -63,23 +63,14 @@ class DraftSums(NamedTuple):
     reached: Tensor
     accepted: Tensor
 
-    def stack(self) -> Tensor:
-        """[6, K] float32 without a gradient, to be added over micro-batches and ranks."""
-        return torch.stack([sums.detach().float() for sums in self])
-
-    @classmethod
-    def unstack(cls, sums: Tensor) -> DraftSums:
-        """From what `stack` returns."""
-        return cls(*sums.unbind(0))
-
-    def metrics(self, objective: Objective | None = None) -> dict[str, float]:
+    def metrics(self, objective: Objective) -> dict[str, float]:
         """`speculator_loss`, `depth{k}_loss`, `depth{k}_accuracy` and `expected_accept_length`.
 
         The expected acceptance length is 1 + Σ_k Π_{j≤k} a_j, where a_j is the share of rows correct at depth j among
         those correct at all earlier depths. A depth without a valid pair ends the sum and has no entry of its own.
         """
-        weights = (objective or Objective()).depths(len(self.pairs))
-        metrics = {"speculator_loss": float((self.weighted * depth_scale(self.pairs, weights)).sum())}
+        scale = depth_scale(self.pairs, objective.depths(len(self.pairs)))
+        metrics = {"speculator_loss": float((self.weighted * scale).sum())}
         expected, chain = 1.0, 1.0
         for k, (pairs, reached) in enumerate(zip(self.pairs.tolist(), self.reached.tolist(), strict=True)):
             if pairs:
@@ -167,7 +158,7 @@ def speculator_loss(
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
-    inputs = _LossInputs(
+    chunked = _ChunkedPass(
         speculator=speculator,
         tokens=tokens,
         targets=targets,
@@ -183,8 +174,69 @@ def speculator_loss(
         unroll=compile_once(_unroll) if compiled else _unroll,
         kernel=choose_kernel(objective, rows * depths, speculator.vocab_size, hidden.device.type, compiled),
     )
-    total, *sums = _ChunkedLoss.apply(inputs, hidden, *speculator.unroll_parameters().values())
+    total, sums = _ChunkedLoss.apply(chunked, hidden, *speculator.unroll_parameters().values())
     return total, DraftSums(*sums)._asdict()
+
+
+class DraftLoss(nn.Module):
+    """A speculator and its loss: unroll, head and loss in one module's forward, the unit that FSDP shards.
+
+    Outside of that forward the parameters of a sharded speculator are shards, so nothing else may use them in training.
+
+    Args:
+        speculator: any family.
+        objective: what is minimised.
+        chunk_rows: as in `speculator_loss`.
+        compiled: as in `speculator_loss`.
+    """
+
+    def __init__(
+        self,
+        speculator: Speculator,
+        objective: Objective | None = None,
+        chunk_rows: int | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.speculator, self.objective = speculator, objective or Objective()
+        self.chunk_rows, self.compiled = chunk_rows, compiled
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        *,
+        rows: Tensor | None = None,
+        teacher_rows: Tensor | None = None,
+        **more: Any,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            hidden: [R, D] hidden states of the rows of `alignment.DraftRows`; with `rows` what `HiddenStateHook` took.
+            tokens: [R, K], as in `DraftRows`.
+            targets: [K, R], as in `DraftRows`.
+            valid: [K, R], as in `DraftRows`.
+            rows: [R] their indices in the flattened batch; None if `hidden` already holds these rows.
+            teacher_rows: [K, R] the row of `teacher_hidden` that predicts each target.
+            more: `counts`, `teacher_hidden` and `base_head` of `speculator_loss`.
+
+        Returns:
+            `total`, which carries the gradient, and `sums` [6, K] for `DraftSums`. A dictionary, because sharding
+            wrappers look for tensors in it but not in a class. Without any row the loss is 0 and its gradients are
+            zeros, so that every rank takes part in every reduction.
+        """
+        if rows is not None:
+            hidden = self.speculator.prepare_hidden_states(hidden)
+            hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
+        options = {"loss": self.objective, "chunk_rows": self.chunk_rows, "compiled": self.compiled}
+        teacher_rows = None if teacher_rows is None else teacher_rows.T
+        total, sums = speculator_loss(
+            self.speculator, hidden, tokens, targets.T, valid.T, teacher_rows=teacher_rows, **options, **more
+        )
+        return {"total": total, "sums": torch.stack(tuple(sums.values()))}
 
 
 @contextmanager
@@ -218,9 +270,45 @@ def pair_weights(objective: Objective, acceptance: Tensor) -> Tensor:
     return weights
 
 
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss and its sums. `forward` computes the gradients, `backward` scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, chunked: _ChunkedPass, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+        with torch.autocast(device, enabled=False), _without_parameter_views(chunked.speculator):
+            chunked.run(hidden.detach(), parameters, compute_dtype, ctx.needs_input_grad[1:])
+        ctx.gradients, ctx.hidden_gradient = chunked.gradients, chunked.hidden_gradient
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
+        ctx.mark_non_differentiable(chunked.sums)
+        return (DraftSums(*chunked.sums).weighted * chunked.scale.to(chunked.sums.dtype)).sum(), chunked.sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Any, ...]:
+        hidden = None if ctx.hidden_gradient is None else ctx.hidden_gradient * scale.to(ctx.hidden_gradient.dtype)
+        gradients = []
+        for i, dtype in enumerate(ctx.dtypes):  # each float32 sum is freed before the next one is converted
+            gradient, ctx.gradients[i] = ctx.gradients[i], None
+            gradients.append(None if gradient is None else gradient.mul_(scale).to(dtype))
+            del gradient
+        return None, hidden, *gradients
+
+
 @dataclass
-class _LossInputs:
-    """Everything that a loss is computed from and that receives no gradient; names as in `speculator_loss`."""
+class _ChunkedPass:
+    """Everything that a loss is computed from and that receives no gradient, and one pass over all chunks.
+
+    Embedding tables and heads, which are as large as the vocabulary, get one gradient in the accumulation dtype and no
+    second one to be added to it: a table's is added row by row, a head's product is accumulated in place.
+
+    Attributes, besides the arguments of `speculator_loss`:
+        needs_grad: whether anything needs a gradient.
+        sums: [6, K] of `DraftSums`, in the accumulation dtype.
+        gradients: of each parameter, in the accumulation dtype; None where not needed.
+        hidden_gradient: [T, D], or None.
+    """
 
     speculator: Speculator
     tokens: Tensor
@@ -236,128 +324,65 @@ class _LossInputs:
     unroll: Callable[..., Tensor]
     kernel: Kernel
 
-    def chunks(self) -> Iterator[slice]:
-        """Chunks of nearly equal size: a small last one would waste a matrix product."""
-        rows = self.tokens.shape[0]
-        count = -(-rows // self.chunk_rows)
-        return (slice(i * rows // count, (i + 1) * rows // count) for i in range(count))
-
-    def teacher(self, chunk: slice, dtype: torch.dtype) -> Teacher:
-        """The base model's distribution for each pair of a chunk, [K · r, V] depth by depth.
-
-        Depth k at row t and depth k − 1 at row t + 1 compare with the same distribution, so it is computed for each
-        distinct row of the teacher once.
-        """
-        if not self.objective.needs_teacher:
-            return {}
-        rows = self.teacher_rows[chunk]
-        if isinstance(rows, FakeTensor):  # as many distinct rows as r consecutive positions of one document have
-            distinct, index = rows.new_zeros(rows.shape[0] + rows.shape[1] - 1), rows
-        else:
-            rows = torch.where(self.valid[chunk], rows, rows[:, :1])
-            distinct, index = rows.unique(return_inverse=True)
-        with torch.no_grad():
-            logits = self.base_head(self.teacher_hidden[distinct]).to(dtype)
-            teacher = teacher_distribution(logits, self.objective)
-        del logits
-        index = index.T.flatten()
-        return {temperature: distribution.rows(index) for temperature, distribution in teacher.items()}
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """The loss and its sums. `forward` computes the gradients, `backward` scales them."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: _LossInputs, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        device = hidden.device.type
-        compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
-        with torch.autocast(device, enabled=False), _without_parameter_views(inputs.speculator):
-            needs_grad = [inputs.needs_grad and needed for needed in ctx.needs_input_grad[1:]]
-            chunked = _ChunkedPass(inputs, hidden.detach(), parameters, compute_dtype, needs_grad)
-            for chunk in inputs.chunks():
-                chunked.add(chunk)
-        ctx.gradients, ctx.hidden_gradient = chunked.gradients, chunked.hidden_gradient
-        ctx.dtypes = [parameter.dtype for parameter in parameters]
-        total = (chunked.sums.weighted * inputs.scale.to(chunked.accumulation_dtype)).sum()
-        ctx.mark_non_differentiable(*chunked.sums)
-        return total, *chunked.sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Any, ...]:
-        hidden = None if ctx.hidden_gradient is None else ctx.hidden_gradient * scale.to(ctx.hidden_gradient.dtype)
-        gradients = []
-        for i, dtype in enumerate(ctx.dtypes):  # each float32 sum is freed before the next one is converted
-            gradient, ctx.gradients[i] = ctx.gradients[i], None
-            gradients.append(None if gradient is None else gradient.mul_(scale).to(dtype))
-            del gradient
-        return None, hidden, *gradients
-
-
-class _ChunkedPass:
-    """One pass over all chunks, and the sums that it adds up.
-
-    Embedding tables and heads, which are as large as the vocabulary, get one gradient in the accumulation dtype and no
-    second one to be added to it: a table's is added row by row, a head's product is accumulated in place.
-
-    Args:
-        inputs: of the loss.
-        hidden: [T, D] without a graph.
-        parameters: of the speculator, in the order of `unroll_parameters`.
-        compute_dtype: of products.
-        needs_grad: whether `hidden`, then each parameter, needs a gradient.
-
-    Attributes:
-        sums: [K] each, in the accumulation dtype.
-        gradients: of each parameter, in the accumulation dtype; None where not needed.
-        hidden_gradient: [T, D], or None.
-        accumulation_dtype: of sums, logits and gradients of parameters.
-    """
-
-    def __init__(
-        self,
-        inputs: _LossInputs,
-        hidden: Tensor,
-        parameters: Sequence[Tensor],
-        compute_dtype: torch.dtype,
-        needs_grad: Sequence[bool],
+    def run(
+        self, hidden: Tensor, parameters: Sequence[Tensor], compute_dtype: torch.dtype, needed: Sequence[bool]
     ) -> None:
-        self.inputs, self.hidden = inputs, hidden
-        half = compute_dtype in (torch.bfloat16, torch.float16)
-        self.accumulation_dtype = torch.float32 if half else compute_dtype
-        self.needs_grad = any(needs_grad)
+        """Compute sums and gradients.
+
+        Args:
+            hidden: [T, D] without a graph.
+            parameters: of the speculator, in the order of `unroll_parameters`.
+            compute_dtype: of products.
+            needed: whether `hidden`, then each parameter, needs a gradient where gradients are on.
+        """
+        needed = [self.needs_grad and each for each in needed]
+        self.needs_grad, self.hidden = any(needed), hidden
         self.parameters = [parameter.detach().to(compute_dtype) for parameter in parameters]
-        self.hidden_gradient = torch.zeros_like(hidden) if needs_grad[0] else None
+        self.hidden_gradient = torch.zeros_like(hidden) if needed[0] else None
+        dtype = torch.float32 if compute_dtype in (torch.bfloat16, torch.float16) else compute_dtype
         self.gradients = [
-            torch.zeros(parameter.shape, dtype=self.accumulation_dtype, device=parameter.device) if needed else None
-            for parameter, needed in zip(parameters, needs_grad[1:], strict=True)
+            torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) if each else None
+            for parameter, each in zip(parameters, needed[1:], strict=True)
         ]
-        speculator, depths = inputs.speculator, inputs.valid.shape[1]
-        self.sums = DraftSums(*(hidden.new_zeros(depths, dtype=self.accumulation_dtype) for _ in DraftSums._fields))
-        self.names, originals = zip(*speculator.unroll_parameters().items(), strict=True)
-        layers = (m for m in speculator.modules() if isinstance(m, (TokenEmbedding, OutputHead)))
+        rows, depths = self.valid.shape
+        self.sums = hidden.new_zeros(len(DraftSums._fields), depths, dtype=dtype)
+        self.names, originals = zip(*self.speculator.unroll_parameters().items(), strict=True)
+        layers = (m for m in self.speculator.modules() if isinstance(m, (TokenEmbedding, OutputHead)))
         layer_types = {id(layer.weight): type(layer) for layer in layers}
         self.layer_types = [layer_types.get(id(parameter)) for parameter in originals]
         # Consecutive depths with the same head are one product: (index of the parameter, slice of depths) each.
         indices = {id(parameter): i for i, parameter in enumerate(originals)}
-        self.heads: list[tuple[int, slice]] = []
-        for index, run in groupby(range(depths), key=lambda k: indices[id(speculator.head(k))]):
-            first, *rest = run
-            self.heads.append((index, slice(first, first + 1 + len(rest))))
+        runs = groupby(range(depths), key=lambda k: indices[id(self.speculator.head(k))])
+        runs = [(index, list(ks)) for index, ks in runs]
+        self.heads = [(index, slice(ks[0], ks[-1] + 1)) for index, ks in runs]
+        count = -(-rows // self.chunk_rows)  # chunks of nearly equal size: a small last one would waste a product
+        for i in range(count):
+            self._add(slice(i * rows // count, (i + 1) * rows // count))
 
-    def add(self, chunk: slice) -> None:
+    def _add(self, chunk: slice) -> None:
         """Add one chunk's losses and gradients to the sums."""
-        inputs, tokens = self.inputs, self.inputs.tokens[chunk]
+        tokens = self.tokens[chunk]
         leaves, leaf_tokens = self._leaves(tokens)
         # A copy: torch.compile would compile once more for a view of a tensor of another size.
         hidden = self.hidden[chunk].to(self.parameters[0].dtype, copy=True)
-        if self.hidden_gradient is not None:
-            hidden = hidden.requires_grad_()
+        hidden.requires_grad_(self.hidden_gradient is not None)
         with torch.set_grad_enabled(self.needs_grad):
-            states = inputs.unroll(inputs.speculator, dict(zip(self.names, leaves, strict=True)), hidden, leaf_tokens)
+            states = self.unroll(self.speculator, dict(zip(self.names, leaves, strict=True)), hidden, leaf_tokens)
         state_gradients = self._loss_and_gradients(chunk, states.detach())
-        if self.needs_grad:
-            self._backward(chunk, states, state_gradients, hidden, leaves, tokens)
+        trained = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        inputs = [leaves[i] for i in trained] + [hidden] * hidden.requires_grad
+        if not inputs:
+            return
+        gradients = list(torch.autograd.grad(states, inputs, state_gradients, allow_unused=True))
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[chunk] = gradients.pop()
+        for i, gradient in zip(trained, gradients, strict=True):
+            if gradient is None:  # with a single depth, parameters of later depths are not used
+                continue
+            if self.layer_types[i] is TokenEmbedding:
+                self.gradients[i].index_add_(0, tokens.flatten(), gradient.to(self.sums.dtype))
+            else:
+                self.gradients[i].add_(gradient)
 
     def _leaves(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
         """The parameters as leaves of the chunk's own graph, and the token ids to call it with.
@@ -368,27 +393,25 @@ class _ChunkedPass:
         rows, leaves = tokens.flatten(), []
         for parameter, layer_type, gradient in zip(self.parameters, self.layer_types, self.gradients, strict=True):
             leaf = F.embedding(rows, parameter) if layer_type is TokenEmbedding else parameter.detach()
-            in_graph = self.needs_grad and gradient is not None and layer_type is not OutputHead
-            leaves.append(leaf.requires_grad_(in_graph))
+            leaves.append(leaf.requires_grad_(gradient is not None and layer_type is not OutputHead))
         return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
 
     def _loss_and_gradients(self, chunk: slice, states: Tensor) -> Tensor | None:
         """Add the losses and head gradients of states [K, r, E]; the gradient of the total by the states [K, r, E]."""
-        inputs = self.inputs
         depths, rows, _ = states.shape
-        valid, targets = inputs.valid[chunk].T, inputs.targets[chunk].T.flatten()
-        logits, cap, cap_slope = self._logits(states), inputs.speculator.logit_cap, None
+        valid, targets = self.valid[chunk].T, self.targets[chunk].T.flatten()
+        logits, cap, cap_slope = self._logits(states), self.speculator.logit_cap, None
         if cap is not None:  # c·tanh(z/c), whose slope is 1 − tanh²(z/c)
             logits = logits.div_(cap).tanh_()
             cap_slope = 1 - logits * logits if self.needs_grad else None
             logits.mul_(cap)
         correct = valid & (logits.argmax(-1) == targets).view(depths, rows)
-        teacher = inputs.teacher(chunk, self.accumulation_dtype)
-        losses, gradient, acceptance = inputs.kernel(logits, targets, teacher, inputs.objective, self.needs_grad)
+        teacher = self._teacher(chunk)
+        losses, gradient, acceptance = self.kernel(logits, targets, teacher, self.objective, self.needs_grad)
         del teacher, logits
-        losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.accumulation_dtype)
+        losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.sums.dtype)
         if acceptance is not None:
-            weights = weights * pair_weights(inputs.objective, acceptance.view(depths, rows) * valid)
+            weights = weights * pair_weights(self.objective, acceptance.view(depths, rows) * valid)
         accepted = correct.cummin(0).values
         reached = valid & torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]])
         per_pair = DraftSums(losses, losses * weights, valid, correct, reached, accepted)
@@ -397,7 +420,7 @@ class _ChunkedPass:
         if not self.needs_grad:
             return None
         gradient = gradient if cap_slope is None else gradient.mul_(cap_slope)
-        weights = weights * inputs.scale.to(self.accumulation_dtype).unsqueeze(-1)
+        weights = weights * self.scale.to(self.sums.dtype).unsqueeze(-1)
         return self._state_gradients(states, gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1))
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -405,8 +428,8 @@ class _ChunkedPass:
         depths, rows, _ = states.shape
         products = (states[ks].flatten(0, 1) @ self.parameters[index].T for index, ks in self.heads)
         if len(self.heads) == 1:
-            return next(products).to(self.accumulation_dtype)
-        logits = states.new_empty(depths * rows, self.inputs.speculator.vocab_size, dtype=self.accumulation_dtype)
+            return next(products).to(self.sums.dtype)
+        logits = states.new_empty(depths * rows, self.speculator.vocab_size, dtype=self.sums.dtype)
         for (_, ks), product in zip(self.heads, products, strict=True):
             logits[ks.start * rows : ks.stop * rows] = product
         return logits
@@ -422,27 +445,23 @@ class _ChunkedPass:
             torch.mm(logit_gradient.to(states.dtype), self.parameters[index], out=out)
         return state_gradients
 
-    def _backward(
-        self,
-        chunk: slice,
-        states: Tensor,
-        state_gradients: Tensor,
-        hidden: Tensor,
-        leaves: list[Tensor],
-        tokens: Tensor,
-    ) -> None:
-        """Through the chunk's unroll, into the sums."""
-        trained = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        inputs = [leaves[i] for i in trained] + [hidden] * (self.hidden_gradient is not None)
-        if not inputs:
-            return
-        gradients = list(torch.autograd.grad(states, inputs, state_gradients, allow_unused=True))
-        if self.hidden_gradient is not None:
-            self.hidden_gradient[chunk] = gradients.pop()
-        for i, gradient in zip(trained, gradients, strict=True):
-            if gradient is None:  # with a single depth, parameters of later depths are not used
-                continue
-            if self.layer_types[i] is TokenEmbedding:
-                self.gradients[i].index_add_(0, tokens.flatten(), gradient.to(self.accumulation_dtype))
-            else:
-                self.gradients[i].add_(gradient)
+    def _teacher(self, chunk: slice) -> Teacher:
+        """The base model's distribution for each pair of a chunk, [K · r, V] depth by depth.
+
+        Depth k at row t and depth k − 1 at row t + 1 compare with the same distribution, so it is computed for each
+        distinct row of the teacher once.
+        """
+        if not self.objective.needs_teacher:
+            return {}
+        rows = self.teacher_rows[chunk]
+        if isinstance(rows, FakeTensor):  # as many distinct rows as r consecutive positions of one document have
+            distinct, index = rows.new_zeros(rows.shape[0] + rows.shape[1] - 1), rows
+        else:
+            rows = torch.where(self.valid[chunk], rows, rows[:, :1])
+            distinct, index = rows.unique(return_inverse=True)
+        with torch.no_grad():
+            logits = self.base_head(self.teacher_hidden[distinct]).to(self.sums.dtype)
+            teacher = teacher_distribution(logits, self.objective)
+        del logits
+        index = index.T.flatten()
+        return {temperature: distribution.rows(index) for temperature, distribution in teacher.items()}

@@ -29,7 +29,7 @@ from verl_speculator.base_model.loading import check_frozen_type
 from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 from verl_speculator.data.alignment import DraftRows, align, padded_positions, states_read
 from verl_speculator.data.hidden_state_cache import StateCache
-from verl_speculator.losses import DraftLoss, DraftSums
+from verl_speculator.losses import DraftLoss
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.models.layers import block_shapes, copy_norm, start_from_base
 from verl_speculator.models.logits import logit_transform
@@ -57,7 +57,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
     reported norm include nothing else. Joint training: the total is the loss function that verl sets +
     speculator_loss_coeff · speculator loss. A forward-only engine is the base model alone.
 
-    Metrics of a batch are sums over its micro-batches and all ranks: `draft_sums` for `DraftSums.unstack` and, in joint
+    Metrics of a batch are sums over its micro-batches and all ranks: `draft_sums` for `DraftSums` and, in joint
     training, `base_sums`, the base model's summed loss and number of tokens.
 
     Raises:
@@ -301,12 +301,12 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             # One call of the wrapped module runs base model, unroll, head and loss: only there are parameters whole.
             draft_output, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
             if "states_to_cache" in draft_output:
-                self._write_cache(micro_batch, draft_output.pop("states_to_cache"))
+                self._write_cache(micro_batch, draft_output["states_to_cache"])
             # The loss is this rank's part of a mean over the pairs of all ranks. FSDP averages gradients over ranks and
             # verl averages the reported loss; the factor turns these averages into sums.
-            draft_loss = draft_output.pop("total") * self.get_data_parallel_size()
+            draft_loss = draft_output["total"] * self.get_data_parallel_size()
             loss = reported_loss = self.model_config.speculator_loss_coeff * draft_loss
-            metrics: dict[str, Any] = {DRAFT_SUMS: DraftSums(**draft_output).stack()}
+            metrics: dict[str, Any] = {DRAFT_SUMS: draft_output["sums"]}
             model_output = {}
             if base_output is not None:  # the base model is trained: the rest is verl's own forward_step
                 model_output = self.prepare_model_outputs(base_output, output_args, micro_batch, loss_function)

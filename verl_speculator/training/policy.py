@@ -94,7 +94,7 @@ class PolicyEngine(SpeculatorEngine):
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False):
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if DRAFT_SUMS in output["metrics"]:
-            sums = DraftSums.unstack(torch.tensor(output["metrics"].pop(DRAFT_SUMS), dtype=torch.float64))
+            sums = DraftSums(*torch.tensor(output["metrics"].pop(DRAFT_SUMS), dtype=torch.float64))
             metrics = sums.metrics(self.model_config.speculator_training.objective)
             # verl concatenates lists over ranks and takes the mean.
             output["metrics"] |= {f"actor/{name}": [value] for name, value in metrics.items()}

@@ -99,12 +99,12 @@ def test_gradients_do_not_depend_on_the_ranks(bases, rows, gradients_of_two_rank
 def test_the_loss_is_the_mean_over_pairs_then_over_depths(engine, rows):
     """Against the definition, one conversation at a time."""
     output = run_batch(engine, make_batch(rows), train=False)
-    sums = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"]))
+    sums = DraftSums(*torch.tensor(output["metrics"]["draft_sums"]))
     one_by_one = [
         torch.tensor(run_batch(engine, make_batch([row], micro=1), train=False)["metrics"]["draft_sums"])
         for row in rows
     ]
-    total = DraftSums.unstack(torch.stack(one_by_one).sum(0))
+    total = DraftSums(*torch.stack(one_by_one).sum(0))
     torch.testing.assert_close(sums.loss, total.loss, rtol=1e-6, atol=0)
     assert torch.equal(sums.pairs, total.pairs)
     assert torch.equal(sums.accepted, total.accepted)
@@ -151,7 +151,7 @@ def test_the_teacher_is_the_base_itself(bases, rows, name, joint):
                 expected[k] += losses[draft.valid[k]].sum()
     for packed in (True, False):
         found = run_batch(engine, make_batch(rows[:4], packed=packed), train=False)
-        sums = DraftSums.unstack(torch.tensor(found["metrics"]["draft_sums"]))
+        sums = DraftSums(*torch.tensor(found["metrics"]["draft_sums"]))
         torch.testing.assert_close(sums.loss, expected, rtol=2e-5, atol=1e-4)
 
 
@@ -253,13 +253,13 @@ def test_validation_asks_for_no_gradient(base, rows, monkeypatch, joint):
     """Neither of a parameter nor of a hidden state, and its loss is that of training."""
     from verl_speculator.losses import chunked
 
-    wanted, original = [], chunked._ChunkedPass.__init__
+    wanted, run = [], chunked._ChunkedPass.run
 
     def spy(self, *args):
-        wanted.append(args[-1])
-        original(self, *args)
+        run(self, *args)
+        wanted.append([each is not None for each in (self.hidden_gradient, *self.gradients)])
 
-    monkeypatch.setattr(chunked._ChunkedPass, "__init__", spy)
+    monkeypatch.setattr(chunked._ChunkedPass, "run", spy)
     engine = build_engine(base, freeze_base_model=not joint)
     losses = [run_batch(engine, make_batch(rows), train=train)["loss"] for train in (False, True)]
     assert losses[0] == pytest.approx(losses[1])
@@ -275,7 +275,7 @@ def test_joint_training_moves_both(base, rows):
     after = weights(engine)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     total, tokens = output["metrics"]["base_sums"]
-    draft = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"]))
+    draft = DraftSums(*torch.tensor(output["metrics"]["draft_sums"]))
     assert tokens == sum(int(row["loss_mask"].sum()) for row in rows)
     expected = total / tokens + float((draft.loss / draft.pairs).mean())
     assert sum(output["loss"]) == pytest.approx(expected, rel=1e-5)
@@ -313,7 +313,7 @@ def test_a_row_reads_no_other_document(engine, rows):
         run_batch(engine, make_batch([rows[0], other], micro=2), train=False)
         hook.remove()
         found = run_batch(engine, make_batch([rows[0]], micro=1), train=False)["metrics"]["draft_sums"]
-        alone = DraftSums.unstack(torch.tensor(found)).pairs[0]
+        alone = DraftSums(*torch.tensor(found)).pairs[0]
         whole_batch, given = states[0]
         hidden, tokens, targets, valid = (
             whole_batch.flatten(0, 1)[given["rows"]],

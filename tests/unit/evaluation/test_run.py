@@ -28,7 +28,7 @@ from verl_speculator.evaluation.metrics import Document, acceptance, bootstrap, 
 from verl_speculator.evaluation.report import ResultsLog
 from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod, evaluate
 from verl_speculator.evaluation.settings import EvaluationSettings
-from verl_speculator.losses import DraftLoss
+from verl_speculator.losses import DraftLoss, DraftSums
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import evenly_spaced
 
@@ -128,11 +128,12 @@ def test_measure_equals_training_loss_and_definition_of_kl(base, rows):
     with torch.no_grad():
         out = model(torch.tensor([ids]), output_hidden_states=True)
         hidden, logits = out.hidden_states[-1][0], out.logits[0]
-        sums = DraftLoss(speculator)(hidden[draft.positions], draft.tokens, draft.targets, draft.valid)
+        output = DraftLoss(speculator)(hidden[draft.positions], draft.tokens, draft.targets, draft.valid)
+        sums = DraftSums(*output["sums"])
         states = speculator.unroll(hidden[draft.positions], draft.tokens)
-    assert result["pairs"] == sums["pairs"].tolist() and sum(result["pairs"]) > 0
-    assert result["top1"] == sums["correct"].tolist()
-    assert result["ce"] == pytest.approx(sums["loss"].tolist(), rel=1e-5)
+    assert result["pairs"] == sums.pairs.tolist() and sum(result["pairs"]) > 0
+    assert result["top1"] == sums.correct.tolist()
+    assert result["ce"] == pytest.approx(sums.loss.tolist(), rel=1e-5)
     for name, temperature in (("kl", 1.0), ("kl_training_temperature", 2.0)):
         expected = [0.0] * 3
         for k in range(3):

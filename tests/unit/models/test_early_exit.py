@@ -160,7 +160,7 @@ def test_early_exit_loss_and_gradients_equal_the_definition(bases, scaled, rows,
     result = {}
     for packed in (True, False):
         output = run_batch(engine, make_batch(rows[:6], micro=2, packed=packed))
-        result[packed] = DraftSums.unstack(torch.tensor(output["metrics"]["draft_sums"])), gradients(engine)
+        result[packed] = DraftSums(*torch.tensor(output["metrics"]["draft_sums"])), gradients(engine)
     torch.testing.assert_close(result[True][0].loss, result[False][0].loss, rtol=1e-5, atol=1e-6)
 
     model = load_base(folder, torch.float32)
