@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,26 +98,30 @@ def _add_prefix(state: State, prefix: str) -> State:
 
 @dataclass
 class RunCheckpoints:
-    """Saves and resumes a run, with the interface of verl's CheckpointHandler.
+    """Saves and resumes a run.
 
     Args:
-        engine: initialised before anything is saved or loaded.
-        directory: the run's folder.
-        settings: verl's `trainer` settings: resume_mode, resume_from_path, max_ckpt_to_keep, default_hdfs_dir.
-        save_state: whether to write what resuming needs.
-        provenance: from a step to what its config.json records.
+        engine: initialised before anything is saved or loaded. Its `checkpoint_config.save_contents` says whether to
+            write what resuming needs.
+        settings: verl's `trainer` settings: default_local_dir, resume_mode, resume_from_path, max_ckpt_to_keep,
+            default_hdfs_dir.
     """
 
     engine: SpeculatorEngine
-    directory: Path
     settings: Any
-    save_state: bool
-    provenance: Callable[[int], dict[str, Any]]
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        return Path(self.settings.default_local_dir)
 
     # Saving
 
-    def save_checkpoint(self, step: int) -> None:
-        """Write `global_step_<step>`, update the tracker file, and remove checkpoints beyond `max_ckpt_to_keep`."""
+    def save_checkpoint(self, step: int, provenance: dict[str, Any]) -> None:
+        """Write `global_step_<step>`, update the tracker file, and remove checkpoints beyond `max_ckpt_to_keep`.
+
+        `provenance` is what rank 0 records in config.json.
+        """
         engine = self.engine
         with _on_device(engine):
             speculator, base = self._gather_weights()
@@ -129,8 +133,8 @@ class RunCheckpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_temporaries(self.directory)
             with atomic_directory(target) as folder:
-                write_speculator(engine, folder, speculator, self.provenance(step))
-                if self.save_state:
+                write_speculator(engine, folder, speculator, provenance)
+                if "optimizer" in engine.checkpoint_config.save_contents:
                     (folder / STATE_DIRECTORY).mkdir()
                     contents = (optimizer, engine.lr_scheduler.state_dict(), random_states)
                     for name, content in zip(STATE_FILES, contents, strict=True):

@@ -27,9 +27,13 @@ def start_process_group() -> None:
         dist.init_process_group("gloo")
 
 
+def _calls(function: Callable[[], Any]) -> Callable[..., Any]:
+    """A method that takes any arguments and calls `function` without them."""
+    return lambda self, *args, **kwargs: function()
+
+
 def _returns(value: Any) -> Callable[..., Any]:
-    """A method that returns `value` for any arguments."""
-    return lambda self, *args, **kwargs: value
+    return _calls(lambda: value)
 
 
 _do_nothing = _returns(None)  # there is one device, no cache and no profiler, and operations are synchronous
@@ -41,27 +45,17 @@ class CpuDeviceModule(ModuleType):
     Memory is the process's: resident now for "allocated" and "reserved", its peak since the start for their maxima.
     """
 
+    memory_allocated = memory_reserved = _calls(lambda: psutil.Process().memory_info().rss)
+    max_memory_allocated = max_memory_reserved = _calls(
+        lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    mem_get_info = _calls(lambda: (psutil.virtual_memory().available, psutil.virtual_memory().total))
+    empty_cache = reset_peak_memory_stats = _do_nothing
+    get_device_name = _returns("CPU")
+    get_rng_state = _calls(torch.get_rng_state)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return psutil.Process().memory_info().rss
-
-    def max_memory_allocated(self, device: Any = None) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    memory_reserved = memory_allocated
-    max_memory_reserved = max_memory_allocated
-    empty_cache = reset_peak_memory_stats = _do_nothing
-
-    get_device_name = _returns("CPU")
-
-    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)

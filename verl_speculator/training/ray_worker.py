@@ -30,21 +30,17 @@ class SpeculatorWorker(TrainingWorker):
         super().__init__(config)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def open_run(self, directory: str, settings: Any, save_state: bool, state_cache: str | None) -> int:
-        """Start or resume the run of a directory; its step, as `RunCheckpoints.load_checkpoint`."""
+    def open_run(self, settings: Any, state_cache: str | None) -> int:
+        """Start or resume a run; its step, as `RunCheckpoints.load_checkpoint`."""
         if state_cache is not None:
             self.engine.state_cache = StateCache(Path(state_cache))
-        self._provenance: dict[str, Any] = {}
-        self.checkpoints = RunCheckpoints(
-            self.engine, Path(directory), settings, save_state=save_state, provenance=lambda step: self._provenance
-        )
+        self.checkpoints = RunCheckpoints(self.engine, settings)
         return self.checkpoints.load_checkpoint()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def save_run(self, step: int, provenance: dict[str, Any]) -> None:
-        """Write a checkpoint."""
-        self._provenance = provenance
-        self.checkpoints.save_checkpoint(step)
+        """As `RunCheckpoints.save_checkpoint`."""
+        self.checkpoints.save_checkpoint(step, provenance)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def learning_rate(self) -> float:
@@ -53,18 +49,18 @@ class SpeculatorWorker(TrainingWorker):
 
 
 class RayWorkers:
-    """All workers, with the interface of the training client and the engine that a trainer has in its own process.
+    """All workers, with what the trainer calls of a training client, an engine and `RunCheckpoints` in its own process.
 
     The trainer is a single rank: it passes on global batches, and verl cuts them.
 
     Args:
         config: of each worker.
-        settings: `trainer.*`: machines, workers on each, and the device.
+        settings: `trainer.*`: machines, workers on each, the device, and the run.
+        state_cache: directory of cached hidden states, or None.
     """
 
-    def __init__(self, config: TrainingWorkerConfig, settings: Any) -> None:
-        self.config = config
-        self.settings = settings
+    def __init__(self, config: TrainingWorkerConfig, settings: Any, state_cache: str | None) -> None:
+        self.config, self.settings, self.state_cache = config, settings, state_cache
 
     def reset(self) -> None:
         """Start the workers and build their engines, whose configuration has the number of steps by now."""
@@ -76,18 +72,14 @@ class RayWorkers:
         )
         self.group.set_loss_fn(loss_fn=partial(sft_loss, config=None))
         self.group.reset()
+        self.start_profile, self.stop_profile = self.group.start_profile, self.group.stop_profile
+        self.save_checkpoint = self.group.save_run
 
     def train_batch(self, data: TensorDict) -> TensorDict:
         return self.group.train_batch(data).get()
 
     def infer_batch(self, data: TensorDict) -> TensorDict:
         return self.group.infer_batch(data).get()
-
-    def start_profile(self) -> None:
-        self.group.start_profile()
-
-    def stop_profile(self) -> None:
-        self.group.stop_profile()
 
     def step_profile(self) -> None:
         """Nothing: the workers count their own steps."""
@@ -103,8 +95,9 @@ class RayWorkers:
     def get_data_parallel_rank(self) -> int:
         return 0
 
-    def get_data_parallel_group(self) -> None:
-        return None
+    def load_checkpoint(self) -> int:
+        """`RunCheckpoints.load_checkpoint` of the workers."""
+        return self.group.open_run(self.settings, self.state_cache)[0]
 
 
 class RaySpeculatorTrainer(SpeculatorTrainer):
@@ -118,20 +111,12 @@ class RaySpeculatorTrainer(SpeculatorTrainer):
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
 
     def _build_engine(self) -> None:
-        self.training_client = self.engine = RayWorkers(self._worker_config(), self.config.trainer)
+        cache = self.config.data.cache_hidden_states
+        self.engine = RayWorkers(self._worker_config(), self.config.trainer, cache)
+        self.training_client = self.ckpt_handler = self.engine
 
     def _build_ckpt_handler(self) -> None:
-        self.ckpt_handler = self
-
-    def load_checkpoint(self) -> int:
-        """`RunCheckpoints.load_checkpoint` of the workers."""
-        settings = self.config.trainer
-        cache = self.config.data.cache_hidden_states
-        return self.engine.group.open_run(settings.default_local_dir, settings, self.saves_state, cache)[0]
-
-    def save_checkpoint(self, step: int) -> None:
-        """`RunCheckpoints.save_checkpoint` of the workers."""
-        self.engine.group.save_run(step, self._provenance(step))
+        """Nothing: the workers have their own."""
 
     def _get_batch_seqlens(self, data: TensorDict) -> list[int]:
         return data["input_ids"].offsets().diff().tolist()

@@ -61,11 +61,6 @@ class SpeculatorTrainer(SFTTrainer):
         """Number of processes that train."""
         return dist.get_world_size()
 
-    @property
-    def saves_state(self) -> bool:
-        """Whether checkpoints hold what resuming needs."""
-        return "optimizer" in self.config.checkpoint.save_contents
-
     # Building
 
     def _build_config(self) -> None:
@@ -165,13 +160,7 @@ class SpeculatorTrainer(SFTTrainer):
             self.val_dataloader = load(padded, sampler=DistributedSampler(padded, shuffle=False, **place))
 
     def _build_ckpt_handler(self) -> None:
-        self.ckpt_handler = RunCheckpoints(
-            self.engine,
-            Path(self.config.trainer.default_local_dir),
-            self.config.trainer,
-            save_state=self.saves_state,
-            provenance=self._provenance,
-        )
+        self.ckpt_handler = RunCheckpoints(self.engine, self.config.trainer)
 
     @cached_property
     def _fingerprint(self) -> str | None:
@@ -216,7 +205,7 @@ class SpeculatorTrainer(SFTTrainer):
 
     def _metrics(self, sums: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
         """Scalars from the sums of one or several batches."""
-        values = DraftSums.unstack(sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
+        values = DraftSums(*sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
         loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
         if BASE_SUMS in sums:
             total, tokens = sums[BASE_SUMS].tolist()
@@ -256,12 +245,9 @@ class SpeculatorTrainer(SFTTrainer):
 
     def validate(self) -> dict[str, float]:
         """Metrics over the validation files, every row counted once."""
-        total: dict[str, torch.Tensor] = {}
-        for batch in self.val_dataloader:
-            data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
-            for name, sums in _batch_sums(self.training_client.infer_batch(data)).items():
-                total[name] = total.get(name, 0) + sums
-        return self._metrics(total, "val")
+        batches = (tu.get_tensordict(batch, self._batch_settings) for batch in self.val_dataloader)
+        sums = [_batch_sums(self.training_client.infer_batch(data)) for data in batches]
+        return self._metrics({name: sum(each[name] for each in sums) for name in sums[0]}, "val")
 
     def fit(self) -> None:
         """Train from the resumed step to the last one, with the checkpoints and validations that are due."""
@@ -294,7 +280,8 @@ class SpeculatorTrainer(SFTTrainer):
                     self.training_client.stop_profile()
                 if _is_due(step, last, self.save_freq):  # before a validation, whose failure then costs no training
                     aggressive_empty_cache(force_sync=True)
-                    self.ckpt_handler.save_checkpoint(step=step)
+                    provenance = self._provenance(step) if self.tracking is not None else {}  # rank 0 writes it
+                    self.ckpt_handler.save_checkpoint(step, provenance)
                 if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
                     metrics |= self.validate()
                 if self.tracking is not None:

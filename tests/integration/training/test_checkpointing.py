@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,12 +24,14 @@ def settings(**more):
     return SimpleNamespace(**(default | more))
 
 
-def checkpoints(engine, folder, *, save_state=True, **more):
+def checkpoints(engine, folder, *, contents=("model", "optimizer", "extra"), **more):
+    """Of a run in `folder`."""
+    from verl.trainer.config import CheckpointConfig
+
     from verl_speculator.training.checkpointing import RunCheckpoints
 
-    return RunCheckpoints(
-        engine, Path(folder), settings(**more), save_state=save_state, provenance=lambda step: {"step": step}
-    )
+    engine.checkpoint_config = CheckpointConfig(save_contents=list(contents))
+    return RunCheckpoints(engine, settings(default_local_dir=str(folder), **more))
 
 
 def step(engine, rows):
@@ -57,7 +58,7 @@ def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint, speculator
     options = {"freeze_base_model": not joint, "speculator": speculator}
     engine = build_engine(bases[name], **options)
     step(engine, rows)
-    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    checkpoints(engine, tmp_path).save_checkpoint(1, {})
     files = {entry.name for entry in (tmp_path / "global_step_1").iterdir()}
     assert files == {"config.json", "pytorch_model.bin", "training_state"} | ({"huggingface"} if joint else set())
     architectures = json.loads((bases[name] / "config.json").read_text())["architectures"]
@@ -100,7 +101,7 @@ def test_fsdp1_resumes_before_its_first_forward_pass(bases, rows, tmp_path, fsdp
     options = fsdp1 | {"freeze_base_model": not joint}
     engine = build_engine(bases["qwen2_untied"], **options)
     step(engine, rows)
-    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    checkpoints(engine, tmp_path).save_checkpoint(1, {})
     again = build_engine(bases["qwen2_untied"], **options)
     assert checkpoints(again, tmp_path).load_checkpoint() == 1
     for each in (engine, again):
@@ -113,7 +114,7 @@ def test_fsdp1_resumes_before_its_first_forward_pass(bases, rows, tmp_path, fsdp
 
 def test_without_state_there_is_nothing_to_resume_from(base, rows, tmp_path):
     engine = build_engine(base)
-    checkpoints(engine, tmp_path, save_state=False).save_checkpoint(step=1)
+    checkpoints(engine, tmp_path, contents=["model"]).save_checkpoint(1, {})
     assert {entry.name for entry in (tmp_path / "global_step_1").iterdir()} == {"config.json", "pytorch_model.bin"}
     with pytest.raises(UserError, match="has no training_state to resume from"):
         checkpoints(engine, tmp_path).load_checkpoint()
@@ -128,7 +129,7 @@ def test_resume_group_of_the_speculator_added_or_dropped(base, rows, tmp_path, b
 
     engine = build(before)
     step(engine, rows)
-    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    checkpoints(engine, tmp_path).save_checkpoint(1, {})
     after = 1e-2 if before is None else None
     again = build(after)
     checkpoints(again, tmp_path).load_checkpoint()
@@ -144,7 +145,7 @@ def test_modes(base, tmp_path):
     assert checkpoints(engine, tmp_path / "empty").load_checkpoint() == 0
     run = tmp_path / "run"
     for number in (1, 2):
-        checkpoints(engine, run).save_checkpoint(step=number)
+        checkpoints(engine, run).save_checkpoint(number, {})
     assert checkpoints(engine, run, resume_mode="disable").load_checkpoint() == 0
     assert checkpoints(engine, run).load_checkpoint() == 2
     named = {"resume_mode": "resume_path", "resume_from_path": str(run / "global_step_1")}
@@ -157,7 +158,7 @@ def test_old_checkpoints_go_and_leftovers_too(base, tmp_path):
     engine = build_engine(base)
     (tmp_path / ".tmp.1.global_step_9").mkdir()
     for number in (1, 2, 3):
-        checkpoints(engine, tmp_path, max_ckpt_to_keep=2).save_checkpoint(step=number)
+        checkpoints(engine, tmp_path, max_ckpt_to_keep=2).save_checkpoint(number, {})
     assert {entry.name for entry in tmp_path.iterdir()} == {
         "global_step_2",
         "global_step_3",
@@ -170,7 +171,7 @@ def test_soft_cap_of_the_base_is_saved_and_compared(bases, chat, tmp_path, metho
     """Gemma 2 caps its logits, and so does a draft with heads like its own; one without a cap is another objective."""
     speculator = {"method": method, "exit_layer": 1}
     engine = build_engine(bases["gemma2"], speculator=speculator)
-    checkpoints(engine, tmp_path).save_checkpoint(step=1)
+    checkpoints(engine, tmp_path).save_checkpoint(1, {})
     folder = tmp_path / "global_step_1"
     content = json.loads((folder / "config.json").read_text())
     assert content["logit_cap"] == 5.0 and load_speculator(folder).logit_cap == 5.0
@@ -187,7 +188,7 @@ def test_soft_cap_of_the_base_is_saved_and_compared(bases, chat, tmp_path, metho
 
 
 def test_another_speculator_is_not_resumed(base, tmp_path):
-    checkpoints(build_engine(base), tmp_path).save_checkpoint(step=1)
+    checkpoints(build_engine(base), tmp_path).save_checkpoint(1, {})
     other = build_engine(base, speculator={"n_predict": 2})
     with pytest.raises(UserError, match=r"cannot resume from .*: n_predict \(3, 2\)"):
         checkpoints(other, tmp_path).load_checkpoint()
