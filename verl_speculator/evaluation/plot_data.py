@@ -58,22 +58,21 @@ class PlotRow:
     is_lookup: bool
     is_trained: bool
     category: str
-    values: dict[str, float] = field(repr=False)
+    values: dict[str, float] = field(repr=False)  # finite ones
     base: str = ""  # named only where there are several
 
     def value(self, name: str) -> float:
         """NaN where the table has no finite number."""
-        value = self.values.get(name, math.nan)
-        return value if math.isfinite(value) else math.nan
+        return self.values.get(name, math.nan)
 
     def has(self, name: str) -> bool:
         """Whether the table has a finite number in a column."""
-        return not math.isnan(self.value(name))
+        return name in self.values
 
-    def series(self, prefix: str) -> dict[int, str]:
-        """Index → column of those columns `prefix`0, `prefix`1, … that have values."""
+    def series(self, prefix: str) -> dict[int, float]:
+        """Index → value of those columns `prefix`0, `prefix`1, … that have one."""
         indices = (name.removeprefix(prefix) for name in self.values if name.startswith(prefix))
-        return {i: f"{prefix}{i}" for i in sorted(int(i) for i in indices if i.isdigit()) if self.has(f"{prefix}{i}")}
+        return {i: self.values[f"{prefix}{i}"] for i in sorted(int(i) for i in indices if i.isdigit())}
 
 
 def read_tables(directory: Path) -> tuple[list[PlotRow], list[PlotRow]]:
@@ -104,7 +103,7 @@ def read_tables(directory: Path) -> tuple[list[PlotRow], list[PlotRow]]:
             is_lookup=line["speculator"] == LOOKUP,
             is_trained=line["speculator"] not in (LOOKUP, RANDOM) and line.get("untrained", "").lower() != "true",
             category=line.get("category", ""),
-            values={name: value for name, value in line.items() if isinstance(value, float)},
+            values={name: x for name, x in line.items() if isinstance(x, float) and math.isfinite(x)},
             base=base,
         )
 

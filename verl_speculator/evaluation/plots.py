@@ -48,17 +48,14 @@ STYLE = {
 def plot(directory: Path) -> list[Path]:
     """Draw every plot for which the tables have data. Error bars are the intervals of the tables.
 
-    Args:
-        directory: holds `results.csv` and perhaps `categories.csv`; nothing else in it is read.
-
     Returns:
         The files written, `plots/<name>.png` and `plots/<name>.pdf` for each plot.
 
     Raises:
         UserError: if a table is missing, empty or lacks columns, or if the directory cannot be written.
     """
-    results, categories = read_tables(Path(directory))
-    return draw(Path(directory) / PLOTS, lambda: every_figure(results, categories))
+    results, categories = read_tables(directory)
+    return draw(directory / PLOTS, lambda: every_figure(results, categories))
 
 
 def draw(folder: Path, figures: Callable[[], Iterable[tuple[str, Figure]]]) -> list[Path]:
@@ -109,15 +106,12 @@ def acceptance_per_depth(rows: list[PlotRow]) -> Figure | None:
     for axis, panel_rows in panels:
         draw_per_depth(axis, panel_rows, "accept_depth_")
         axis.set_ylim(0, 1.02)
-    add_legend(figure, line_handles(styles_of(rows)))
-    return figure
+    return add_legend(figure, line_handles(styles_of(rows)))
 
 
 def accepted_length_histogram(rows: list[PlotRow]) -> Figure | None:
     """Share of the verification rounds by the number of draft tokens that they accepted."""
-    from matplotlib.ticker import MaxNLocator
-
-    rows = [row for row in rows if sum(row.value(name) for name in row.series("hist_").values()) > 0]
+    rows = [row for row in rows if sum(row.series("hist_").values()) > 0]
     if not rows:
         return None
     # Many bars need the whole width of a page.
@@ -126,14 +120,12 @@ def accepted_length_histogram(rows: list[PlotRow]) -> Figure | None:
     for axis, panel_rows in panels:
         width = 0.84 / len(panel_rows)
         for i, row in enumerate(panel_rows):
-            counts = [row.value(name) for name in row.series("hist_").values()]
-            places = [length + (i - (len(panel_rows) - 1) / 2) * width for length in row.series("hist_")]
-            axis.bar(places, [count / sum(counts) for count in counts], width, **bar_style(row.style))
-        axis.set_xlabel("draft tokens accepted in a round")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            counts, shift = row.series("hist_"), (i - (len(panel_rows) - 1) / 2) * width
+            shares = [count / sum(counts.values()) for count in counts.values()]
+            axis.bar([length + shift for length in counts], shares, width, **bar_style(row.style))
+        label_integers(axis, "draft tokens accepted in a round")
         axis.grid(visible=False, axis="x")
-    add_legend(figure, bar_handles(styles_of(rows)))
-    return figure
+    return add_legend(figure, bar_handles(styles_of(rows)))
 
 
 def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
@@ -156,8 +148,8 @@ def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
         width = 0.84 / len(panel_styles)
         for row in panel_rows:
             place = order.index(row.category) + (panel_styles.index(row.style) - (len(panel_styles) - 1) / 2) * width
-            reach = interval([row], [metric])
-            axis.barh(place, row.value(metric), width, xerr=reach, error_kw=outline, **bar_style(row.style))
+            options = {"xerr": interval(row, [metric]), "error_kw": outline}
+            axis.barh(place, row.value(metric), width, **options, **bar_style(row.style))
         axis.set_yticks(range(len(order)), order)
         axis.set_ylim(len(order) - 0.5, -0.5)
         axis.tick_params(axis="y", length=0)
@@ -166,8 +158,7 @@ def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
         axis.set_xlim(left=0)
         if metric != "accept_rate":
             axis.axvline(1, color=INK, linewidth=0.8, linestyle="--")
-    add_legend(figure, bar_handles(styles))
-    return figure
+    return add_legend(figure, bar_handles(styles))
 
 
 def quality_per_depth(rows: list[PlotRow]) -> Figure | None:
@@ -192,11 +183,8 @@ def quality_per_depth(rows: list[PlotRow]) -> Figure | None:
                 axis.remove()
                 continue
             draw_per_depth(axis, with_metric, f"{name}_depth_")
-            axis.set_ylabel(AXIS[name])
-            if name == "top1":
-                axis.set_ylim(bottom=0)
-    add_legend(figure, line_handles(styles_of(rows)))
-    return figure
+            axis.set(ylabel=AXIS[name], **({"ylim": (0, None)} if name == "top1" else {}))
+    return add_legend(figure, line_handles(styles_of(rows)))
 
 
 def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
@@ -204,8 +192,6 @@ def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
 
     Quality is of the trained speculators; prompt lookup has none and is a line in their panels.
     """
-    from matplotlib.ticker import MaxNLocator
-
     panels = by_panel(row for row in rows if row.has("speedup")).values()
     panels = [members for members in panels if _quality(members)[1]]
     if not panels:
@@ -213,34 +199,28 @@ def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
     figure, drawn = panel_sheet(list(chain(*panels)), ylabel=AXIS["speedup"], height=3.0, most=2)
     styles = styles_of(row for members in panels for row in _quality(members)[1])
     numbers = {style: str(i) for i, style in enumerate(styles, 1)} if len(styles) > CROWD else {}
-    labels = {style: f"{numbers.get(style, '')}  {style.label}".strip() for style in styles}
-    handles = {
-        handle.get_label(): handle
-        for handle in line_handles(replace(style, label=labels[style], line="") for style in styles)
-    }
+    labelled = [replace(style, label=f"{numbers.get(style, '')}  {style.label}".strip(), line="") for style in styles]
+    handles = line_handles(labelled)
     for axis, panel_rows in drawn:
         metric, members = _quality(panel_rows)
-        lines = [axis.axhline(1, color=INK, linestyle="--", linewidth=0.9, label="base alone")]
+        handles.append(axis.axhline(1, color=INK, linestyle="--", linewidth=0.9, label="base alone"))
         for row in panel_rows:
             if row.is_lookup and row not in members:
                 options = {"color": row.style.colour, "linestyle": ":", "linewidth": 1.2, "label": row.style.label}
-                lines.append(axis.axhline(row.value("speedup"), **options))
-        for row in members:
-            x, y = row.value(metric), row.value("speedup")
+                handles.append(axis.axhline(row.value("speedup"), **options))
+        points = [(row.value(metric), row.value("speedup")) for row in members]
+        for row, (x, y) in zip(members, points, strict=True):
             axis.plot(x, y, markersize=6.5, zorder=3, **marker_style(row.style))
-            reach = {"xerr": interval([row], [metric]), "yerr": interval([row], ["speedup"])}
+            reach = {"xerr": interval(row, [metric]), "yerr": interval(row, ["speedup"])}
             draw_intervals(axis, row.style, [x], [y], **reach)
             if numbers:
                 axis.annotate(numbers[row.style], (x, y), (4, 4), textcoords="offset points", fontsize=7.5)
         axis.margins(0.15, 0.12)
-        axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axis.locator_params(axis="x", nbins=6)
         is_larger_better = metric == "accept_rate"
-        points = [(row.value(metric), row.value("speedup")) for row in members]
-        lines.append(_draw_front(axis, points, is_larger_better))
-        handles |= {line.get_label(): line for line in lines}
+        handles.append(_draw_front(axis, points, is_larger_better))
         axis.set_xlabel(AXIS[metric] + (" (better →)" if is_larger_better else " (← better)"))
-    add_legend(figure, list(handles.values()))
-    return figure
+    return add_legend(figure, list({handle.get_label(): handle for handle in handles}.values()))
 
 
 def _quality(rows: list[PlotRow]) -> tuple[str, list[PlotRow]]:
@@ -315,7 +295,7 @@ def panel_sheet(
     return figure, [(axis, panels[panel]) for axis, panel in zip(axes, order, strict=False)]
 
 
-def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Artist]) -> Figure:
     """A legend below the panels, in as many columns as fit; the figure grows, so that the panels keep their size."""
     for columns in range(min(len(handles), 6), 0, -1):
         # As many columns as the same number of lines needs at least.
@@ -327,6 +307,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
             break
         legend.remove()
     figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+    return figure
 
 
 def line_handles(styles: Iterable[PlotStyle]) -> list[Artist]:
@@ -353,9 +334,9 @@ def marker_style(style: PlotStyle) -> dict[str, Any]:
     return {"color": style.colour, "marker": style.marker, "markeredgecolor": "white", "markeredgewidth": 0.4}
 
 
-def interval(rows: Sequence[PlotRow], names: Sequence[str]) -> list[list[float]]:
-    """How far down and up the intervals of `names` reach, NaN where a row has none."""
-    ends = [[row.value(name + end) for end in ("", "_lo", "_hi")] for row, name in zip(rows, names, strict=True)]
+def interval(row: PlotRow, names: Iterable[str]) -> list[list[float]]:
+    """How far down and up the intervals of `names` reach, NaN where there is none."""
+    ends = [[row.value(name + end) for end in ("", "_lo", "_hi")] for name in names]
     # A bootstrap interval may miss its own estimate by a hair; an error bar may not. `max` keeps NaN in first place.
     return [[max(value - low, 0.0) for value, low, _ in ends], [max(high - value, 0.0) for value, _, high in ends]]
 
@@ -367,15 +348,20 @@ def draw_intervals(axis: Axes, style: PlotStyle, xs: Sequence[float], ys: Sequen
 
 def draw_per_depth(axis: Axes, rows: list[PlotRow], prefix: str) -> None:
     """A line over the depths for each row, shifted a little so that no interval hides another one."""
-    from matplotlib.ticker import MaxNLocator
-
     styles = styles_of(rows)
     shift = min(0.06, 0.4 / len(styles))
     for row in rows:
-        columns, place = row.series(prefix), (styles.index(row.style) - (len(styles) - 1) / 2) * shift
-        xs, ys = [depth + place for depth in columns], [row.value(name) for name in columns.values()]
+        values, place = row.series(prefix), (styles.index(row.style) - (len(styles) - 1) / 2) * shift
+        xs, ys = [depth + place for depth in values], list(values.values())
         axis.plot(xs, ys, linestyle=row.style.line, **marker_style(row.style))
-        draw_intervals(axis, row.style, xs, ys, yerr=interval([row] * len(columns), list(columns.values())))
-    axis.set_xlabel("draft depth")
+        draw_intervals(axis, row.style, xs, ys, yerr=interval(row, (f"{prefix}{depth}" for depth in values)))
     axis.set_xlim(-0.4, max(depth for row in rows for depth in row.series(prefix)) + 0.4)
+    label_integers(axis, "draft depth")
+
+
+def label_integers(axis: Axes, label: str) -> None:
+    """Label the horizontal axis, which has ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
