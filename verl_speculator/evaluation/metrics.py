@@ -67,12 +67,8 @@ def acceptance(
 
 
 def quality(pairs: np.ndarray, sums: Mapping[str, np.ndarray]) -> Figures:
-    """Means over (position, depth) pairs, over all depths and for each depth.
-
-    Args:
-        pairs: [..., K] number of valid pairs.
-        sums: for each name of QUALITY_METRICS, [..., K] sums over those pairs.
-    """
+    """Means over the [..., K] valid (position, depth) pairs, over all depths and for each depth, from the [..., K] sums
+    of each of QUALITY_METRICS."""
     figures: Figures = {}
     for name, values in sums.items():
         figures[name] = _ratio(values.sum(-1), pairs.sum(-1))
@@ -83,16 +79,16 @@ def quality(pairs: np.ndarray, sums: Mapping[str, np.ndarray]) -> Figures:
 def bootstrap(
     count: int, figures: Callable[[np.ndarray], Figures], *, seed: int, samples: int = SAMPLES
 ) -> dict[str, float]:
-    """Percentile intervals over resampled prompts, as `NAME_lo` and `NAME_hi` of every figure.
+    """Percentile intervals over B = `samples` of the P = `count` prompts, as `NAME_lo` and `NAME_hi` of every figure.
 
-    `count` is P, `samples` B; `figures` maps [B, P], how often each prompt is in each sample, to [B] of each figure.
+    `figures` maps [B, P], how often each prompt is in each sample, to [B] of each figure.
     """
     weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
     bounds = {}
     for name, values in figures(weights).items():
         values = values[~np.isnan(values)]
-        for end, quantile in (("lo", (1 - LEVEL) / 2), ("hi", (1 + LEVEL) / 2)):
-            bounds[f"{name}_{end}"] = float(np.quantile(values, quantile)) if len(values) else np.nan
+        for end, share in (("lo", (1 - LEVEL) / 2), ("hi", (1 + LEVEL) / 2)):
+            bounds[f"{name}_{end}"] = float(np.quantile(values, share)) if len(values) else np.nan
     return bounds
 
 
@@ -133,7 +129,7 @@ class Document:
 
     def __init__(self, base: nn.Module, tokens: list[int], loss_mask: list[int]) -> None:
         self.base = base
-        self.tokens, self.loss_mask = (torch.tensor(x, device=base.device) for x in (tokens, loss_mask))
+        self.tokens, self.loss_mask = torch.tensor([tokens, loss_mask], device=base.device)
         self._hidden_states: dict[str, Any] = {}
 
     def unroll(self, speculator: Speculator, end_token_ids: Collection[int]) -> tuple[DraftRows, Tensor]:
@@ -184,12 +180,10 @@ class Document:
         Only rows in which all depths are valid. The draft is given the text before the token.
         """
         rows, states = self.unroll(speculator, end_token_ids)
-        is_complete, ranks = rows.valid.all(0), []
-        for k, state in enumerate(states):
-            draft = speculator.logits(k, state[is_complete])
-            target = draft.gather(-1, rows.targets[k][is_complete][:, None])
-            ranks.append((draft > target).sum(-1))
-        return torch.stack(ranks, dim=1)
+        is_complete = rows.valid.all(0)
+        drafts = [speculator.logits(k, state) for k, state in enumerate(states[:, is_complete])]
+        targets = rows.targets[:, is_complete, None]
+        return torch.stack([(d > d.gather(-1, t)).sum(-1) for d, t in zip(drafts, targets, strict=True)], dim=1)
 
 
 def align_and_unroll(
@@ -198,9 +192,7 @@ def align_and_unroll(
     tokens: Tensor,
     loss_mask: Tensor,
     end_token_ids: Collection[int],
-    *,
-    token_shift: int = 0,
-    target_shift: int = 0,
+    **shifts: int,
 ) -> tuple[DraftRows, Tensor]:
     """The rows of one text, and the speculator's states [K, R, E] at all depths.
 
@@ -210,12 +202,11 @@ def align_and_unroll(
         tokens: [T]
         loss_mask: [T] 1 where the assistant produced the token.
         end_token_ids: tokens that end a turn.
-        token_shift, target_shift: as in `alignment.misaligned`, for diagnosis.
+        shifts: `token_shift` and `target_shift` of `alignment.misaligned`, for diagnosis.
     """
     borders, offset = torch.tensor([0, len(tokens)]), speculator.config.first_offset
     rows = align(tokens, loss_mask, borders, speculator.depths, end_token_ids, first_offset=offset)
-    if token_shift or target_shift:
-        shifts = {"token_shift": token_shift, "target_shift": target_shift}
+    if any(shifts.values()):
         rows = misaligned(rows, tokens, first_offset=offset, **shifts)
     hidden = speculator.prepare_hidden_states(hidden_states)[0][rows.positions]
     return rows, speculator.unroll(hidden.to(speculator.head(0).dtype), rows.tokens)

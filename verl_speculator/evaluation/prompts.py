@@ -63,13 +63,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, replies: Sequence[str] = ()) -> list[int]:
-    """Token ids that the model continues at turn `len(replies)`: a chat as the chat template renders it, or the first
-    half of a plain text's tokens (of an odd number, the larger half).
-
-    Args:
-        prompt: of `read_prompts`.
-        tokenizer: of the base model.
-        replies: the model's answers to the turns before, fewer than `prompt.num_turns`.
+    """Token ids that the model continues at turn `len(replies)`, after its replies to the turns before: a chat as the
+    chat template renders it, or the first half of a plain text's tokens (of an odd number, the larger half).
 
     Raises:
         UserError: if the chat template refuses the chat, or the text has no token.
@@ -83,10 +78,10 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, replies: Sequence[str] = ()) -> l
                 messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
             return tokenize_prompt(tokenizer, messages)
         (ids,) = tokenize_texts(tokenizer, [prompt.text], plain=True)
-        ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-        if not ids:
+        count = len(ids) - (ids[-1:] == [tokenizer.eos_token_id])
+        if not count:
             raise UserError("text has no tokens")
-        return ids[: (len(ids) + 1) // 2]
+        return ids[: (count + 1) // 2]
     except UserError as error:
         raise UserError(f"prompt {prompt.index}: {error}") from None
 

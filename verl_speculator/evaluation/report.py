@@ -72,13 +72,9 @@ class ResultsLog:
     @classmethod
     def read(cls, path: Path) -> ResultsLog | None:
         """A log from its file, without half a line at its end; None if there is none."""
-        lines: list[Record] = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return cls(path, **lines[0], records={record["index"]: record for record in lines[1:]}) if lines else None
+        text = path.read_text() if path.exists() else ""
+        head, *records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")] or [None]
+        return head and cls(path, **head, records={record["index"]: record for record in records})
 
     def measured(self) -> list[Record]:
         """The records that are asked for."""
@@ -96,32 +92,26 @@ class ResultsLog:
 
 
 def write_results(out: Path, logs_directory: Path) -> None:
-    """Write the three tables from all logs of a directory."""
+    """Write the three tables from all logs of a directory, each row once."""
+    import pandas as pd
+
     logs = [log for path in sorted(logs_directory.glob("*.jsonl")) if (log := ResultsLog.read(path)) is not None]
     on_texts = {_checkpoint(log): _quality_figures(log) for log in logs if log.settings["kind"] == "quality"}
     results, categories, skipped = [], [], []
     for log in sorted((log for log in logs if log.settings["kind"] == "behaviour"), key=_order):
-        skipped += [
-            {"prompts": log.settings["file"], "index": r["index"], "category": r["category"], "reason": r["skipped"]}
-            for r in log.measured()
-            if "skipped" in r
-        ]
+        named = ({"prompts": log.settings["file"], "reason": r.get("skipped"), **r} for r in log.measured())
+        skipped += [record for record in named if record["reason"]]
         if records := [record for record in log.measured() if "own" in record]:
             results.append(_row(log, records, on_texts.get(_checkpoint(log), {})))
         for category in dict.fromkeys(record["category"] for record in records):
             part = [record for record in records if record["category"] == category]
             categories.append(_row(log, part, {"category": category}))
-    _write_table(out / RESULTS, results, _columns(results))
-    _write_table(out / CATEGORIES, categories, _columns(categories))
-    _write_table(out / SKIPPED, skipped, ["prompts", "index", "category", "reason"])
-
-
-def _write_table(path: Path, rows: Sequence[Record], columns: Sequence[str]) -> None:
-    """Write rows as CSV, each once; whole numbers stay whole in a column with empty cells."""
-    import pandas as pd
-
-    with atomic_file(path) as temporary:
-        pd.DataFrame(rows, columns=columns, dtype=object).drop_duplicates().to_csv(temporary, index=False)
+    tables = {RESULTS: (results, _columns(results)), CATEGORIES: (categories, _columns(categories))}
+    tables[SKIPPED] = skipped, ["prompts", "index", "category", "reason"]
+    for name, (rows, columns) in tables.items():
+        with atomic_file(out / name) as path:
+            # As objects, whole numbers stay whole in a column with empty cells.
+            pd.DataFrame(rows, columns=columns, dtype=object).drop_duplicates().to_csv(path, index=False)
 
 
 def _checkpoint(log: ResultsLog) -> tuple[str, ...]:
@@ -156,8 +146,7 @@ def _row(log: ResultsLog, records: Sequence[Record], more: Record) -> Record:
 
 def _with_intervals(count: int, figures: Callable[[np.ndarray], Figures], seed: int) -> Record:
     """The figures of all prompts or texts, and their bootstrap intervals."""
-    estimates = {name: float(value) for name, value in figures(np.ones(count)).items()}
-    return estimates | bootstrap(count, figures, seed=seed)
+    return {n: float(value) for n, value in figures(np.ones(count)).items()} | bootstrap(count, figures, seed=seed)
 
 
 def _behaviour_figures(records: Sequence[Record], seed: int) -> Record:
@@ -206,11 +195,11 @@ def _quality_figures(log: ResultsLog) -> Record:
     records = log.measured()
     if not records:
         return {}
-    pairs, *sums = (np.array([r[name] for r in records], dtype=float) for name in ("pairs", *QUALITY_METRICS))
+    sums = {name: np.array([r[name] for r in records], dtype=float) for name in ("pairs", *QUALITY_METRICS)}
+    pairs = sums.pop("pairs")
 
     def figures(weights: np.ndarray) -> Figures:
-        totals = (weights @ values for values in sums)
-        return quality(weights @ pairs, dict(zip(QUALITY_METRICS, totals, strict=True)))
+        return quality(weights @ pairs, {name: weights @ values for name, values in sums.items()})
 
     return {
         "text": log.settings["file"],
@@ -230,9 +219,9 @@ def _columns(rows: Sequence[Record]) -> list[str]:
         return [f"{prefix}{index}" for index in indices]
 
     at = LEADING.index("overlap")
-    leading = [*LEADING[:at], *numbered("accept_depth_"), *LEADING[at:]]
-    leading += [*(["category"] if "category" in names else []), *numbered("hist_")]
-    return [*leading, *(name for name in names if name not in leading)]
+    category = ["category"] if "category" in names else []
+    leading = (*LEADING[:at], *numbered("accept_depth_"), *LEADING[at:], *category, *numbered("hist_"))
+    return list(dict.fromkeys((*leading, *names)))
 
 
 def print_results(out: Path, console: Any) -> None:
@@ -243,15 +232,14 @@ def print_results(out: Path, console: Any) -> None:
     results, skipped = pd.read_csv(out / RESULTS), pd.read_csv(out / SKIPPED)
     keys = ["prompts", "base", "temperature", "top_p", "top_k", "max_new_tokens"]
     for (prompts, base, temperature, *_, limit), rows in results.groupby(keys, sort=False):
-        cells = [_cells(row) for row in rows.to_dict("records")]
-        names = [name for name in cells[0] if console.width >= WIDE or name in NARROW]
-        names = [name for name in names if any(row[name] != "–" for row in cells)]
+        cells = pd.DataFrame([_cells(row) for row in rows.to_dict("records")])
         table = Table(title=f"{prompts}, base {base}, temperature {temperature:g}, at most {limit} tokens")
-        for name in names:
+        cells = cells.loc[:, (cells != "–").any()].filter(list(cells) if console.width >= WIDE else NARROW)
+        for name in cells:
             is_text = name in ("speculator", "method")
             table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-        for row in cells:
-            table.add_row(*(row[name] for name in names))
+        for row in cells.to_numpy():
+            table.add_row(*row)
         console.print(table)
     for prompts, rows in skipped.groupby("prompts", sort=False):
         text = f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): "

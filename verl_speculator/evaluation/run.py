@@ -6,9 +6,10 @@ import datetime
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.base_model.loading import BaseModelLoader, base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
-from verl_speculator.decoding import DraftTree, Generation, SamplingPolicy, speculative_generate
+from verl_speculator.decoding import DraftTree, SamplingPolicy, speculative_generate
 from verl_speculator.decoding.draft_length import AUTO, DraftLength, draft_length_policy
 from verl_speculator.decoding.generate import generation_settings
 from verl_speculator.decoding.target import position_limit, windows
@@ -39,12 +40,9 @@ NAN = float("nan")
 LOOKUP_LENGTH = 3
 
 
-# Methods: ways to generate that are compared with each other.
-
-
 @dataclass(frozen=True)
 class MethodRun:
-    """One generation of a method.
+    """One generation of a method: a way to generate that is compared with others.
 
     Attributes:
         tokens: the new tokens.
@@ -62,13 +60,8 @@ class MethodRun:
 
 @dataclass(frozen=True, eq=False)
 class SpeculativeMethod:
-    """This package's decoding loop, with a base model in evaluation mode.
-
-    Attributes:
-        speculator: None for the base model alone.
-        draft_length: None for the speculator's `n_predict`.
-        draft_tree: drafted instead of a chain.
-    """
+    """This package's decoding loop: with a speculator, which drafts `n_predict` tokens if `draft_length` is None, or a
+    tree instead of a chain; or with the base model alone."""
 
     base: nn.Module
     speculator: Speculator | None
@@ -92,28 +85,21 @@ class SpeculativeMethod:
         seconds = asdict(generation.seconds)
         if self.base.device.type != "cpu":  # to tell the two apart, each would have to wait for the device
             seconds |= {"draft": NAN, "target": NAN}
-        return MethodRun(generation.tokens, seconds, count_rounds(generation))
-
-
-def count_rounds(generation: Generation) -> dict[str, list[float]]:
-    """`MethodRun.counts`"""
-    rounds, depths, lengths = generation.counted, range(generation.draft_length), range(generation.draft_length + 1)
-    return {
-        "histogram": [sum(r.accepted == length for r in rounds) for length in lengths],
-        "overlap": [sum(r.overlap[k] for r in rounds if len(r.overlap) > k) for k in depths],
-        "drafted": [sum(r.drafted == length for r in rounds) for length in lengths],
-        "judged": [sum(len(r.overlap) > k for r in rounds) for k in depths],
-        "nodes": [sum(r.nodes for r in rounds)],
-    }
+        rounds, depths, lengths = generation.counted, range(generation.draft_length), range(generation.draft_length + 1)
+        counts = {
+            "histogram": [sum(r.accepted == length for r in rounds) for length in lengths],
+            "overlap": [sum(r.overlap[k] for r in rounds if len(r.overlap) > k) for k in depths],
+            "drafted": [sum(r.drafted == length for r in rounds) for length in lengths],
+            "judged": [sum(len(r.overlap) > k for r in rounds) for k in depths],
+            "nodes": [sum(r.nodes for r in rounds)],
+        }
+        return MethodRun(generation.tokens, seconds, counts)
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceMethod:
-    """`base.generate`, plain or with prompt lookup, which drafts by copying from the text so far.
-
-    Attributes:
-        max_draft_length: number of tokens that prompt lookup copies, 0 for plain generation.
-    """
+    """`base.generate`, plain (`max_draft_length` 0) or with prompt lookup, which copies that many tokens from the text
+    so far."""
 
     base: nn.Module
     policy: SamplingPolicy
@@ -131,7 +117,22 @@ class HuggingFaceMethod:
         options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or [-1], "pad_token_id": (ends or [0])[0]}
         if self.max_draft_length:
             options["prompt_lookup_num_tokens"] = self.max_draft_length
-        with generation_settings(self.base, self.policy, **options), _record_calls(self.base) as (lengths, ends_at):
+        lengths: list[int] = []
+        ends_at: list[float] = []
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            lengths.append(kwargs["past_key_values"].get_seq_length())
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if module.device.type != "cpu":
+                torch.accelerator.synchronize()
+            ends_at.append(time.perf_counter())
+
+        with (
+            generation_settings(self.base, self.policy, **options),
+            self.base.register_forward_pre_hook(before, with_kwargs=True),
+            self.base.register_forward_hook(after),
+        ):
             start = time.perf_counter()
             text = self.base.generate(ids, attention_mask=torch.ones_like(ids))
             end = time.perf_counter()
@@ -161,28 +162,6 @@ class HuggingFaceMethod:
 Method = SpeculativeMethod | HuggingFaceMethod
 
 
-@contextmanager
-def _record_calls(base: nn.Module) -> Iterator[tuple[list[int], list[float]]]:
-    """For each forward pass of the base model: the length of its cache before, and the time at its end."""
-    cache_lengths: list[int] = []
-    ends_at: list[float] = []
-
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache_lengths.append(kwargs["past_key_values"].get_seq_length())
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if module.device.type != "cpu":
-            torch.accelerator.synchronize()
-        ends_at.append(time.perf_counter())
-
-    hooks = [base.register_forward_pre_hook(before, with_kwargs=True), base.register_forward_hook(after)]
-    try:
-        yield cache_lengths, ends_at
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @dataclass(frozen=True, eq=False)
 class MethodRow:
     """A method with its row's columns; the speculator is a checkpoint as it was given, or the name of a baseline."""
@@ -191,9 +170,6 @@ class MethodRow:
     method: Method
     columns: dict[str, Any]
     identity: dict[str, Any]  # fingerprints of what is measured
-
-
-# Measuring.
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -232,7 +208,15 @@ def evaluate(settings: EvaluationSettings) -> None:
         info.check_base_weights(settings.base, settings.form, allow_other=settings.allow_other_base)
     texts = read_texts(settings.texts, loader.tokenizer) if settings.texts else []
 
-    speculators = {name: _load_trained(name, settings, loader) for name in infos}
+    speculators = {}
+    for name in infos:
+        speculator = load_speculator(name, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
+        if speculator.is_untrained() and not settings.allow_untrained:
+            raise UserError(
+                f"speculator={name}: its tensors are those it was initialised with, no training step has changed them; "
+                "--allow-untrained evaluates it all the same"
+            )
+        speculators[name] = speculator
     evaluator = Evaluator(settings, loader, infos, speculators)
     rows = evaluator.method_rows()
     with progress_bar() as progress:
@@ -241,17 +225,6 @@ def evaluate(settings: EvaluationSettings) -> None:
         if texts:
             evaluator.measure_quality(settings.texts, texts, progress)
     write_results(settings.out, settings.out / LOGS)
-
-
-def _load_trained(name: str, settings: EvaluationSettings, loader: BaseModelLoader) -> Speculator:
-    """Load a checkpoint, and refuse one that training has not changed."""
-    speculator = load_speculator(name, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
-    if speculator.is_untrained() and not settings.allow_untrained:
-        raise UserError(
-            f"speculator={name}: its tensors are those it was initialised with, no training step has changed them; "
-            "--allow-untrained evaluates it all the same"
-        )
-    return speculator
 
 
 @dataclass
@@ -303,10 +276,12 @@ class Evaluator:
             untrained = build_speculator(first.config, **first.shape, seed=settings.seed, **place)
             untrained = untrained.requires_grad_(False).eval()
             rows.append(self._speculator_row("random", untrained, {"shape_of": str(first.directory)}))
-        for name, info in self.infos.items():
-            for path, tree in {None: None, **trees}.items():
-                rows.append(self._speculator_row(name, self.speculators[name], _identity(info), path, tree))
+        for (name, speculator), (path, tree) in product(self.speculators.items(), {None: None, **trees}.items()):
+            rows.append(self._speculator_row(name, speculator, self._weights(name), path, tree))
         return rows
+
+    def _weights(self, name: str) -> Record:
+        return {"weights": file_fingerprint(self.infos[name].directory / WEIGHTS_FILE)}
 
     def _speculator_row(
         self, name: str, speculator: Speculator, identity: Record, path: Any = None, tree: DraftTree | None = None
@@ -340,8 +315,6 @@ class Evaluator:
         origin = {"date": datetime.date.today().isoformat(), "commit": git_commit()}
         return ResultsLog.open(self.settings.out / LOGS, row, identity, origin, scope)
 
-    # Behaviour on prompts.
-
     def measure_behaviour(
         self, path: Path, prompts: Sequence[Prompt], rows: Sequence[MethodRow], progress: Progress
     ) -> None:
@@ -351,20 +324,20 @@ class Evaluator:
         is_warm = False
         for index in _missing(path.name, logs, scope, progress):
             due = [row for row in rows if index not in logs[row].records]
-            turns, reason = self._turns(prompts[index])
+            turns, skipped = self._turns(prompts[index])
             methods = list(dict.fromkeys([self.vanilla, *(row.method for row in due)]))
-            for _ in range(self.settings.warmup_steps if turns and not is_warm else 0):
-                for method in methods:
+            if turns and not is_warm:
+                for method in methods * self.settings.warmup_steps:
                     method.generate(turns[0], max_new_tokens=min(16, self.settings.max_new_tokens), seed=0)
-            is_warm = is_warm or bool(turns)
+                is_warm = True
             records = self._measure_prompt(index, turns, methods, due) if turns else {}
             for row in due:
-                record = {"category": prompts[index].category, "turns": len(turns)} | records.get(row, {})
-                logs[row].add(index, record | ({"skipped": reason} if reason else {}))
+                record = {"category": prompts[index].category, "turns": len(turns)}
+                logs[row].add(index, record | records.get(row, {}) | skipped)
 
-    def _turns(self, prompt: Prompt) -> tuple[list[list[int]], str | None]:
-        """The tokens of every turn that fits, with the base model's greedy answers to the earlier ones; and why the
-        others are left out."""
+    def _turns(self, prompt: Prompt) -> tuple[list[list[int]], Record]:
+        """The tokens of every turn that fits, with the base model's greedy answers to the earlier ones; and the reason
+        why the others are `skipped`."""
         turns: list[list[int]] = []
         replies: list[str] = []
         for turn in range(prompt.num_turns):
@@ -374,27 +347,26 @@ class Evaluator:
             ids = prompt_ids(prompt, self.loader.tokenizer, replies)
             if self.limit is not None and len(ids) >= self.limit:
                 place = f"turn {turn + 1} of {prompt.num_turns}: " if prompt.num_turns > 1 else ""
-                return turns, f"{place}{len(ids)} tokens, the base has {self.limit} positions"
+                return turns, {"skipped": f"{place}{len(ids)} tokens, the base has {self.limit} positions"}
             turns.append(ids)
-        return turns, None
+        return turns, {}
 
     def _measure_prompt(
         self, index: int, turns: list[list[int]], methods: Sequence[Method], rows: Sequence[MethodRow]
     ) -> dict[MethodRow, Record]:
         """Records of a prompt. Every other trial runs the methods backwards, so that a machine that slows down favours
         none of them."""
+        settings, device = self.settings, self.base.device
         trials: list[dict[Any, list[MethodRun]]] = []
         peaks = dict.fromkeys(methods, 0.0)
-        for trial in range(self.settings.num_trials):
-            seeds = [hash((self.settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
+        for trial in range(settings.num_trials):
+            seeds = [hash((settings.seed, index, turn, trial)) % 2**31 for turn in range(len(turns))]
             trials.append({})
             for method in methods if (index + trial) % 2 == 0 else reversed(methods):
-                reset_peak_memory(self.base.device)
-                trials[-1][method] = [
-                    method.generate(ids, max_new_tokens=self.settings.max_new_tokens, seed=seed)
-                    for ids, seed in zip(turns, seeds, strict=True)
-                ]
-                peaks[method] = max(peaks[method], peak_memory(self.base.device))
+                reset_peak_memory(device)
+                generate = partial(method.generate, max_new_tokens=settings.max_new_tokens)
+                trials[-1][method] = [generate(ids, seed=seed) for ids, seed in zip(turns, seeds, strict=True)]
+                peaks[method] = max(peaks[method], peak_memory(device))
         trial_texts = [{m: [run.tokens for run in runs] for m, runs in trial.items()} for trial in trials]
         # A greedy text is the same in every trial: its rounds count once.
         counted = trials[:1] if self.policy.greedy else trials
@@ -409,15 +381,13 @@ class Evaluator:
             for row in rows
         }
 
-    # Quality on texts.
-
     def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
         """Measure every checkpoint on the texts of one file that its log does not have yet."""
         scope, logs = evenly_spaced(len(texts), self.settings.num_texts), {}
         for name, info in self.infos.items():
             trained_at = info.provenance.get("training", {}).get("kl_temperature", 1.0)
             columns = {"training_temperature": self.settings.kl_temperature or float(trained_at)}
-            logs[name] = self._open_log("quality", name, columns, _identity(info), path, scope)
+            logs[name] = self._open_log("quality", name, columns, self._weights(name), path, scope)
         for i in _missing(f"{path.name} (text)", logs, scope, progress):
             ids, mask = texts[i]
             # Of a text longer than the base model's positions, what fits is measured.
@@ -426,10 +396,6 @@ class Evaluator:
                 if i not in log.records:
                     temperature = log.settings["training_temperature"]
                     log.add(i, document.measure(self.speculators[name], self.ends, temperature))
-
-
-def _identity(info: CheckpointInfo) -> dict[str, Any]:
-    return {"weights": file_fingerprint(info.directory / WEIGHTS_FILE)}
 
 
 def _missing(name: str, logs: Mapping[Any, ResultsLog], scope: list[int], progress: Progress) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,13 @@ from verl_speculator.utils.options import (
 )
 
 BASELINES = ("none", "prompt_lookup", "random")
-# Hugging Face's loop without drafts; runs only if it is named, since the base model alone is measured anyway.
-OPTIONAL_BASELINES = ("generate",)
+# Hugging Face's loop without drafts runs only if it is named, since the base model alone is measured anyway.
+ALL_BASELINES = (*BASELINES, "generate")
 
 
 def split_names(text: str) -> tuple[str, ...]:
     """Names with commas between them."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,9 @@ class EvaluationSettings:
     device: Device = "auto"
     seed: Annotated[int, Option("of sampling, the random baseline and the intervals")] = 0
     # The base model alone is measured with each of the others in any case.
-    baselines: Annotated[
-        tuple[str, ...],
-        Option(f"comma-separated: {', '.join((*BASELINES, *OPTIONAL_BASELINES))}", parse=split_names),
-    ] = BASELINES
+    baselines: Annotated[tuple[str, ...], Option(f"comma-separated: {', '.join(ALL_BASELINES)}", parse=split_names)] = (
+        BASELINES
+    )
     plots: Annotated[bool, Option("draw the pictures too")] = True
     quantization: Quantization = None
     gguf_file: GgufFile = None
@@ -93,10 +93,10 @@ class EvaluationSettings:
                 raise UserError(f"draft_tree={self.draft_trees[0]}: there is no speculator to draft with")
         if not self.prompts:
             raise UserError("prompts: expected at least one file")
-        accepted = (*BASELINES, *OPTIONAL_BASELINES)
         for name in self.baselines:
-            if name not in accepted:
-                raise UserError(f"baselines={name}: expected {', '.join(accepted)}{nearest(name, accepted)}")
+            if name not in ALL_BASELINES:
+                expected = f"{', '.join(ALL_BASELINES)}{nearest(name, ALL_BASELINES)}"
+                raise UserError(f"baselines={name}: expected {expected}")
 
     @property
     def policy(self) -> SamplingPolicy:
@@ -125,10 +125,9 @@ class EvaluationSettings:
         """
         infos, trees = {name: read_checkpoint_info(name) for name in expand(self.speculators)}, self.trees()
         for name, info in infos.items():
-            if isinstance(self.draft_length, int) and self.draft_length > info.config.n_predict:
-                raise UserError(
-                    f"draft_length={self.draft_length}: {name} was trained to draft {info.config.n_predict} (n_predict)"
-                )
+            most = info.config.n_predict
+            if isinstance(self.draft_length, int) and self.draft_length > most:
+                raise UserError(f"draft_length={self.draft_length}: {name} was trained to draft {most} (n_predict)")
             for tree in trees.values():
                 tree.check(info.config, info.vocab_size)
         return infos
@@ -138,8 +137,10 @@ def expand(names: Sequence[str]) -> list[str]:
     """The names, with each pattern replaced by the directories that it matches; each once, in order."""
     expanded: list[str] = []
     for name in names:
-        directories = sorted(path for path in glob.glob(str(Path(name).expanduser())) if Path(path).is_dir())
-        if glob.has_magic(name) and not directories:
+        found = [name]
+        if glob.has_magic(name):
+            found = sorted(filter(os.path.isdir, glob.glob(str(Path(name).expanduser()))))
+        if not found:
             raise UserError(f"speculator={name}: no directory fits this pattern")
-        expanded += directories if glob.has_magic(name) else [name]
+        expanded += found
     return list(dict.fromkeys(expanded))

@@ -23,8 +23,7 @@ SHOWN_RANKS = 4
 
 @dataclass(frozen=True)
 class RankSample:
-    """Ranks of the tokens of the base model's answers: of the K tokens behind each position at which all depths are
-    valid."""
+    """Ranks of the K tokens of the base model's answers behind each position at which all depths are valid."""
 
     answers: int
     paths: list[tuple[int, ...]]
@@ -37,17 +36,14 @@ class RankSample:
         counts = prefix_counts(self.paths)
         return 1 + sum(counts.get(path, 0) for path in tree.paths) / len(self.paths)
 
-    def shares(self) -> list[list[float]]:
-        """For each depth, the shares of the ranks 0 … SHOWN_RANKS − 1."""
-        return [[ranks.count(i) / len(ranks) for i in range(SHOWN_RANKS)] for ranks in zip(*self.paths, strict=True)]
-
     def chosen(self, nodes: int) -> tuple[DraftTree, dict[str, Any]]:
         """The tree of `nodes` nodes with the largest τ, and the figures that led to it."""
         tree = most_frequent(self.paths, nodes)
+        depths = zip(*self.paths, strict=True)
         return tree, {
             "answers": self.answers,
             "positions": len(self.paths),
-            "rank_shares": [[round(share, 4) for share in shares] for shares in self.shares()],
+            "rank_shares": [[round(ranks.count(i) / len(ranks), 4) for i in range(SHOWN_RANKS)] for ranks in depths],
             "tau_chain": round(self.tau(DraftTree.chain(len(self.paths[0]))), 4),
             "tau_tree": round(self.tau(tree), 4),
         }
@@ -63,13 +59,8 @@ def sample_ranks(
     num_prompts: int,
     max_new_tokens: int,
 ) -> RankSample:
-    """Let the base model answer greedily, and rank the tokens of its answers in the speculator's drafts.
-
-    Args:
-        base: in evaluation mode, with its tokenizer and a speculator, which also speeds up the answers.
-        prompts: every turn is answered, up to the first one that exceeds the base model's positions.
-        ends: tokens that end an answer.
-        num_prompts: size of the sample, at even distances; 0 for all.
+    """Let the base model, in evaluation mode, answer greedily, and rank the tokens of its answers in the speculator's
+    drafts. Every turn of `num_prompts` prompts (0 for all) is answered, up to one that exceeds the base's positions.
 
     Raises:
         UserError: if no answer is long enough for all depths.

@@ -97,7 +97,7 @@ def test_rank_sample_equals_hand_calculation():
     assert tree.paths == ((0,), (1,), (7,))
     assert sample.tau(tree) == 1 + (2 + 1 + 1) / 4
     assert measured["tau_chain"] == 1 + (2 + 1) / 4
-    assert sample.shares() == [[0.5, 0.25, 0, 0], [0.75, 0.25, 0, 0]]
+    assert measured["rank_shares"] == [[0.5, 0.25, 0, 0], [0.75, 0.25, 0, 0]]
     assert sample.tau(DraftTree(tuple(prefix_counts(sample.paths)))) == 3
 
 
