@@ -1,7 +1,7 @@
 """The table of speculator families: one row each, readable without importing torch.
 
-A family is one module of `verl_speculator.models` and one row here. `verl_speculator.config.schema` validates from the
-row, `verl_speculator.checkpoint.format` writes from it, and `verl_speculator.models` imports the module when a
+A family is one class in `verl_speculator.models` and one row here. `verl_speculator.config.schema` validates from the
+row, `verl_speculator.checkpoint.format` writes from it, and `verl_speculator.models` imports its module when a
 speculator is built.
 """
 
@@ -79,13 +79,13 @@ _MLP = {
 }
 FAMILIES: Mapping[str, Family] = {
     "sum_rnn": Family(
-        target="verl_speculator.models.sum_rnn:SumRNN",
+        target="verl_speculator.models.recurrent:SumRNN",
         summary="MLP speculator: one summed recurrent state (IBM, Snowflake)",
         settings=_MLP_SETTINGS,
         **_MLP,
     ),
     "sum_lstm": Family(
-        target="verl_speculator.models.sum_lstm:SumLSTM",
+        target="verl_speculator.models.recurrent:SumLSTM",
         summary="LSTM speculator: four summed gates and a cell (Snowflake Arctic)",
         settings=(*_MLP_SETTINGS, "tie_lstm_embs"),
         requires={"tie_weights": True},

@@ -1,13 +1,9 @@
-"""Building blocks of the speculators, and their initialisation from a base model.
-
-Module and tensor names follow Snowflake's implementation, so that weights can be exchanged unchanged.
-"""
+"""Token embeddings and heads of the speculators, and their initialisation from a base model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -16,30 +12,12 @@ from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import FrozenNorm, block_of, final_norm
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.logits import logit_transform
-from verl_speculator.models.speculator import Slot, Speculator
+from verl_speculator.models.speculator import Slot, Speculator, logit_transform
 from verl_speculator.utils.errors import UserError
 
 EPS = 1e-6
 # Initial values of a speculator's `FrozenNorm`, until `copy_norm` replaces them.
 NORM_CONSTANTS: Mapping[str, float] = MappingProxyType({"norm.weight": 1.0, "norm.eps": EPS})
-
-
-def rms_normalise(x: Tensor) -> Tensor:
-    """`x · rsqrt(mean(x²) + 1e-6)` over the last axis, in float32 for half types."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
-class RMSNormWithBias(nn.Module):
-    """`w ⊙ rms_normalise(x) + b`: an RMS norm with a bias and without centring ("LN" in Snowflake's code)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, self.weight, rms_normalise(x))
 
 
 class TokenEmbedding(nn.Module):
@@ -60,93 +38,6 @@ class OutputHead(nn.Module):
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
-
-
-def widen(first: nn.Module, dims: Sequence[int]) -> nn.Sequential:
-    """`first`, whose output has width dims[0], then RMSNormWithBias, GELU, Linear for each further width."""
-    layers: list[nn.Module] = [first]
-    for before, after in pairwise(dims):
-        layers += [RMSNormWithBias(before), nn.GELU(), nn.Linear(before, after, bias=False)]
-    return nn.Sequential(*layers)
-
-
-def inner_chain(merge_width: int, dims: Sequence[int]) -> nn.Sequential:
-    """From the merge width M to dims[-1]: a norm, then GELU, Linear, norm for each further width.
-
-    If dims[0] != M, a norm, GELU and Linear from M to dims[0] come first.
-    """
-    if dims[0] != merge_width:
-        dims = (merge_width, *dims)
-    layers: list[nn.Module] = [RMSNormWithBias(dims[0])]
-    for before, after in pairwise(dims):
-        layers += [nn.GELU(), nn.Linear(before, after, bias=False), RMSNormWithBias(after)]
-    return nn.Sequential(*layers)
-
-
-class GateChains(nn.Module):
-    """One `widen` chain per gate; the first layers of all gates are one matrix product or one lookup.
-
-    Args:
-        first: output [..., gates · dims[0]], the first layers side by side.
-        dims: widths of the chain of one gate.
-        gates: number of gates.
-    """
-
-    def __init__(self, first: nn.Module, dims: Sequence[int], gates: int) -> None:
-        super().__init__()
-        self.first, self.dims, self.gates = first, tuple(dims), gates
-        # The layers after the first; Identity stands for the first, so that the numbers of the others do not change.
-        rest = (widen(nn.Identity(), dims) for _ in range(gates))
-        self.rest = nn.ModuleList(rest) if len(dims) > 1 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., gates, M]."""
-        y = self.first(x).unflatten(-1, (self.gates, self.dims[0]))
-        if self.rest is None:
-            return y
-        return torch.stack([chain(part) for chain, part in zip(self.rest, y.unbind(-2), strict=True)], -2)
-
-    def slots(self, prefix: str, names: Sequence[str], *, axis: int) -> dict[str, Slot]:
-        """Checkpoint names of the gates' tensors.
-
-        Args:
-            prefix: of this module's parameters.
-            names: of each gate's chain; a chain of one layer has no layer number in its names.
-            axis: along which the first layers of the gates are concatenated.
-        """
-        single, slots = self.rest is None, {}
-        for i, name in enumerate(names):
-            part = (axis, i * self.dims[0], self.dims[0]) if self.gates > 1 else None
-            slots[f"{name}.weight" if single else f"{name}.0.weight"] = Slot(f"{prefix}.first.weight", part)
-            for key, _ in [] if single else self.rest[i].named_parameters():
-                slots[f"{name}.{key}"] = Slot(f"{prefix}.rest.{i}.{key}")
-        return slots
-
-
-def embedding_scale(n_predict: int, merge_width: int) -> float:
-    """α, the weight of the token embedding relative to the projected state (IBM's MLP speculator).
-
-    State weight sw = 0.5^(0.5/K), embedding weight ew = sqrt((1 − sw²)·M/2), α = ew/sw.
-    """
-    state_weight = 0.5 ** (0.5 / n_predict)
-    return math.sqrt((1 - state_weight**2) * merge_width / 2) / state_weight
-
-
-def scale_hidden(hidden: Tensor) -> Tensor:
-    """The hidden state as `scale_input` feeds it: RMS-normalised, over √2."""
-    return rms_normalise(hidden) / math.sqrt(2)
-
-
-def scaled_sum(projected: Tensor, embedded: Tensor, scale: float) -> Tensor:
-    """projected + α · embedded, rounded once. Not `torch.add(…, alpha=…)`: torch.compile (torch 2.13) drops the factor
-    when it fuses the sum with the matrix product before it."""
-    return torch.addcmul(projected, embedded, embedded.new_ones(()), value=scale)
-
-
-def with_head_names(slots: dict[str, Slot], n_predict: int, *, tied: bool) -> dict[str, Slot]:
-    """Rename `heads.{k}` to the checkpoint's `head.{k}`, one name per depth even if all depths share a head."""
-    named = {key: slot for key, slot in slots.items() if not key.startswith("heads.")}
-    return named | {f"head.{k}.weight": Slot(f"heads.{0 if tied else k}.weight") for k in range(n_predict)}
 
 
 INIT, RANDOM = "model.speculator.init=base", "model.speculator.init=random"

@@ -5,6 +5,7 @@ Modules are named as in vLLM's implementation, which loads the checkpoint unchan
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -38,18 +39,10 @@ class BottleneckBlock(nn.Module):
         return x + self.up(F.silu(self.down(x)))
 
 
-class HeadBlocks(nn.Module):
-    """The residual blocks of one head."""
-
-    def __init__(self, width: int, inner: int | None, num_layers: int) -> None:
-        super().__init__()
-        blocks = (ResidualBlock(width) if inner is None else BottleneckBlock(width, inner) for _ in range(num_layers))
-        self.layers = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def head_blocks(width: int, inner: int | None, num_layers: int) -> nn.Sequential:
+    """The residual blocks of one head, under the name `layers`."""
+    blocks = (ResidualBlock(width) if inner is None else BottleneckBlock(width, inner) for _ in range(num_layers))
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*blocks)))
 
 
 class Medusa(Speculator):
@@ -68,7 +61,7 @@ class Medusa(Speculator):
         super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
         self.norm = FrozenNorm(hidden_size) if config.hidden_state == PRE_NORM else None
         self.blocks = nn.ModuleList(
-            HeadBlocks(hidden_size, config.inner_dim, config.num_layers) for _ in range(config.n_predict)
+            head_blocks(hidden_size, config.inner_dim, config.num_layers) for _ in range(config.n_predict)
         )
         heads = config.n_predict if config.head == "copy" else 1
         self.lm_heads = nn.ModuleList(OutputHead(vocab_size, hidden_size) for _ in range(heads))

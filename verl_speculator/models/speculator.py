@@ -15,7 +15,56 @@ from torch import Tensor, nn
 
 from verl_speculator.base_model.hidden_states import POST_NORM
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.logits import soft_cap
+
+FACTOR, DIVISOR, CAP = "factor", "divisor", "cap"
+# By model type: a setting of its transformers configuration, and what the architecture's code does with it. The name of
+# a setting does not tell: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X, and MPT never reads its
+# `logit_scale`.
+TRANSFORMS = {
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), ("logit_scale", FACTOR)),
+    "falcon_h1": ("lm_head_multiplier", FACTOR),
+    "hyperclovax": ("logits_scaling", FACTOR),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), ("logits_scaling", DIVISOR)),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
+        ("final_logit_softcapping", CAP),
+    ),
+    "recurrent_gemma": ("logits_soft_cap", CAP),
+    "xlstm": ("output_logit_soft_cap", CAP),
+}
+
+
+class LogitTransform(NamedTuple):
+    """logits = cap · tanh(scale · W h / cap); without a cap scale · W h.
+
+    Attributes:
+        scale: the factor, which can be folded into W.
+        cap: the soft cap, or None.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """[..., V] logits from the products W h."""
+        return soft_cap(products if self.scale == 1 else products * self.scale, self.cap)
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """Scale and cap of a Hugging Face configuration by TRANSFORMS; neither for a model type without a row."""
+    settings = config.get_text_config()
+    name, kind = TRANSFORMS.get(settings.model_type, (None, None))
+    value = None if name is None else getattr(settings, name, None)
+    if not value:
+        return LogitTransform()
+    if kind == CAP:
+        return LogitTransform(cap=float(value))
+    return LogitTransform(float(value) if kind == FACTOR else 1 / float(value))
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), or the logits themselves."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class Slot(NamedTuple):

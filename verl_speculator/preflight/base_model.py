@@ -111,7 +111,7 @@ def _check_copied_modules(
 ) -> tuple[dict[str, list[int]], float | None]:
     """Check that the base model has the modules that a speculator copies; `Base.block_shapes` and `Base.logit_cap`."""
     from verl_speculator.models import family_class
-    from verl_speculator.models.logits import logit_transform
+    from verl_speculator.models.speculator import logit_transform
 
     config, training = settings.config, settings.training
     keeps_head_scale = family_class(config.method).keeps_head_scale

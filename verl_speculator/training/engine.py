@@ -32,7 +32,7 @@ from verl_speculator.data.hidden_state_cache import StateCache
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.models.layers import block_shapes, copy_norm, start_from_base
-from verl_speculator.models.logits import logit_transform
+from verl_speculator.models.speculator import logit_transform
 from verl_speculator.training import MODEL_TYPE
 from verl_speculator.training.base_model import (
     PACKING_TOLERANCE,

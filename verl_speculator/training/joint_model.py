@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import POST_NORM, PRE_NORM, BlockCall, HiddenStateHook, final_norm
 from verl_speculator.losses import DraftLoss
-from verl_speculator.models.logits import logit_transform
+from verl_speculator.models.speculator import logit_transform
 from verl_speculator.training.base_model import keep_types
 from verl_speculator.utils.errors import UserError
 

@@ -20,7 +20,7 @@ from verl_speculator.data.alignment import align
 from verl_speculator.losses import DraftSums
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.models import Slot
-from verl_speculator.models.logits import LogitTransform
+from verl_speculator.models.speculator import LogitTransform
 from verl_speculator.utils.errors import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]

@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from helpers.engine_harness import build_engine, gradients, make_batch, run_batch
-from verl_speculator.models import logits
-from verl_speculator.models.logits import LogitTransform, logit_transform
+from verl_speculator.models.speculator import TRANSFORMS, LogitTransform, logit_transform
 from verl_speculator.training.joint_model import BaseHead
 from verl_speculator.utils.errors import UserError
 
@@ -86,14 +85,14 @@ def test_logit_transform_of_each_architecture_gives_its_own_logits(name):
     head, (states, expected) = BaseHead(model), states_and_logits(model)
     torch.testing.assert_close(head(states), expected, rtol=1e-4, atol=1e-5)
     head.check(states, expected)
-    if name in logits.TRANSFORMS:  # the row is needed: without it the logits are others
+    if name in TRANSFORMS:  # the row is needed: without it the logits are others
         head.transform = LogitTransform()
         with pytest.raises(UserError, match="does something to its logits"):
             head.check(states, expected)
 
 
 def test_logit_transform_rows_are_all_tested():
-    assert set(logits.TRANSFORMS) <= set(CONFIGS)
+    assert set(TRANSFORMS) <= set(CONFIGS)
 
 
 def test_logit_transform_of_a_scale_that_the_architecture_does_not_read_is_none():
@@ -132,7 +131,7 @@ def test_engine_with_a_copied_head_and_ce_refuses_a_base_whose_logits_are_not_kn
 ):
     settings = speculator | {"loss": "ce"}
     run_batch(build_engine(scaled["granite"], speculator=settings), make_batch(rows[:4]), train=False)
-    monkeypatch.delitem(logits.TRANSFORMS, "granite")
+    monkeypatch.delitem(TRANSFORMS, "granite")
     with pytest.raises(
         UserError, match=r"does something to its logits.*expected model.speculator.init=random"
     ) as error:

@@ -17,7 +17,7 @@ from verl_speculator.data.alignment import align
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.decoding.target import Target
 from verl_speculator.models.layers import copy_norm, start_from_base
-from verl_speculator.models.logits import logit_transform
+from verl_speculator.models.speculator import logit_transform
 from verl_speculator.utils.errors import UserError
 
 PROMPT = [5, 9, 23, 4, 77, 31, 8]
