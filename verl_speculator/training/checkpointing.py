@@ -21,13 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+import torch.distributed.checkpoint.state_dict as dcp
 from verl.utils.device import get_device_name, get_torch_device
 
 from verl_speculator.base_model.loading import load_base
@@ -51,15 +45,15 @@ from verl_speculator.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 SPECULATOR_PREFIX = "speculator."
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-SEND = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+GATHER = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+SEND = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 State = dict[str, torch.Tensor]
 
 
 def gather_speculator(engine: SpeculatorEngine) -> State:
     """The speculator's whole parameters under its own names, on rank 0 only. Every rank calls it."""
-    return _strip_prefix(get_model_state_dict(engine.draft, options=GATHER), SPECULATOR_PREFIX)
+    return _strip_prefix(dcp.get_model_state_dict(engine.draft, options=GATHER), SPECULATOR_PREFIX)
 
 
 def write_speculator(engine: SpeculatorEngine, folder: Path, parameters: State, provenance: dict[str, Any]) -> None:
@@ -125,7 +119,7 @@ class RunCheckpoints:
         engine = self.engine
         with _on_device(engine):
             speculator, base = self._gather_weights()
-            optimizer = get_optimizer_state_dict(engine.module, engine.optimizer, options=GATHER)
+            optimizer = dcp.get_optimizer_state_dict(engine.module, engine.optimizer, options=GATHER)
         random_states = [None] * dist.get_world_size()
         dist.all_gather_object(random_states, _random_state())
         if dist.get_rank() == 0:
@@ -156,7 +150,7 @@ class RunCheckpoints:
         """Whole weights of the speculator, and of the base model if it is trained, on rank 0 only."""
         if self.engine.model_config.freeze_base_model:  # a base model that does not change is never gathered
             return gather_speculator(self.engine), {}
-        state = get_model_state_dict(self.engine.module, options=GATHER)
+        state = dcp.get_model_state_dict(self.engine.module, options=GATHER)
         return _strip_prefix(state, DRAFT_PREFIX + SPECULATOR_PREFIX), _strip_prefix(state, BASE_PREFIX)
 
     def _save_base(self, folder: Path, state: State) -> None:
@@ -172,9 +166,7 @@ class RunCheckpoints:
         self.engine.model_config.get_processor().save_pretrained(folder)
 
     def _prune(self, step: int) -> None:
-        keep = self.settings.max_ckpt_to_keep
-        if not keep or keep < 1:
-            return
+        keep = max(self.settings.max_ckpt_to_keep or 0, 0)  # 0 keeps all: [:-0] is empty
         steps = sorted(int(m[1]) for entry in self.directory.iterdir() if (m := STEP_DIRECTORY.match(entry.name)))
         for old in [s for s in steps if s <= step][:-keep]:
             remove_directory(self.directory / f"global_step_{old}")
@@ -190,7 +182,7 @@ class RunCheckpoints:
         weights, optimizer, *states = self._read(folder) if rank == 0 else ({}, {})
         with _on_device(engine):
             module = engine.draft if engine.model_config.freeze_base_model else engine.module
-            set_model_state_dict(module, weights, options=SEND)
+            dcp.set_model_state_dict(module, weights, options=SEND)
             _load_optimizer(engine, optimizer)
         schedule, random_states = from_rank_0(states)
         # The position on the schedule is the checkpoint's; the schedule itself is this run's.
@@ -219,7 +211,7 @@ def _load_optimizer(engine: SpeculatorEngine, saved: dict[str, Any]) -> None:
     options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     if saved:
         saved = saved | {"param_groups": _regroup(saved["param_groups"], len(groups))}
-    set_optimizer_state_dict(engine.module, engine.optimizer, saved, options=SEND)
+    dcp.set_optimizer_state_dict(engine.module, engine.optimizer, saved, options=SEND)
     for group, option in zip(engine.optimizer.param_groups, options, strict=True):
         group.update(option)
 

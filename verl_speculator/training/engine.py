@@ -110,10 +110,11 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         if self.engine_config.forward_only:
             return base
         is_quantized = self.model_config.form.is_quantized
-        if units := self.engine_config.wrap_policy.get("transformer_layer_cls_to_wrap"):
-            # The user's list of sharding units replaces the model's own, which contains DraftLoss.
-            units = [] if is_quantized else [units] if isinstance(units, str) else list(units)
-            self.engine_config.wrap_policy["transformer_layer_cls_to_wrap"] = [*units, DraftLoss.__name__]
+        # The sharding units: the speculator with its loss, and those of the user or else of the base model.
+        policy, key = self.engine_config.wrap_policy, "transformer_layer_cls_to_wrap"
+        units = policy.get(key) or base._no_split_modules or []
+        units = [units] if isinstance(units, str) else list(units)
+        policy[key] = [*(units if not is_quantized else []), DraftLoss.__name__]
         training = self.model_config.speculator_training
         speculator = self._build_speculator(base)
         compiled = get_device_name() == "cuda" if training.compile is None else training.compile
@@ -296,7 +297,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         base_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         rows = self._align(micro_batch)
         draft = {"tokens": rows.tokens, "targets": rows.targets, "valid": rows.valid, "counts": self._batch_pairs}
-        draft |= self._state_indices(rows, micro_batch, base_inputs["input_ids"].shape[1])
+        draft |= self._states(rows, micro_batch, base_inputs["input_ids"])
         with self._autocast():
             # One call of the wrapped module runs base model, unroll, head and loss: only there are parameters whole.
             draft_output, base_output = self.module(**base_inputs, use_cache=False, draft=draft)
@@ -318,24 +319,23 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         reported = {"model_output": detach_tree(model_output), "loss": reported_loss.detach().item()}
         return loss, reported | {"metrics": metrics}
 
-    def _state_indices(self, rows: DraftRows, micro_batch: TensorDict, width: int) -> dict[str, Tensor]:
-        """Where the states that the rows read are: in the base model's flattened batch, or among the cached states."""
+    def _states(self, rows: DraftRows, micro_batch: TensorDict, base_ids: Tensor) -> dict[str, Tensor]:
+        """Where the states that the rows read are in the base model's flattened batch, and the states of a cache."""
         offsets = micro_batch["input_ids"].offsets()
         is_packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
 
         def in_batch(positions: Tensor) -> Tensor:
-            return positions if is_packed else padded_positions(positions, offsets, width)
+            return positions if is_packed else padded_positions(positions, offsets, base_ids.shape[1])
 
-        if self.state_cache is None or "row" not in micro_batch:
-            return {"rows": in_batch(rows.positions), "teacher_rows": in_batch(rows.teachers)}
-        mask = micro_batch["loss_mask"].values()
-        cached = states_read(mask, offsets)
-        index = torch.zeros_like(mask, dtype=torch.long)  # positions that no valid pair reads point at the first state
-        index[cached] = torch.arange(len(cached), device=index.device)
-        indices = {"rows": index[rows.positions], "teacher_rows": index[rows.teachers]}
-        if not self._skip_base_forward:
-            return indices | {"cache_positions": in_batch(cached)}
-        return indices | {"cached_states": self.state_cache.read(_row_numbers(micro_batch)).to(get_device_id())}
+        indices = {"rows": in_batch(rows.positions), "teacher_rows": in_batch(rows.teachers)}
+        if self.state_cache is not None and "row" in micro_batch:
+            positions = in_batch(states_read(micro_batch["loss_mask"].values(), offsets))
+            if not self._skip_base_forward:
+                return indices | {"cache_positions": positions}
+            states = self.state_cache.read(_row_numbers(micro_batch)).to(get_device_id())
+            whole = states.new_zeros(base_ids.numel(), states.shape[1])  # no valid pair reads the others
+            indices["cached_states"] = whole.index_copy_(0, positions, states)
+        return indices
 
     def _write_cache(self, micro_batch: TensorDict, states: Tensor) -> None:
         numbers = _row_numbers(micro_batch)

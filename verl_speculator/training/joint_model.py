@@ -48,13 +48,11 @@ class BaseHead:
         call would deadlock.
         """
         head = self.base.get_output_embeddings()
-        if not isinstance(head, FSDPModule):
-            yield self
-            return
-        head.unshard()
-        try:
-            yield self
-        finally:
+        is_unit = isinstance(head, FSDPModule)
+        if is_unit:
+            head.unshard()
+        yield self
+        if is_unit:
             head.reshard()
 
     @torch.no_grad()
@@ -117,9 +115,7 @@ class ModelWithSpeculator(nn.Module):
         self.detach_hidden = detach_hidden
         self.hidden_state_source = draft.speculator.hidden_state_source
         draft.speculator.attach(base)
-        # Read by sharding wrappers and verl: the configuration, and the classes of the sharding units.
-        self.config = base.config
-        self._no_split_modules = [*(base._no_split_modules or [] if shard_base else []), DraftLoss.__name__]
+        self.config = base.config  # read by verl
         if freeze_base:
             base.requires_grad_(False)
             base.gradient_checkpointing_disable()
@@ -132,17 +128,13 @@ class ModelWithSpeculator(nn.Module):
             self.base.eval()
         return self
 
-    def can_generate(self) -> bool:
-        return self.base.can_generate()
-
     def forward(self, *, draft: dict[str, Tensor] | None = None, **base_inputs: Any) -> Any:
         """
         Args:
             draft: the arguments `tokens`, `targets`, `valid` and `counts` of `DraftLoss`, with `rows` [R] and
-                `teacher_rows` [K, R], indices into the flattened batch. With a cache of hidden states they are indices
-                into its S states: either `cached_states` [S, D], which replace the base model's forward pass, or
-                `cache_positions` [S], the indices of the states to cache in the flattened batch. None runs the base
-                model alone.
+                `teacher_rows` [K, R], indices into the flattened batch. With a cache of hidden states either
+                `cached_states` [B · T, D], which replace the base model's forward pass, or `cache_positions` [S], the
+                indices of the states to cache. None runs the base model alone.
             base_inputs: of the base model's forward.
 
         Returns:
@@ -158,8 +150,8 @@ class ModelWithSpeculator(nn.Module):
             hidden, teacher_hidden, base_output = self._run_base(base_inputs)
         to_cache = {}
         if "cache_positions" in draft:  # rounded as in the cache, so that every epoch trains on the same states
-            hidden, teacher_hidden = hidden.flatten(0, 1)[draft["cache_positions"]].to(torch.bfloat16), None
-            to_cache["states_to_cache"] = hidden
+            hidden, teacher_hidden = hidden.flatten(0, 1).to(torch.bfloat16), None
+            to_cache["states_to_cache"] = hidden[draft["cache_positions"]]
         inputs = {name: draft[name] for name in ("tokens", "targets", "valid", "rows", "counts")}
         self._check_head(base_inputs)
         if self.head is None:
