@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +90,20 @@ def read_tables(directory: Path) -> tuple[list[PlotRow], list[PlotRow]]:
     has_categories = (directory / CATEGORIES).is_file()
     tables.append(_read(directory / CATEGORIES, (*EXPECTED, "category")) if has_categories else [])
     tables = [[line for line in table if line["speculator"] not in VANILLA] for table in tables]
-
-    lines = [line for table in tables for line in table]
+    lines = list(chain(*tables))
     styles, varying = _styles(lines), _varying_policy(lines)
     bases, prompts = (_short_labels(line[name] for line in lines) for name in ("base", "prompts"))
 
     def plot_row(line: dict[str, Any]) -> PlotRow:
         base = bases[line["base"]] if len(bases) > 1 else ""
-        policy = [POLICY[name].format(line[name]) for name in varying if math.isfinite(line[name])]
+        policy = [POLICY[name].format(line[name]) for name in varying if not math.isnan(line[name])]
         return PlotRow(
             style=styles[_identity(line)],
             panel=(", ".join(filter(None, (prompts[line["prompts"]], base))), ", ".join(policy)),
             is_lookup=line["speculator"] == LOOKUP,
             is_trained=line["speculator"] not in (LOOKUP, RANDOM) and line.get("untrained", "").lower() != "true",
             category=line.get("category", ""),
-            values={name: x for name, x in line.items() if isinstance(x, float) and math.isfinite(x)},
+            values={name: x for name, x in line.items() if isinstance(x, float) and not math.isnan(x)},
             base=base,
         )
 
@@ -129,7 +129,7 @@ def _read(path: Path, expected: Sequence[str]) -> list[dict[str, Any]]:
             wrong = frame[name][numbers.isna() & ~frame[name].str.strip().str.lower().isin(["", "nan"])]
             if len(wrong):
                 raise UserError(f"{path}: column {name} holds {wrong.iloc[0]!r}, expected a number")
-            frame[name] = numbers.astype(float)
+            frame[name] = numbers.astype(float).replace([math.inf, -math.inf], math.nan)
     return frame.to_dict("records")
 
 
@@ -145,15 +145,11 @@ def _varying_policy(lines: list[dict[str, Any]]) -> list[str]:
 
     Draft lengths and seeds that differ only between speculators do not count: such rows belong in one panel.
     """
+    import pandas as pd
 
-    def varies(name: str) -> bool:
-        values: dict[Any, set[float]] = {}
-        for line in filter(lambda line: math.isfinite(line[name]), lines):
-            group = (_identity(line), line["base"], line["prompts"]) if name in ("draft_length", "seed") else None
-            values.setdefault(group, set()).add(line[name])
-        return any(len(group) > 1 for group in values.values())
-
-    return list(filter(varies, POLICY))
+    frame = pd.DataFrame(lines, columns=[*POLICY, "base", "prompts"]).assign(identity=list(map(_identity, lines)))
+    per_row = frame.groupby(["identity", "base", "prompts"]).nunique().max()
+    return [name for name in POLICY if (per_row if name in ("draft_length", "seed") else frame.nunique())[name] > 1]
 
 
 def _short_labels(paths: Iterable[str]) -> dict[str, str]:
@@ -182,9 +178,8 @@ def _styles(lines: list[dict[str, Any]]) -> dict[tuple[str, str, str], PlotStyle
 
     styles = {key: PlotStyle("prompt lookup", INK, "X", line=":") for key in identities if key[0] == LOOKUP}
     for i, (name, method, shape) in enumerate(checkpoints):
-        label = names[method][name]
-        label = label if not method or method in label else f"{method}: {label}"
-        label = f"{label} ({shape})" if shape else label
+        label = names[method][name] if method in names[method][name] else f"{method}: {names[method][name]}"
+        label += f" ({shape})" if shape else ""
         hatch = HATCHES[i // len(COLOURS) % len(HATCHES)]
         styles[name, method, shape] = PlotStyle(label, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], hatch)
     for i, (name, method, shape) in enumerate(randoms):

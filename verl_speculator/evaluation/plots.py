@@ -151,11 +151,9 @@ def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
             options = {"xerr": interval(row, [metric]), "error_kw": outline}
             axis.barh(place, row.value(metric), width, **options, **bar_style(row.style))
         axis.set_yticks(range(len(order)), order)
-        axis.set_ylim(len(order) - 0.5, -0.5)
+        axis.set(ylim=(len(order) - 0.5, -0.5), xlabel=AXIS[metric], xlim=(0, None))
         axis.tick_params(axis="y", length=0)
         axis.grid(visible=False, axis="y")
-        axis.set_xlabel(AXIS[metric])
-        axis.set_xlim(left=0)
         if metric != "accept_rate":
             axis.axvline(1, color=INK, linewidth=0.8, linestyle="--")
     return add_legend(figure, bar_handles(styles))
@@ -192,12 +190,11 @@ def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
 
     Quality is of the trained speculators; prompt lookup has none and is a line in their panels.
     """
-    panels = by_panel(row for row in rows if row.has("speedup")).values()
-    panels = [members for members in panels if _quality(members)[1]]
+    panels = [part for part in by_panel(row for row in rows if row.has("speedup")).values() if _quality(part)[1]]
     if not panels:
         return None
     figure, drawn = panel_sheet(list(chain(*panels)), ylabel=AXIS["speedup"], height=3.0, most=2)
-    styles = styles_of(row for members in panels for row in _quality(members)[1])
+    styles = styles_of(row for part in panels for row in _quality(part)[1])
     numbers = {style: str(i) for i, style in enumerate(styles, 1)} if len(styles) > CROWD else {}
     labelled = [replace(style, label=f"{numbers.get(style, '')}  {style.label}".strip(), line="") for style in styles]
     handles = line_handles(labelled)
@@ -238,11 +235,12 @@ def _draw_front(axis: Axes, points: list[tuple[float, float]], is_larger_better:
     for x, y in sorted(points, key=lambda point: (-point[0] if is_larger_better else point[0], -point[1])):
         if not front or y > front[-1][1]:
             front.append((x, y))
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    corners = [(front[0][0], bottom), *front, (left if is_larger_better else right, front[-1][1])]
-    style = {"color": FRONT, "linewidth": 1.2, "zorder": 1, "drawstyle": "steps-post"}
-    (line,) = axis.plot(*zip(*corners, strict=True), label="Pareto front", **style)
-    axis.set(xlim=(left, right), ylim=(bottom, top))
+    limits = {"xlim": axis.get_xlim(), "ylim": axis.get_ylim()}
+    end = limits["xlim"][0 if is_larger_better else 1]
+    corners = [(front[0][0], limits["ylim"][0]), *front, (end, front[-1][1])]
+    style = {"color": FRONT, "linewidth": 1.2, "zorder": 1, "drawstyle": "steps-post", "label": "Pareto front"}
+    (line,) = axis.plot(*zip(*corners, strict=True), **style)
+    axis.set(**limits)
     return line
 
 
@@ -263,12 +261,10 @@ def styles_of(rows: Iterable[PlotRow]) -> list[PlotStyle]:
 
 
 def sheet(lines: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with its own canvas, which pyplot does not manage; sizes are those of a panel, in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure that pyplot does not manage; sizes are those of a panel, in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, list(figure.subplots(lines, columns, squeeze=False, **options).flat)
 
 
@@ -302,7 +298,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist]) -> Figure:
         columns = math.ceil(len(handles) / math.ceil(len(handles) / columns))
         options = {"ncols": columns, "frameon": False, "fontsize": 8 if len(handles) <= 12 else 7}
         legend = figure.legend(handles=handles, loc="outside lower center", columnspacing=1.6, **options)
-        box = legend.get_window_extent(figure.canvas.get_renderer())
+        box = legend.get_window_extent()
         if box.width <= figure.bbox.width or columns == 1:
             break
         legend.remove()
