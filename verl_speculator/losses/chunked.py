@@ -82,12 +82,6 @@ class DraftSums(NamedTuple):
         return metrics
 
 
-def default_chunk_rows(vocab_size: int, depths: int, objective: Objective, *, capped: bool = False) -> int:
-    """Rows of a chunk whose blocks (logits, the teacher's, a soft cap's slopes) have `BLOCK_NUMBERS` numbers in all."""
-    blocks = 1 + objective.needs_teacher + ("lk_pure" in dict(objective.weights)) + capped
-    return max(MIN_CHUNK_ROWS, BLOCK_NUMBERS // (vocab_size * depths) // blocks)
-
-
 def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
     """[K] the factor of each depth's summed loss: 1 / pairs for the mean over its valid pairs, times its share of the
     weights of the depths that have any. All zeros if none has.
@@ -132,7 +126,8 @@ def speculator_loss(
         counts: [K] valid pairs of each depth in the global batch, of which these rows may be a part; by default those
             of `valid`.
         loss: a name, weights by name, or an `Objective`.
-        chunk_rows: rows of a chunk, each with all its depths; by default `default_chunk_rows`.
+        chunk_rows: rows of a chunk, each with all its depths; by default as many as give blocks of `BLOCK_NUMBERS`
+            numbers in all.
         compiled: run unroll and closed forms through torch.compile, once for any number of rows.
 
     Returns:
@@ -153,8 +148,10 @@ def speculator_loss(
         kept = valid.any(1).nonzero().squeeze(-1)
         hidden, tokens, targets, valid = hidden[kept], tokens[kept], targets[kept], valid[kept]
         teacher_rows = None if teacher_rows is None else teacher_rows[kept]
-    capped = speculator.logit_cap is not None
-    rows = chunk_rows or default_chunk_rows(speculator.vocab_size, depths, objective, capped=capped)
+    if chunk_rows is None:  # blocks: the logits, the teacher's, its logarithms, and a soft cap's slopes
+        weights, capped = dict(objective.weights), speculator.logit_cap is not None
+        blocks = 1 + objective.needs_teacher + ("lk_pure" in weights) + capped
+        chunk_rows = max(MIN_CHUNK_ROWS, BLOCK_NUMBERS // (speculator.vocab_size * depths) // blocks)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
@@ -165,14 +162,14 @@ def speculator_loss(
         valid=valid,
         scale=scale,
         objective=objective,
-        chunk_rows=rows,
+        chunk_rows=chunk_rows,
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
         # Asked here: inside an autograd function gradients are always off, and `needs_input_grad` ignores no_grad.
         needs_grad=torch.is_grad_enabled(),
         unroll=compile_once(_unroll) if compiled else _unroll,
-        kernel=choose_kernel(objective, rows * depths, speculator.vocab_size, hidden.device.type, compiled),
+        kernel=choose_kernel(objective, chunk_rows * depths, speculator.vocab_size, hidden.device.type, compiled),
     )
     total, sums = _ChunkedLoss.apply(chunked, hidden, *speculator.unroll_parameters().values())
     return total, DraftSums(*sums)._asdict()
@@ -186,8 +183,7 @@ class DraftLoss(nn.Module):
     Args:
         speculator: any family.
         objective: what is minimised.
-        chunk_rows: as in `speculator_loss`.
-        compiled: as in `speculator_loss`.
+        chunk_rows, compiled: as in `speculator_loss`.
     """
 
     def __init__(
@@ -216,9 +212,7 @@ class DraftLoss(nn.Module):
         """
         Args:
             hidden: [R, D] hidden states of the rows of `alignment.DraftRows`; with `rows` what `HiddenStateHook` took.
-            tokens: [R, K], as in `DraftRows`.
-            targets: [K, R], as in `DraftRows`.
-            valid: [K, R], as in `DraftRows`.
+            tokens, targets, valid: [R, K], [K, R] and [K, R], as in `DraftRows`.
             rows: [R] their indices in the flattened batch; None if `hidden` already holds these rows.
             teacher_rows: [K, R] the row of `teacher_hidden` that predicts each target.
             more: `counts`, `teacher_hidden` and `base_head` of `speculator_loss`.

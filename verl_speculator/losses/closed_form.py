@@ -117,9 +117,11 @@ def loss_and_gradient_(
         logits = logits.sub_(normaliser)
     q_factor = torch.full_like(loss, ce)  # a
     if lk_pure:
-        value, ratio = _log_acceptance(logits, teacher[1.0].log_p, needs_gradient)
-        loss = loss - lk_pure * value
-        if ratio is not None:
+        log_p = teacher[1.0].log_p
+        log_alpha = torch.minimum(logits, log_p).logsumexp(-1)
+        loss = loss - lk_pure * log_alpha
+        if needs_gradient:
+            ratio = torch.where(logits < log_p, logits - log_alpha.unsqueeze(-1), -torch.inf).exp_()  # r
             q_factor = q_factor + lk_pure * ratio.sum(-1)
             added_gradient = (
                 ratio.mul_(-lk_pure) if added_gradient is None else added_gradient.sub_(ratio, alpha=lk_pure)
@@ -170,13 +172,6 @@ def _softened_kl(
     normaliser = z.logsumexp(-1, keepdim=True)
     value = temperature**2 * (teacher.negentropy - _dot(teacher.p, z) + normaliser.squeeze(-1))
     return value, z.sub_(normaliser).exp_().sub_(teacher.p).mul_(temperature) if needs_gradient else None
-
-
-def _log_acceptance(log_q: Tensor, log_p: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """[R] log α = log Σ_v min(p, q), and r [R, V], whose sum over a row is at most 1."""
-    value = torch.minimum(log_q, log_p).logsumexp(-1)
-    ratio = torch.where(log_q < log_p, log_q - value.unsqueeze(-1), -torch.inf).exp_() if needs_gradient else None
-    return value, ratio
 
 
 def _tv_and_lk(
