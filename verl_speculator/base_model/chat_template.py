@@ -35,10 +35,6 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     They are the end tokens of the generation configuration, and the token with which the chat template closes an
     assistant's turn. The tokenizer's own end token counts only if the generation configuration has none: from a GGUF
     file it may be that of another tokenizer (SmolLM2's becomes `<|im_start|>`).
-
-    Args:
-        tokenizer: of the base model, with the chat template that is used.
-        generation_config: of the base model, None where there is none.
     """
     eos_ids = _eos_ids(tokenizer)
     ids = {*(_eos_ids(generation_config) or eos_ids), *closing_token_ids(tokenizer)}
@@ -103,12 +99,9 @@ def tokenize_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> li
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
     """Token ids and loss mask of a conversation, as verl's dataset makes them for training.
 
-    Returns:
-        Two lists of one length. The mask is 1 for the tokens that an assistant's message adds to the template's prompt
-        for it, including the end token and a line break after it. The first message of a conversation has mask 0.
-
-    Raises:
-        UserError: if the chat template refuses the messages, or renders earlier ones differently once others follow.
+    The mask is 1 for the tokens that an assistant's message adds to the template's prompt for it, including the end
+    token and a line break after it. The first message of a conversation has mask 0. Raises UserError if the chat
+    template refuses the messages, or renders earlier ones differently once others follow.
     """
     whole = _render(tokenizer, messages, add_generation_prompt=False)
     answers = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]

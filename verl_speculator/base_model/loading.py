@@ -46,12 +46,8 @@ class BaseModelFormat:
     def check(self, prefix: str = "", *, frozen: bool = True) -> None:
         """Check the two settings against each other and that their packages are installed. Reads no file.
 
-        Args:
-            prefix: of the settings' names, `model.` in training.
-            frozen: whether the base model is not trained.
-
-        Raises:
-            UserError: naming the setting.
+        `prefix` is that of the settings' names, `model.` in training; a base model that is trained is not `frozen`.
+        Raises UserError naming the setting.
         """
         given = {name: f"{prefix}{name}={getattr(self, name)}" for name in PACKAGES if getattr(self, name) is not None}
         if self.is_quantized and self.quantization not in QUANTIZATIONS:
@@ -167,26 +163,28 @@ class BaseModelFormat:
 UNQUANTIZED = BaseModelFormat()
 
 
+@dataclass
 class BaseModelLoader:
     """A base model whose device, dtype and configuration are checked, and whose weights are not read yet.
 
     Args:
         base: directory or hub name. No code from it is run.
-        device: `auto` for the accelerator if there is one, or a device's name.
-        dtype: `auto` for fp32 on a CPU and bf16 elsewhere, or a key of DTYPES.
+        device, dtype: as for `choose_device` and `choose_dtype`; the attributes are what these return.
         form: how its weights are stored and held.
 
     Raises:
         UserError: for a device or dtype that does not exist, or if there is no model.
     """
 
-    def __init__(
-        self, base: str | Path, *, device: str = "auto", dtype: str = "auto", form: BaseModelFormat = UNQUANTIZED
-    ) -> None:
-        self.base, self.form = base, form
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
-        self.config = read_config(base, form)
+    base: str | Path
+    device: str = "auto"
+    dtype: str | torch.dtype = "auto"
+    form: BaseModelFormat = UNQUANTIZED
+
+    def __post_init__(self) -> None:
+        self.device = choose_device(self.device)
+        self.dtype = choose_dtype(self.dtype, self.device)
+        self.config = read_config(self.base, self.form)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -205,8 +203,7 @@ class BaseModelLoader:
 
 
 def load_base(base: str | Path, *, device: str, dtype: torch.dtype, form: BaseModelFormat = UNQUANTIZED) -> nn.Module:
-    """Load a Hugging Face causal language model, in evaluation mode and without gradients. Raises UserError if it
-    cannot be loaded."""
+    """A causal language model in evaluation mode, without gradients. Raises UserError if it cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -287,9 +284,7 @@ def base_shape(base: Any, form: BaseModelFormat = UNQUANTIZED) -> tuple[int, int
 
 def base_path(base: Any) -> str:
     """Where a model or a Hugging Face configuration was read from, empty if it was not read; a path as it is."""
-    if isinstance(base, (str, Path)):
-        return str(base)
-    return (base.config if hasattr(base, "get_output_embeddings") else base).name_or_path
+    return str(base) if isinstance(base, (str, Path)) else getattr(base, "config", base).name_or_path
 
 
 def causal_lm_class(config: Any) -> Any:
@@ -334,11 +329,8 @@ def supported_attention(config: Any, wanted: str) -> str:
 
 
 def check_rollback(base: str, model_class: type | None, config: Any) -> None:
-    """Reject a base model with recurrent layers: their state cannot be rolled back after a rejected draft.
-
-    `base` is its name, for the UserError; `model_class` is None for an architecture that transformers does not know,
-    which passes.
-    """
+    """Reject a base model with recurrent layers, by a UserError that begins with its name: their state cannot be rolled
+    back after a rejected draft. An architecture that transformers does not know (`model_class` None) passes."""
     if model_class is None:
         return
     text_config = config.get_text_config()
@@ -347,7 +339,5 @@ def check_rollback(base: str, model_class: type | None, config: Any) -> None:
     recurrent = sorted(set(layers) - STATELESS_LAYERS)
     if getattr(model_class, "_is_stateful", False) or recurrent:
         named = f" (layers of {recurrent[0]})" if recurrent else ""
-        raise UserError(
-            f"base={base} ({model_class.__name__}): its recurrent state cannot be rolled back after a rejected "
-            f"draft{named}; expected a base with attention layers only"
-        )
+        what = f"its recurrent state cannot be rolled back after a rejected draft{named}"
+        raise UserError(f"base={base} ({model_class.__name__}): {what}; expected a base with attention layers only")

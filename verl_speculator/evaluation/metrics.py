@@ -146,13 +146,9 @@ class Document:
     def measure(
         self, speculator: Speculator, end_token_ids: Collection[int], temperature: float
     ) -> dict[str, list[float]]:
-        """Sums over the valid pairs, for each depth.
-
-        Returns:
-            `pairs`, the number of valid pairs, and for each name of QUALITY_METRICS [K] sums: cross-entropy with the
-            text, KL(base ‖ draft) at temperature 1 and at `temperature` (nats, without the factor T² of a distillation
-            loss), and whether the text's token is the draft's most likely one, or among its five most likely ones.
-        """
+        """[K] sums over the valid pairs: `pairs`, their number, and for each name of QUALITY_METRICS cross-entropy with
+        the text, KL(base ‖ draft) at temperature 1 and at `temperature` (nats, without the factor T² of a distillation
+        loss), and whether the text's token is the draft's most likely one, or among its five most likely ones."""
         rows, states = self.unroll(speculator, end_token_ids)
         sums: dict[str, list[float]] = {}
         for k, state in enumerate(states):
@@ -175,10 +171,8 @@ class Document:
 
     @torch.inference_mode()
     def ranks(self, speculator: Speculator, end_token_ids: Collection[int]) -> Tensor:
-        """[R, K] rank of the text's own token among the draft tokens of each depth, 0 for the most likely one.
-
-        Only rows in which all depths are valid. The draft is given the text before the token.
-        """
+        """[R, K] rank of the text's own token among the draft tokens of each depth, 0 for the most likely one, in rows
+        in which all depths are valid. The draft is given the text before the token."""
         rows, states = self.unroll(speculator, end_token_ids)
         is_complete = rows.valid.all(0)
         drafts = [speculator.logits(k, state) for k, state in enumerate(states[:, is_complete])]

@@ -46,10 +46,8 @@ STYLE = {
 
 
 def plot(directory: Path) -> list[Path]:
-    """Draw every plot for which the tables have data. Error bars are the intervals of the tables.
-
-    Returns:
-        The files written, `plots/<name>.png` and `plots/<name>.pdf` for each plot.
+    """Draw every plot for which the tables have data, with their intervals as error bars, and return the files written:
+    `plots/<name>.png` and `plots/<name>.pdf` for each.
 
     Raises:
         UserError: if a table is missing, empty or lacks columns, or if the directory cannot be written.
@@ -59,11 +57,8 @@ def plot(directory: Path) -> list[Path]:
 
 
 def draw(folder: Path, figures: Callable[[], Iterable[tuple[str, Figure]]]) -> list[Path]:
-    """Write figures under their names, as PNG and PDF; `figures` makes them, within STYLE.
-
-    Raises:
-        UserError: if the folder cannot be written to.
-    """
+    """Write figures under their names, as PNG and PDF; `figures` makes them, within STYLE. Raises UserError if the
+    folder cannot be written to."""
     import matplotlib
 
     written = []

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -193,11 +193,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def evaluate(settings: EvaluationSettings) -> None:
-    """Measure, and write `results.csv`, `categories.csv` and `skipped.csv` (docs/evaluation.md).
-
-    Raises:
-        UserError: for a setting, a prompt file or a checkpoint that cannot be used; before the base model is loaded
-            wherever that is possible.
+    """Measure, and write `results.csv`, `categories.csv` and `skipped.csv` (docs/evaluation.md). Raises UserError for a
+    setting, a prompt file or a checkpoint that cannot be used, before the base model is loaded where that is possible.
     """
     settings.check_output()
     infos = settings.checkpoints()
@@ -242,7 +239,7 @@ class Evaluator:
         self.ends = end_token_ids(loader.tokenizer, base.generation_config)
         self.policy, self.limit = settings.policy, position_limit(base)
         self.vanilla = SpeculativeMethod(base, None, self.policy, None, self.ends)
-        self.greedy = SpeculativeMethod(base, None, SamplingPolicy(), None, self.ends)
+        self.greedy = replace(self.vanilla, policy=SamplingPolicy())
         self.base_columns = {
             "base": settings.form.name_of(settings.base),
             "dtype": str(loader.dtype).removeprefix("torch."),
@@ -252,36 +249,31 @@ class Evaluator:
         self.base_identity = {"base": weights_fingerprint(settings.base, settings.gguf_file)}
         if settings.quantization is not None:
             self.base_identity["quantization"] = settings.quantization
+        prints = {name: file_fingerprint(info.directory / WEIGHTS_FILE) for name, info in self.infos.items()}
+        self.weights = {name: {"weights": fingerprint} for name, fingerprint in prints.items()}
 
     def method_rows(self) -> list[MethodRow]:
-        """The rows of the results: baselines first, then each checkpoint with its draft trees.
-
-        Raises:
-            UserError: for trees with a base model that cannot read them.
-        """
+        """The rows of the results: baselines first, then each checkpoint with its draft trees. Raises UserError for
+        trees with a base model that cannot read them."""
         settings, trees = self.settings, self.settings.trees()
         if trees:
             windows(self.base)
         first = next(iter(self.infos.values()), None)
-        rows = [MethodRow("none", self.vanilla, {"method": "none"}, {})] if "none" in settings.baselines else []
         # Prompt lookup copies as many tokens as the first checkpoint drafts at most.
         length = first.config.n_predict if first else LOOKUP_LENGTH
         length = settings.draft_length if isinstance(settings.draft_length, int) else length
+        rows = [MethodRow("none", self.vanilla, {"method": "none"}, {})]
         for name, copied in (("generate", 0), ("prompt_lookup", length)):
-            if name in settings.baselines:
-                lookup = HuggingFaceMethod(self.base, self.policy, copied, self.ends)
-                rows.append(MethodRow(name, lookup, {"method": name, "draft_length": copied}, {}))
+            method = HuggingFaceMethod(self.base, self.policy, copied, self.ends)
+            rows.append(MethodRow(name, method, {"method": name, "draft_length": copied}, {}))
+        rows = [row for row in rows if row.speculator in settings.baselines]
         if "random" in settings.baselines and first is not None:
-            place = {"device": self.base.device, "dtype": self.base.dtype}
-            untrained = build_speculator(first.config, **first.shape, seed=settings.seed, **place)
-            untrained = untrained.requires_grad_(False).eval()
+            options = {"seed": settings.seed, "device": self.base.device, "dtype": self.base.dtype}
+            untrained = build_speculator(first.config, **first.shape, **options).requires_grad_(False).eval()
             rows.append(self._speculator_row("random", untrained, {"shape_of": str(first.directory)}))
         for (name, speculator), (path, tree) in product(self.speculators.items(), {None: None, **trees}.items()):
-            rows.append(self._speculator_row(name, speculator, self._weights(name), path, tree))
+            rows.append(self._speculator_row(name, speculator, self.weights[name], path, tree))
         return rows
-
-    def _weights(self, name: str) -> Record:
-        return {"weights": file_fingerprint(self.infos[name].directory / WEIGHTS_FILE)}
 
     def _speculator_row(
         self, name: str, speculator: Speculator, identity: Record, path: Any = None, tree: DraftTree | None = None
@@ -310,8 +302,8 @@ class Evaluator:
         if kind == "behaviour":
             names = ("seed", "num_trials", "warmup_steps", "max_new_tokens")
             row |= asdict(self.policy) | {name: getattr(self.settings, name) for name in names}
-        fingerprints = {**self.base_identity, **identity, "file": file_fingerprint(file)}
-        identity = fingerprints | {"versions": versions(), "hardware": hardware(self.base.device.type)}
+        identity = self.base_identity | identity | {"file": file_fingerprint(file)}
+        identity |= {"versions": versions(), "hardware": hardware(self.base.device.type)}
         origin = {"date": datetime.date.today().isoformat(), "commit": git_commit()}
         return ResultsLog.open(self.settings.out / LOGS, row, identity, origin, scope)
 
@@ -387,7 +379,7 @@ class Evaluator:
         for name, info in self.infos.items():
             trained_at = info.provenance.get("training", {}).get("kl_temperature", 1.0)
             columns = {"training_temperature": self.settings.kl_temperature or float(trained_at)}
-            logs[name] = self._open_log("quality", name, columns, self._weights(name), path, scope)
+            logs[name] = self._open_log("quality", name, columns, self.weights[name], path, scope)
         for i in _missing(f"{path.name} (text)", logs, scope, progress):
             ids, mask = texts[i]
             # Of a text longer than the base model's positions, what fits is measured.

@@ -119,9 +119,8 @@ class EvaluationSettings:
     def checkpoints(self) -> dict[str, CheckpointInfo]:
         """The checkpoints by the name they were given by; a run directory stands for its latest step.
 
-        Raises:
-            UserError: if a pattern matches nothing, a directory is no checkpoint, a checkpoint drafts fewer tokens than
-                asked for, or a file holds no tree that it can draft.
+        Raises UserError if a pattern matches nothing, a directory is no checkpoint, a checkpoint drafts fewer tokens
+        than asked for, or a file holds no tree that it can draft.
         """
         infos, trees = {name: read_checkpoint_info(name) for name in expand(self.speculators)}, self.trees()
         for name, info in infos.items():
