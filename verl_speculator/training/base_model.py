@@ -53,7 +53,11 @@ def load_base(settings: SpeculatorModelConfig, dtype: torch.dtype, *, receives_w
     if not settings.freeze_base_model:
         for parameter in base.parameters():
             parameter.data = parameter.data.to(dtype)
-    copy_types_of_first_rank(base)
+    # `from_pretrained` decides some types while it reads weights, and a rank that reads none would receive tensors of
+    # another dtype than it expects.
+    tensors: dict[str, Tensor] = dict(base.named_parameters()) | dict(base.named_buffers())
+    for name, dtype in from_rank_0({name: tensor.dtype for name, tensor in tensors.items()}).items():
+        tensors[name].data = tensors[name].data.to(dtype)
     if settings.enable_gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return base
@@ -64,14 +68,6 @@ def from_rank_0(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def copy_types_of_first_rank(base: nn.Module) -> None:
-    """Convert parameters and buffers to the dtypes of rank 0. `from_pretrained` decides some of them while it reads
-    weights, and a rank that reads none would receive tensors of another dtype than it expects."""
-    tensors: dict[str, Tensor] = dict(base.named_parameters()) | dict(base.named_buffers())
-    for name, dtype in from_rank_0({name: tensor.dtype for name, tensor in tensors.items()}).items():
-        tensors[name].data = tensors[name].data.to(dtype)
 
 
 def keep_types(base: nn.Module) -> None:

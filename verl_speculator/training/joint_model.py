@@ -145,26 +145,24 @@ class ModelWithSpeculator(nn.Module):
         if draft is None:
             with self._base_autocast(base_inputs):
                 return self.base(**base_inputs)
-        hidden, teacher_hidden, base_output = draft.get("cached_states"), None, None
+        hidden, teacher_hidden, base_output = draft.pop("cached_states", None), None, None
         if hidden is None:
             hidden, teacher_hidden, base_output = self._run_base(base_inputs)
         to_cache = {}
         if "cache_positions" in draft:  # rounded as in the cache, so that every epoch trains on the same states
             hidden, teacher_hidden = hidden.flatten(0, 1).to(torch.bfloat16), None
-            to_cache["states_to_cache"] = hidden[draft["cache_positions"]]
-        inputs = {name: draft[name] for name in ("tokens", "targets", "valid", "rows", "counts")}
+            to_cache["states_to_cache"] = hidden[draft.pop("cache_positions")]
         self._check_head(base_inputs)
         if self.head is None:
-            return self.draft(hidden, **inputs) | to_cache, base_output
+            return self.draft(hidden, **draft) | to_cache, base_output
         if teacher_hidden is None:
             teacher_hidden = hidden.detach()
             if self.hidden_state_source == PRE_NORM:
                 with torch.no_grad():
                     teacher_hidden = final_norm(self.base)(teacher_hidden)
-        inputs["teacher_hidden"] = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
         with self.head.gathered() as head:
-            output = self.draft(hidden, **inputs, teacher_rows=draft["teacher_rows"], base_head=head)
-        return output | to_cache, base_output
+            teacher = {"teacher_hidden": teacher_hidden.flatten(0, -2), "base_head": head}
+            return self.draft(hidden, **draft, **teacher) | to_cache, base_output
 
     def _base_autocast(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
         """No autocast for a frozen base model: its own code chooses the dtype of each product, fp32 for some."""
@@ -188,7 +186,7 @@ class ModelWithSpeculator(nn.Module):
             hidden, head_states = draft_hook.take(), head_hook.take()
         if output is not None and self.detach_hidden:
             is_call = isinstance(hidden, BlockCall)
-            hidden = BlockCall(hidden.state.detach(), hidden.arguments) if is_call else hidden.detach()
+            hidden = hidden._replace(state=hidden.state.detach()) if is_call else hidden.detach()
         return hidden, head_states.detach() if needs_head_states else None, output
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
