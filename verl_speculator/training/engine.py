@@ -185,6 +185,12 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         finally:
             self.optimizer_config = settings
 
+    def lr_scheduler_step(self) -> float:
+        """As verl's; the rate of the step that was made, where verl gives that of the next one."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        super().lr_scheduler_step()
+        return lr
+
     # Packing
 
     def initialize(self) -> None:

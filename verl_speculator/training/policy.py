@@ -73,6 +73,7 @@ class PolicyEngine(SpeculatorEngine):
         return module
 
     _build_lr_scheduler = FSDPEngineWithLMHead._build_lr_scheduler
+    lr_scheduler_step = FSDPEngineWithLMHead.lr_scheduler_step
 
     def initialize(self) -> None:
         """As verl's; the policy is saved under its own names."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -42,11 +41,6 @@ class SpeculatorWorker(TrainingWorker):
         """As `RunCheckpoints.save_checkpoint`."""
         self.checkpoints.save_checkpoint(step, provenance)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def learning_rate(self) -> float:
-        """The learning rate of the next step."""
-        return self.engine.optimizer.param_groups[0]["lr"]
-
 
 class RayWorkers:
     """All workers, with what the trainer calls of a training client, an engine and `RunCheckpoints` in its own process.
@@ -83,11 +77,6 @@ class RayWorkers:
 
     def step_profile(self) -> None:
         """Nothing: the workers count their own steps."""
-
-    @property
-    def optimizer(self) -> SimpleNamespace:
-        """The part of an optimizer that the trainer reads."""
-        return SimpleNamespace(param_groups=[{"lr": self.group.learning_rate()[0]}])
 
     def get_data_parallel_size(self) -> int:
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -203,8 +204,14 @@ class SpeculatorTrainer(SFTTrainer):
 
     # Metrics
 
-    def _metrics(self, sums: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
-        """Scalars from the sums of one or several batches."""
+    def _metrics(self, outputs: Iterable[TensorDict], prefix: str) -> dict[str, float]:
+        """Scalars from the sums of one or several batches. verl collects one copy per rank, and all are equal."""
+        batches = [tu.get(output, "metrics") for output in outputs]
+        sums = {
+            name: sum(torch.tensor(metrics[name][0], dtype=torch.float64) for metrics in batches)
+            for name in (DRAFT_SUMS, BASE_SUMS)
+            if name in batches[0]
+        }
         values = DraftSums(*sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
         loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
         if BASE_SUMS in sums:
@@ -231,13 +238,12 @@ class SpeculatorTrainer(SFTTrainer):
         data = tu.get_tensordict(tensor_dict=batch, non_tensor_dict=self._batch_settings)
         seqlens = self._get_batch_seqlens(data=data)
         tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(seqlens))
-        lr = self.engine.optimizer.param_groups[0]["lr"]
         output = self.training_client.train_batch(data=data)
         self.training_client.step_profile()
         engine_metrics = tu.get(output, "metrics")
-        return self._metrics(_batch_sums(output), "train") | {
+        return self._metrics([output], "train") | {
             "train/grad_norm": engine_metrics["grad_norm"],
-            "train/lr": lr,
+            "train/lr": engine_metrics["lr"],
             "train/global_tokens": sum(seqlens),
             "perf/tokens_per_second": sum(seqlens) / (time.perf_counter() - start),
             "perf/max_memory_allocated_gb": engine_metrics["perf/max_memory_allocated_gb"],
@@ -246,8 +252,7 @@ class SpeculatorTrainer(SFTTrainer):
     def validate(self) -> dict[str, float]:
         """Metrics over the validation files, every row counted once."""
         batches = (tu.get_tensordict(batch, self._batch_settings) for batch in self.val_dataloader)
-        sums = [_batch_sums(self.training_client.infer_batch(data)) for data in batches]
-        return self._metrics({name: sum(each[name] for each in sums) for name in sums[0]}, "val")
+        return self._metrics(map(self.training_client.infer_batch, batches), "val")
 
     def fit(self) -> None:
         """Train from the resumed step to the last one, with the checkpoints and validations that are due."""
@@ -294,13 +299,6 @@ class SpeculatorTrainer(SFTTrainer):
                 f"data.train_batch_size={self.global_batch_size}: the training files have only "
                 f"{len(self.train_dataset)} rows"
             )
-
-
-def _batch_sums(output: TensorDict) -> dict[str, torch.Tensor]:
-    """The sums of a batch. verl collects one copy per rank, and all are equal."""
-    metrics = tu.get(output, "metrics")
-    names = [name for name in (DRAFT_SUMS, BASE_SUMS) if name in metrics]
-    return {name: torch.tensor(metrics[name][0], dtype=torch.float64) for name in names}
 
 
 def _is_due(step: int, last: int, frequency: int | None) -> bool:
