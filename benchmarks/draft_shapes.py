@@ -24,7 +24,7 @@ from verl_speculator import load_speculator
 from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.base_model.loading import choose_device, choose_dtype, load_base, load_tokenizer
 from verl_speculator.decoding import DraftTree
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.decoding.tree import most_frequent
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 import typer
 
 from verl_speculator.base_model.loading import BaseModelFormat
-from verl_speculator.decoding.draft_length import DraftLength, DraftLengthOption, check_length
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import DraftLength, DraftLengthOption, SamplingPolicy, check_length
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.options import (

@@ -19,7 +19,7 @@ from verl_speculator.base_model.loading import BaseModelLoader
 from verl_speculator.checkpoint.provenance import file_digest, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.data.conversations import Conversation, PromptFile
 from verl_speculator.data.generation_backends import Backend, HuggingFaceBackend, VllmBackend
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable, fsync
 from verl_speculator.utils.errors import UserError, nearest
 from verl_speculator.utils.options import (

@@ -9,12 +9,11 @@ if TYPE_CHECKING:
     from verl_speculator.decoding.draft_and_verify import Round
     from verl_speculator.decoding.generate import (
         Generation,
-        GenerationOptions,
         GenerationStream,
         speculative_generate,
         speculative_stream,
     )
-    from verl_speculator.decoding.sampling_policy import SamplingPolicy
+    from verl_speculator.decoding.options import GenerationOptions, SamplingPolicy
     from verl_speculator.decoding.tree import DraftTree, read_tree
     from verl_speculator.decoding.verification import verify, verify_greedy
 
@@ -34,8 +33,9 @@ __all__ = [
 
 _MODULES = {
     "DraftTree": "tree",
+    "GenerationOptions": "options",
     "Round": "draft_and_verify",
-    "SamplingPolicy": "sampling_policy",
+    "SamplingPolicy": "options",
     "read_tree": "tree",
     "verify": "verification",
     "verify_greedy": "verification",
@@ -43,7 +43,7 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-    # Imported on first use: checks of settings need `sampling_policy` and `tree` without torch and transformers.
+    # Imported on first use: checks of settings need `options` and `tree` without torch and transformers.
     if name in __all__:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'generate')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from verl_speculator.decoding.drafters import Proposal, SpeculatorDrafter, TreeDrafter
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import GenerationOptions
 from verl_speculator.decoding.target import Target, TreeAttention
-from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.decoding.verification import draw, verify, verify_tree
 from verl_speculator.models import Speculator
 
@@ -72,24 +71,19 @@ class DraftAndVerify:
     Args:
         target: entered by the caller.
         drafter: None for the target alone, whose rounds have no drafts.
-        policy: the sampling policy.
-        generator: of all random draws.
-        time_parts: measure drafting and the target's passes on an accelerator.
+        options: sampling policy, seed, and whether to measure drafting and the target's passes on an accelerator.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: SpeculatorDrafter | None,
-        policy: SamplingPolicy,
-        generator: torch.Generator,
-        *,
-        time_parts: bool,
-    ) -> None:
-        self.target, self.drafter, self.policy, self.generator = target, drafter, policy, generator
+    def __init__(self, target: Target, drafter: SpeculatorDrafter | None, options: GenerationOptions) -> None:
+        self.target, self.drafter, self.policy = target, drafter, options
+        self.generator = torch.Generator()
+        if options.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(options.seed)
         self.device = target.base.device
         self.seconds = Seconds()
-        self.clock = synchronized_time if time_parts and self.device.type != "cpu" else time.perf_counter
+        self.clock = synchronized_time if options.time_parts and self.device.type != "cpu" else time.perf_counter
 
     def uniforms(self, count: int) -> Tensor | None:
         """[count] in [0, 1); None for a greedy policy, which draws nothing."""
@@ -178,20 +172,16 @@ class TreeDraftAndVerify(DraftAndVerify):
     Args:
         target: entered by the caller.
         speculator: of any family that reads one hidden state.
-        tree: to be drafted; cut near the target's position limit.
-        generator: of all random draws.
-        time_parts: as in `DraftAndVerify`.
+        options: with the tree, which is cut near the target's position limit.
 
     Raises:
         UserError: for a base model that cannot read a tree.
     """
 
-    def __init__(
-        self, target: Target, speculator: Speculator, tree: DraftTree, generator: torch.Generator, *, time_parts: bool
-    ) -> None:
-        super().__init__(target, None, SamplingPolicy(), generator, time_parts=time_parts)
-        self.speculator, self.tree = speculator, tree
-        self._prepare(tree.depth)
+    def __init__(self, target: Target, speculator: Speculator, options: GenerationOptions) -> None:
+        super().__init__(target, None, options)
+        self.speculator, self.tree = speculator, options.draft_tree
+        self._prepare(self.tree.depth)
 
     def _prepare(self, count: int) -> None:
         """Use the first `count` levels of the tree."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.decoding.verification import draw
 from verl_speculator.models.speculator import DraftState, Speculator, most_likely

@@ -12,78 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from verl_speculator.decoding.draft_and_verify import DraftAndVerify, Round, Seconds, TreeDraftAndVerify
-from verl_speculator.decoding.draft_length import DraftLength, FixedLength, check_length, draft_length_policy
 from verl_speculator.decoding.drafters import SpeculatorDrafter
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import GenerationOptions, SamplingPolicy, draft_length_policy
 from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target, position_limit
-from verl_speculator.decoding.tree import DraftTree, check_beside
 from verl_speculator.models import Speculator
 from verl_speculator.utils.errors import UserError
 
 # Tokens decoded before a stop string's own length: byte-level tokens may form a character only together.
 MARGIN = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How a text is generated.
-
-    Attributes:
-        max_new_tokens: the most tokens to add. The base model's position limit ends the text too.
-        temperature: 0 for greedy.
-        top_p: share of the probability that is kept, in (0, 1].
-        top_k: number of tokens kept, 0 for all.
-        seed: of the draws; None for a random one.
-        draft_length: γ, drafts per round, up to the speculator's `n_predict`, the default; "auto" adapts it to the
-            acceptance in the rounds before.
-        draft_tree: draft a tree (`decoding.tree.read_tree`) instead of a chain. Temperature 0 only.
-        sampled_drafts: above temperature 0, draw the drafts from the speculator's distribution; False takes its most
-            likely tokens. Both are lossless.
-        eos_token_id: tokens that end the text; None for those of the base model's generation configuration.
-        stop: strings that end the text. The token that completes one is the last.
-        tokenizer: needed for `stop`.
-        time_parts: on an accelerator, measure drafting and the target's passes separately, which waits for both.
-
-    Raises:
-        UserError: for a value out of range.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    draft_length: DraftLength = None
-    draft_tree: DraftTree | None = None
-    sampled_drafts: bool = True
-    eos_token_id: int | Sequence[int] | None = None
-    stop: str | Sequence[str] = ()
-    tokenizer: Any = None
-    time_parts: bool = False
-
-    def __post_init__(self) -> None:
-        policy = self.policy
-        if self.draft_tree is not None:
-            check_beside(self.draft_length, policy.temperature)
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens}: expected a number ≥ 1")
-
-    @property
-    def policy(self) -> SamplingPolicy:
-        """Temperature, top-k and top-p."""
-        return SamplingPolicy(self.temperature, self.top_p, self.top_k)
-
-    def check_speculator(self, speculator: Speculator | None) -> None:
-        """Raise a UserError if the speculator, or the lack of one, does not fit the draft settings."""
-        if speculator is None:
-            if self.draft_length or self.draft_tree is not None:
-                setting = f"draft_length={self.draft_length}" if self.draft_length else "draft_tree"
-                raise UserError(f"{setting}: there is no speculator to draft with")
-            return
-        check_length(self.draft_length, speculator.n_predict)
-        if self.draft_tree is not None:
-            self.draft_tree.check(speculator.config, speculator.vocab_size)
 
 
 @dataclass
@@ -211,12 +148,8 @@ class GenerationStream(Iterator[Round]):
             count if limit is None else min(count, limit - len(prompt)),
         )
         decoder = make_decoder(base, speculator, options)
-        if options.draft_tree is not None:
-            lengths = FixedLength(options.draft_tree.depth)
-        elif speculator is not None:
-            lengths = draft_length_policy(options.draft_length, speculator.n_predict)
-        else:
-            lengths = FixedLength(0)
+        n_predict = 0 if speculator is None else speculator.n_predict
+        lengths = draft_length_policy(options.draft_length, n_predict, options.draft_tree)
         self.generation = Generation(lengths.most, seconds=decoder.seconds)
         self._rounds = self._run(decoder, prompt, rule, lengths, limit)
 
@@ -253,23 +186,16 @@ class GenerationStream(Iterator[Round]):
 
 def make_decoder(base: nn.Module, speculator: Speculator | None, options: GenerationOptions) -> DraftAndVerify:
     """Target and drafter: the one place that knows that a draft may be a part of the target."""
-    generator = torch.Generator()
-    if options.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(options.seed)
-    policy, parts, drafter = options.policy, options.time_parts, None
     if speculator is None:
-        target = Target(base)
-    elif speculator.shared_layers is None:
-        target = Target(base, speculator.hidden_state_source)
-        if options.draft_tree is not None:
-            return TreeDraftAndVerify(target, speculator, options.draft_tree, generator, time_parts=parts)
-        drafter = SpeculatorDrafter(speculator, policy, sampled=options.sampled_drafts)
-    else:
-        target = SelfSpeculativeTarget(base, speculator)
-        drafter = SpeculatorDrafter(speculator, policy, sampled=options.sampled_drafts, read=target.read_ahead)
-    return DraftAndVerify(target, drafter, policy, generator, time_parts=parts)
+        return DraftAndVerify(Target(base), None, options)
+    if speculator.shared_layers is not None:
+        shared = SelfSpeculativeTarget(base, speculator)
+        drafter = SpeculatorDrafter(speculator, options, sampled=options.sampled_drafts, read=shared.read_ahead)
+        return DraftAndVerify(shared, drafter, options)
+    target = Target(base, speculator.hidden_state_source)
+    if options.draft_tree is not None:
+        return TreeDraftAndVerify(target, speculator, options)
+    return DraftAndVerify(target, SpeculatorDrafter(speculator, options, sampled=options.sampled_drafts), options)
 
 
 def speculative_stream(

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from verl_speculator.base_model.loading import base_shape, choose_device, choose_dtype, load_base
 from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info
-from verl_speculator.decoding import speculative_generate
-from verl_speculator.decoding.generate import GenerationOptions, make_decoder
+from verl_speculator.decoding import GenerationOptions, speculative_generate
+from verl_speculator.decoding.generate import make_decoder
 from verl_speculator.diagnose import TracedModelOptions
 from verl_speculator.diagnose.comparison import Comparison, compare
 from verl_speculator.diagnose.module_matching import largest_distance, matching_tensors

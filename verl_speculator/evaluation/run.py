@@ -22,8 +22,8 @@ from verl_speculator.base_model.loading import BaseModelLoader, base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.decoding import DraftTree, SamplingPolicy, speculative_generate
-from verl_speculator.decoding.draft_length import AUTO, DraftLength, draft_length_policy
 from verl_speculator.decoding.generate import generation_settings
+from verl_speculator.decoding.options import AUTO, DraftLength, draft_length_policy
 from verl_speculator.decoding.target import position_limit, windows
 from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
@@ -73,9 +73,8 @@ class SpeculativeMethod:
     @property
     def max_draft_length(self) -> int:
         """γ, the most tokens that a round accepts; 0 for the base model alone."""
-        if self.draft_tree is not None:
-            return self.draft_tree.depth
-        return draft_length_policy(self.draft_length, self.speculator.n_predict).most if self.speculator else 0
+        n_predict = self.speculator.n_predict if self.speculator else 0
+        return draft_length_policy(self.draft_length, n_predict, self.draft_tree).most
 
     def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> MethodRun:
         """Continue a prompt."""

@@ -11,8 +11,7 @@ from typing import Annotated
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.format import CheckpointInfo, read_checkpoint_info
-from verl_speculator.decoding.draft_length import DraftLength, read_length
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import DraftLength, SamplingPolicy, read_length
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.errors import UserError, nearest

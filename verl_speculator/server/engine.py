@@ -22,7 +22,7 @@ from verl_speculator.decoding import (
     Round,
     speculative_generate,
 )
-from verl_speculator.decoding.draft_length import DraftLength
+from verl_speculator.decoding.options import DraftLength
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.models import Speculator
 from verl_speculator.server.protocol import ApiError, TextRound

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from verl_speculator.decoding import Generation
-from verl_speculator.decoding.sampling_policy import LEAST_TEMPERATURE
+from verl_speculator.decoding.options import LEAST_TEMPERATURE
 
 # Fields of OpenAI's or vLLM's API that are not supported, with the values that request nothing. Other unknown fields
 # (user, metadata, store, …) do not change the text and are ignored.

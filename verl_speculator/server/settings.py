@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from verl_speculator.decoding.draft_length import DraftLengthOption
+from verl_speculator.decoding.options import DraftLengthOption
 from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.options import BaseModel, MaxNewTokens, Option, check_minimums
 

@@ -17,7 +17,7 @@ from verl_speculator.base_model.loading import check_base_name, choose_device, c
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, resolve_checkpoint
 from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
 from verl_speculator.config.hydra import RunConfig, load_run_config, walk_settings
-from verl_speculator.decoding.draft_length import check_length
+from verl_speculator.decoding.options import check_length
 from verl_speculator.evaluation.prompts import read_prompts, read_texts
 from verl_speculator.preflight.launch import check_run
 from verl_speculator.sweep.report import Row, number, write_results

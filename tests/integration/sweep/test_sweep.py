@@ -561,7 +561,7 @@ def test_check_sweep_bad_point_is_refused_before_training(base, chat, tmp_path, 
 
 @pytest.mark.parametrize("length", ["auto", None, 2])
 def test_check_sweep_draft_length_reaches_the_evaluation(base, chat, tmp_path, length):
-    from verl_speculator.decoding.draft_length import read_length
+    from verl_speculator.decoding.options import read_length
 
     (trial,) = check_sweep(
         make_settings(base, chat, tmp_path / "out", [{DEPTH: "2"}], evaluation={"draft_length": length})

@@ -22,7 +22,7 @@ from verl_speculator.base_model.hidden_states import final_norm
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.data.alignment import align, misaligned
 from verl_speculator.decoding.drafters import SpeculatorDrafter
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.decoding.target import Target
 from verl_speculator.diagnose import read_trace, trace
 from verl_speculator.diagnose.checkpoint_checks import AlignedTexts, greedy_answers

@@ -23,7 +23,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.data.alignment import align
-from verl_speculator.decoding.sampling_policy import SamplingPolicy
+from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.evaluation.metrics import Document, acceptance, bootstrap, quality, speed, weighted_median
 from verl_speculator.evaluation.report import ResultsLog
 from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod, evaluate
