@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -16,16 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from verl_speculator.decoding import GenerationOptions
 from verl_speculator.server.engine import Engine, Ticket
-from verl_speculator.server.protocol import (
-    DONE,
-    Answer,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    TextRound,
-    event,
-    parse,
-)
+from verl_speculator.server.protocol import DONE, Answer, ApiError, ChatRequest, CompletionRequest, event, parse
 from verl_speculator.server.settings import ServeSettings
 
 # A body over the limit is read and dropped up to this many times the limit: a client that is still sending does not
@@ -49,7 +41,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     model = {
         "id": settings.model,
         "object": "model",
-        "created": Answer(True, settings.model, 0).created,
+        "created": int(time.time()),
         "owned_by": "verl_speculator",
         "speculator": None if engine.speculator is None else engine.speculator.method,
     }
@@ -169,14 +161,10 @@ async def _answer(
     """Generate, as one object or as a stream."""
     options = GenerationOptions(
         max_new_tokens=_max_new_tokens(fields, prompt, engine, settings),
-        temperature=1.0 if fields.temperature is None else fields.temperature,
-        top_p=1.0 if fields.top_p is None else fields.top_p,
-        top_k=fields.top_k or 0,
-        seed=fields.seed,
-        stop=fields.stop,
+        **fields.model_dump(include={"temperature", "top_p", "top_k", "seed", "stop"}),
     )
     answer = Answer(isinstance(fields, ChatRequest), settings.model, len(prompt), fields.include_usage)
-    ticket = engine.submit(prompt, options, speculative=fields.speculative is not False)
+    ticket = engine.submit(prompt, options, speculative=fields.speculative)
     if fields.stream:
         return EventStream(answer, ticket)
     watch = asyncio.create_task(_cancel_on_disconnect(request, ticket))
@@ -211,15 +199,13 @@ class EventStream(StreamingResponse):
 async def _events(answer: Answer, ticket: Ticket) -> AsyncIterator[str]:
     for chunk in answer.opening():
         yield event(chunk)
-    rounds: list[TextRound] = []
     try:
         async for part in ticket:
-            rounds.append(part)
             yield event(answer.chunk(part))
     except ApiError as error:
         # The status has been sent already; the official client raises the error of an event.
         yield event(error.body)
         return
-    for chunk in answer.closing(rounds, ticket.generation):
+    for chunk in answer.closing(part.finish, ticket.generation):
         yield event(chunk)
     yield DONE

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +106,7 @@ def text_round(text: TextStream, part: Round) -> TextRound:
             spans[-1][0] += piece
         elif piece:
             spans.append([piece, accepted])
-    return TextRound(tuple((t, a) for t, a in spans), len(part.tokens), part.drafted, part.accepted, finish)
+    return TextRound([(piece, accepted) for piece, accepted in spans], replace(part, finish=finish))
 
 
 class Ticket:
@@ -114,6 +114,7 @@ class Ticket:
 
     Attributes:
         generation: the result so far; None while it waits.
+        cancelled: whether the generation should stop before its next round.
     """
 
     def __init__(self) -> None:
@@ -121,16 +122,11 @@ class Ticket:
         self.future: Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._rounds: asyncio.Queue[TextRound | ApiError] = asyncio.Queue()
-        self._cancelled = threading.Event()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the generation should stop before its next round."""
-        return self._cancelled.is_set()
+        self.cancelled = False
 
     def cancel(self) -> None:
         """Leave the queue, or stop after the current round."""
-        self._cancelled.set()
+        self.cancelled = True
         if self.future is not None and self.future.cancel():
             self._rounds.put_nowait(_stopped())
 
@@ -239,33 +235,24 @@ class Engine:
         self._open.append(ticket)
         return ticket
 
-    def _run(self, ticket: Ticket, *generation: Any) -> None:
+    def _run(
+        self, ticket: Ticket, speculator: Speculator | None, prompt: Sequence[int], options: GenerationOptions
+    ) -> None:
         """In the thread: generate, and report an error to the ticket."""
+        text = TextStream(self.tokenizer, options.stop)
         try:
-            self._generate(ticket, *generation)
+            with closing(GenerationStream(self.base, speculator, prompt, options)) as stream:
+                ticket.generation = stream.generation
+                for part in stream:
+                    result = _stopped() if ticket.cancelled else text_round(text, part)
+                    ticket.put(result)
+                    if isinstance(result, ApiError) or result.finish:
+                        return
         except UserError as error:
             ticket.put(ApiError(400, str(error)))
         except Exception:
             logger.exception("a generation failed")
             ticket.put(ApiError(500, "the generation failed; the server's log says why", kind="server_error"))
-
-    def _generate(
-        self, ticket: Ticket, speculator: Speculator | None, prompt: Sequence[int], options: GenerationOptions
-    ) -> None:
-        text = TextStream(self.tokenizer, options.stop)
-        stream = GenerationStream(self.base, speculator, prompt, options)
-        ticket.generation = stream.generation
-        try:
-            for part in stream:
-                if ticket.cancelled:
-                    ticket.put(_stopped())
-                    return
-                result = text_round(text, part)
-                ticket.put(result)
-                if result.finish:
-                    return
-        finally:
-            stream.close()
 
 
 def _stopped() -> ApiError:

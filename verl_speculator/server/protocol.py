@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from verl_speculator.decoding import Generation
+from verl_speculator.decoding import Generation, Round
 from verl_speculator.decoding.options import LEAST_TEMPERATURE
 
 # Fields of OpenAI's or vLLM's API that are not supported, with the values that request nothing. Other unknown fields
@@ -103,7 +103,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """Fields of both endpoints; `None` is the API's default. `top_k` and `speculative` are our own: false generates
+    """Fields of both endpoints; null is the API's default. `top_k` and `speculative` are our own: false generates
     without the speculator."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -111,27 +111,30 @@ class Request(BaseModel):
     default_limit: ClassVar[int | None] = None
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0, lt=2**31)] = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: tuple[str, ...] = ()
-    stream: bool | None = None
+    stream: bool = False
     stream_options: StreamOptions | None = None
-    speculative: bool | None = None
+    speculative: bool = True
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        for name in NEUTRAL.keys() & data.keys() if isinstance(data, dict) else ():
+        if not isinstance(data, dict):
+            return data
+        for name in NEUTRAL.keys() & data.keys():
             if not any(type(data[name]) is type(value) and data[name] == value for value in NEUTRAL[name]):
                 message = f"{name}={_shown(data[name])}: not supported by this server; leave it out"
                 raise ApiError(400, message, name, "unsupported_parameter")
-        return data
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name in needed}
 
     @field_validator("temperature")
     @classmethod
-    def _check_temperature(cls, value: float | None) -> float | None:
+    def _check_temperature(cls, value: float) -> float:
         if value and value < LEAST_TEMPERATURE:
             raise ValueError(f"expected 0, or {LEAST_TEMPERATURE} to 2")
         return value
@@ -139,7 +142,7 @@ class Request(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_strings(cls, value: Any) -> Any:
-        stops = [] if value is None else [value] if isinstance(value, str) else value
+        stops = [value] if isinstance(value, str) else value
         if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"expected a text that is not empty, or up to {MAX_STOPS} of them")
         return tuple(stops)
@@ -228,22 +231,21 @@ class TextRound:
     Attributes:
         spans: pieces of text in order, each with whether it consists of accepted drafts. Text that was held back
             belongs to the token that completed it.
-        tokens: number of tokens.
-        drafted: number of drafts.
-        accepted: number of accepted drafts.
-        finish: "stop", "length" or None.
+        source: the round. Its `finish` is "stop" too where the text, which lacks special tokens, holds a stop string.
     """
 
-    spans: tuple[tuple[str, bool], ...]
-    tokens: int
-    drafted: int
-    accepted: int
-    finish: str | None
+    spans: Sequence[tuple[str, bool]]
+    source: Round
 
     @property
     def text(self) -> str:
         """All pieces."""
         return "".join(text for text, _ in self.spans)
+
+    @property
+    def finish(self) -> str | None:
+        """Why the text ends with this round: "stop", "length" or None."""
+        return self.source.finish
 
 
 DONE = "data: [DONE]\n\n"
@@ -276,8 +278,8 @@ class Answer:
         """The answer of a request without streaming."""
         text = "".join(r.text for r in rounds)
         content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        totals = {"usage": self.usage(generation), "speculation": speculation(rounds, generation)}
-        return self._object("chat.completion", content, rounds[-1].finish) | totals
+        answer = self._object("chat.completion", content, rounds[-1].finish)
+        return answer | self._usage(generation) | {"speculation": speculation(generation)}
 
     def opening(self) -> list[dict[str, Any]]:
         """The first chunk of a chat's stream, with the role."""
@@ -285,21 +287,22 @@ class Answer:
 
     def chunk(self, part: TextRound) -> dict[str, Any]:
         """The chunk of a round: its text, and which of it was drafted."""
-        counts = {"tokens": part.tokens, "drafted": part.drafted, "accepted": part.accepted, "spans": part.spans}
+        source = part.source
+        counts = {"tokens": len(source.tokens), "drafted": source.drafted, "accepted": source.accepted}
         content = {"delta": {"content": part.text}} if self.chat else {"text": part.text}
-        return self._chunk(content) | {"speculation": counts}
+        return self._chunk(content) | {"speculation": counts | {"spans": part.spans}}
 
-    def closing(self, rounds: Sequence[TextRound], generation: Generation) -> list[dict[str, Any]]:
+    def closing(self, finish: str, generation: Generation) -> list[dict[str, Any]]:
         """The last chunks: why the text ends, and the token counts if they were requested."""
         content = {"delta": {}} if self.chat else {"text": ""}
-        last = self._chunk(content, rounds[-1].finish) | {"speculation": speculation(rounds, generation)}
-        usage = self._object("chat.completion.chunk") | {"usage": self.usage(generation)}
+        last = self._chunk(content, finish) | {"speculation": speculation(generation)}
+        usage = self._object("chat.completion.chunk") | self._usage(generation)
         return [last, usage] if self.include_usage else [last]
 
-    def usage(self, generation: Generation) -> dict[str, int]:
+    def _usage(self, generation: Generation) -> dict[str, Any]:
         """Tokens of prompt and answer, the end token included."""
         prompt, count = self.prompt_tokens, len(generation.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
+        return {"usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}}
 
     def _chunk(self, content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         chunk = self._object("chat.completion.chunk", content, finish)
@@ -317,13 +320,13 @@ class Answer:
         }
 
 
-def speculation(rounds: Sequence[TextRound], generation: Generation) -> dict[str, Any]:
+def speculation(generation: Generation) -> dict[str, Any]:
     """Counts and rates of a complete answer. τ is None without drafts, or without a counted round."""
     has_drafts = generation.draft_length > 0 and generation.accepted is not None
     seconds = generation.seconds.prefill + generation.seconds.decode
     return {
-        "drafted": sum(r.drafted for r in rounds),
-        "accepted": sum(r.accepted for r in rounds),
+        "drafted": sum(r.drafted for r in generation.rounds),
+        "accepted": sum(r.accepted for r in generation.rounds),
         "tokens_per_pass": generation.accepted + 1 if has_drafts else None,
         "tokens_per_second": len(generation.tokens) / seconds,
     }
