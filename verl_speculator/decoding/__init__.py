@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from verl_speculator.decoding.draft_and_verify import Round
-    from verl_speculator.decoding.generate import (
-        Generation,
-        GenerationStream,
-        speculative_generate,
-        speculative_stream,
-    )
+    from verl_speculator.decoding.generate import Generation, GenerationStream, speculative_generate, speculative_stream
     from verl_speculator.decoding.options import GenerationOptions, SamplingPolicy
     from verl_speculator.decoding.tree import DraftTree, read_tree
     from verl_speculator.decoding.verification import verify, verify_greedy

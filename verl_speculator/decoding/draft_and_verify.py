@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from verl_speculator.decoding.drafters import Proposal, SpeculatorDrafter, TreeD
 from verl_speculator.decoding.options import GenerationOptions
 from verl_speculator.decoding.target import Target, TreeAttention
 from verl_speculator.decoding.verification import draw, verify, verify_tree
-from verl_speculator.models import Speculator
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,18 @@ class DraftAndVerify:
 
     Args:
         target: entered by the caller.
-        drafter: None for the target alone, whose rounds have no drafts.
+        drafter: None for the target alone, whose rounds have no drafts; of a tree if the options have one.
         options: sampling policy, seed, and whether to measure drafting and the target's passes on an accelerator.
+
+    Raises:
+        UserError: for a draft tree and a base model that cannot read one.
     """
 
-    def __init__(self, target: Target, drafter: SpeculatorDrafter | None, options: GenerationOptions) -> None:
-        self.target, self.drafter, self.policy = target, drafter, options
+    def __init__(
+        self, target: Target, drafter: SpeculatorDrafter | TreeDrafter | None, options: GenerationOptions
+    ) -> None:
+        self.target, self.drafter, self.policy, self.tree = target, drafter, options, options.draft_tree
+        self.attention = None if self.tree is None else TreeAttention(target.base, self.tree.parents)
         self.generator = torch.Generator()
         if options.seed is None:
             self.generator.seed()
@@ -111,10 +115,13 @@ class DraftAndVerify:
         """One round with draft length `count`."""
         length, uniforms = self.target.length, self.uniforms(2 * count + 1)
         with self._timed("draft"):
-            proposal = self.draft(count, None if uniforms is None else uniforms[count + 1 :])
+            proposal = Proposal(self.token[:0])
+            if count:
+                draws = None if uniforms is None else uniforms[count + 1 :]
+                proposal = self.drafter.propose(self.hidden, self.token, draws, count)
         with self._timed("target"):
-            tokens = torch.cat([self.token, proposal.tokens])
-            hidden, logits = self.target.read(tokens, tree=self.tree_arguments(length))
+            tree = None if self.tree is None else self.attention.arguments(length, len(proposal.tokens))
+            hidden, logits = self.target.read(torch.cat([self.token, proposal.tokens]), tree=tree)
         if self.policy.greedy:
             result, rows = self._verify_greedy(count, proposal.tokens, logits)
         else:
@@ -123,20 +130,6 @@ class DraftAndVerify:
         self.target.keep(length, rows)
         self.hidden = hidden[rows[-1] : rows[-1] + 1]
         return result
-
-    def draft(self, count: int, uniforms: Tensor | None) -> Proposal:
-        """Draft `count` tokens after the newest one."""
-        if not count:
-            return Proposal(self.token[:0])
-        return self.drafter.propose(self.hidden, self.token, uniforms, count)
-
-    def tree_arguments(self, length: int) -> dict[str, Any] | None:
-        """Mask and positions of the drafts; None for a chain."""
-        return None
-
-    def parents(self, count: int) -> Sequence[int]:
-        """Parents of the draft nodes 1 … N, which verification walks; 0 is the newest token."""
-        return range(count)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -148,7 +141,8 @@ class DraftAndVerify:
         """The round, and the rows of what was read that stay in the cache."""
         best, size = logits.argmax(-1), len(drafts)
         tokens = torch.cat([drafts, best]).tolist()  # one transfer from the device
-        path, last = verify_tree(self.parents(count), tokens[size:], tokens[:size])
+        parents = range(size) if self.tree is None else self.tree.parents[:size]
+        path, last = verify_tree(parents, tokens[size:], tokens[:size])
         rows = [0, *path]
         self.token = best[rows[-1] : rows[-1] + 1]
         overlap = (1.0,) * len(path) + (0.0,) * (len(path) < count)
@@ -164,38 +158,3 @@ class DraftAndVerify:
         self.token = verdict.token.view(1)
         overlap = tuple(values[2 + count :][: accepted + 1])
         return Round((*tokens[:accepted], last), count, accepted, overlap, count), range(accepted + 1)
-
-
-class TreeDraftAndVerify(DraftAndVerify):
-    """Rounds that draft a tree, which the target reads in one forward pass. Greedy only.
-
-    Args:
-        target: entered by the caller.
-        speculator: of any family that reads one hidden state.
-        options: with the tree, which is cut near the target's position limit.
-
-    Raises:
-        UserError: for a base model that cannot read a tree.
-    """
-
-    def __init__(self, target: Target, speculator: Speculator, options: GenerationOptions) -> None:
-        super().__init__(target, None, options)
-        self.speculator, self.tree = speculator, options.draft_tree
-        self._prepare(self.tree.depth)
-
-    def _prepare(self, count: int) -> None:
-        """Use the first `count` levels of the tree."""
-        self.count = count
-        self.tree_drafter = TreeDrafter(self.speculator, self.tree.cut(count)) if count else None
-        self.attention = TreeAttention(self.target.base, self.parents(count))
-
-    def parents(self, count: int) -> Sequence[int]:
-        return self.tree_drafter.tree.parents if count else ()
-
-    def draft(self, count: int, uniforms: Tensor | None) -> Proposal:
-        if count != self.count:
-            self._prepare(count)
-        return Proposal(self.tree_drafter.propose(self.hidden, self.token) if count else self.token[:0])
-
-    def tree_arguments(self, length: int) -> dict[str, Any] | None:
-        return self.attention.arguments(length)

@@ -119,18 +119,20 @@ class TreeDrafter:
     """
 
     def __init__(self, speculator: Speculator, tree: DraftTree) -> None:
-        self.speculator, self.tree = speculator, tree
+        self.speculator = speculator
         weight = speculator.head(0)
         self.dtype = weight.dtype
         self.levels = tree_levels(tree, reads_tokens=speculator.reads_tokens, device=weight.device)
 
-    def propose(self, hidden: Tensor, token: Tensor) -> Tensor:
-        """[N] the tokens of the tree's nodes, from the hidden state [1, D] before the newest token [1], the root."""
+    def propose(
+        self, hidden: Tensor, token: Tensor, uniforms: Tensor | None = None, count: int | None = None
+    ) -> Proposal:
+        """Draft the nodes of the first `count` levels of the tree, all by default; as `SpeculatorDrafter.propose`."""
         state, tokens, drafts = self.speculator.start(hidden.to(self.dtype)), token, []
-        for depth, level in enumerate(self.levels):
+        for depth, level in enumerate(self.levels[:count]):
             state = DraftState(*(x[level.states] if isinstance(x, Tensor) else x for x in state))
             state = self.speculator.step(state, tokens[level.tokens])
             logits = self.speculator.logits(depth, state.output)
             tokens = logits.topk(level.top).indices[level.rows, level.ranks]
             drafts.append(tokens)
-        return torch.cat(drafts)
+        return Proposal(torch.cat(drafts))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.decoding.draft_and_verify import DraftAndVerify, Round, Seconds, TreeDraftAndVerify
-from verl_speculator.decoding.drafters import SpeculatorDrafter
+from verl_speculator.decoding.draft_and_verify import DraftAndVerify, Round, Seconds
+from verl_speculator.decoding.drafters import SpeculatorDrafter, TreeDrafter
 from verl_speculator.decoding.options import GenerationOptions, SamplingPolicy, draft_length_policy
 from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target, position_limit
@@ -194,7 +194,7 @@ def make_decoder(base: nn.Module, speculator: Speculator | None, options: Genera
         return DraftAndVerify(shared, drafter, options)
     target = Target(base, speculator.hidden_state_source)
     if options.draft_tree is not None:
-        return TreeDraftAndVerify(target, speculator, options)
+        return DraftAndVerify(target, TreeDrafter(speculator, options.draft_tree), options)
     return DraftAndVerify(target, SpeculatorDrafter(speculator, options, sampled=options.sampled_drafts), options)
 
 

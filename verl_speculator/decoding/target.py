@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -106,8 +105,8 @@ class Target:
         self._hook.__enter__()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hook.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._hook.__exit__(*error)
 
     @property
     def length(self) -> int:
@@ -209,13 +208,14 @@ class TreeAttention:
         self.ancestors = ancestors.to(base.device)
         self.depths = self.ancestors.sum(-1) - 1
 
-    def arguments(self, length: int) -> dict[str, Any]:
+    def arguments(self, length: int, nodes: int | None = None) -> dict[str, Any]:
         """`attention_mask` and `position_ids` for the root and N nodes after `length` = L tokens in the cache.
 
-        The mask is [1, 1, N+1, L+N+1]; one per kind of layer if the base model has several.
+        N is `nodes`, by default all. The mask is [1, 1, N+1, L+N+1]; one per kind of layer if the base has several.
         """
-        positions = length + self.depths
-        visible = torch.cat([self.ancestors.new_ones(len(positions), length), self.ancestors], dim=1)
+        end = None if nodes is None else nodes + 1
+        ancestors, positions = self.ancestors[:end, :end], length + self.depths[:end]
+        visible = torch.cat([ancestors.new_ones(len(positions), length), ancestors], dim=1)
         keys = torch.cat([torch.arange(length, device=positions.device), positions])
         masks = {}
         for kind, window in self.windows.items():

@@ -67,10 +67,6 @@ class DraftTree:
         number = {path: i for i, path in enumerate(self.paths, 1)}
         return tuple(number.get(path[:-1], 0) for path in self.paths)
 
-    def cut(self, depth: int) -> DraftTree:
-        """The nodes that are at most `depth` ≥ 1 levels deep."""
-        return self if depth >= self.depth else DraftTree(tuple(path for path in self.paths if len(path) <= depth))
-
     def check(self, config: SpeculatorConfig, vocab_size: int) -> None:
         """Raise a UserError, with both numbers, if a speculator cannot draft this tree."""
         check_family(config)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 
 import torch
 
@@ -16,8 +16,7 @@ __all__ = ["DraftState", "Slot", "Speculator", "build_speculator", "family_class
 
 def family_class(method: str) -> type[Speculator]:
     """The class that implements `method`, a key of `FAMILIES`."""
-    module, _, name = FAMILIES[method].target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return resolve_name(FAMILIES[method].target)
 
 
 def build_speculator(

@@ -198,7 +198,7 @@ def test_tree_drafter_drafts_each_node_by_its_path(model, method):
     speculator = untrained_speculator(model, 4, method=method)
     hidden, token = torch.randn(1, speculator.hidden_size, dtype=torch.float64), torch.tensor([9])
     with torch.no_grad():
-        drafts = TreeDrafter(speculator, TREE).propose(hidden, token)
+        drafts = TreeDrafter(speculator, TREE).propose(hidden, token).tokens
         for node, path in zip(drafts.tolist(), TREE.paths, strict=True):
             state, newest = speculator.start(hidden), token
             for depth, rank in enumerate(path):
@@ -232,7 +232,7 @@ def test_tree_drafter_steps_one_row_without_reads_tokens(model, text):
     blind = TokenBlind(model)
     assert generate(model, blind, TREE).tokens == text
     hidden = torch.randn(1, blind.hidden_size, dtype=torch.float64)
-    tokens = TreeDrafter(blind, TREE).propose(hidden, torch.tensor([9])).tolist()
+    tokens = TreeDrafter(blind, TREE).propose(hidden, torch.tensor([9])).tokens.tolist()
     for token, path in zip(tokens, TREE.paths, strict=True):
         order = (hidden @ blind.head(len(path) - 1).T).argsort(descending=True)
         assert token == int(order[0, path[-1]])
@@ -258,12 +258,14 @@ def test_verify_tree_walks_from_the_root(tree, seed):
 
 @given(trees)
 @settings(deadline=None)
-def test_draft_tree_is_ordered_and_closed_under_cut(tree):
+def test_draft_tree_is_ordered_and_its_first_levels_are_a_tree(tree):
     assert list(tree.paths) == sorted(tree.paths, key=lambda path: (len(path), path))
     for i, (path, parent) in enumerate(zip(tree.paths, tree.parents, strict=True), 1):
         assert parent < i and (tree.paths[parent - 1] if parent else ()) == path[:-1]
     for depth in range(1, tree.depth + 1):
-        assert tree.cut(depth).depth == depth and set(tree.cut(depth).paths) <= set(tree.paths)
+        nodes = sum(len(path) <= depth for path in tree.paths)
+        first = DraftTree(tree.paths[:nodes])
+        assert first.depth == depth and first.parents == tree.parents[:nodes]
 
 
 @given(paths, st.integers(1, 12))
