@@ -8,7 +8,6 @@ block_input.3     the input of decoder layer 3, with the other arguments of the 
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +126,7 @@ class HiddenStateHook:
             self._hook = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._hook.remove()
 
     def take(self) -> Tensor | BlockCall:

@@ -76,14 +76,12 @@ def quality(pairs: np.ndarray, sums: Mapping[str, np.ndarray]) -> Figures:
     return figures | {"perplexity": np.exp(figures["ce"])}
 
 
-def bootstrap(
-    count: int, figures: Callable[[np.ndarray], Figures], *, seed: int, samples: int = SAMPLES
-) -> dict[str, float]:
-    """Percentile intervals over B = `samples` of the P = `count` prompts, as `NAME_lo` and `NAME_hi` of every figure.
+def bootstrap(count: int, figures: Callable[[np.ndarray], Figures], *, seed: int) -> dict[str, float]:
+    """Percentile intervals over B = SAMPLES samples of P = `count` prompts, as `NAME_lo` and `NAME_hi` of every figure.
 
     `figures` maps [B, P], how often each prompt is in each sample, to [B] of each figure.
     """
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=SAMPLES)
     bounds = {}
     for name, values in figures(weights).items():
         values = values[~np.isnan(values)]
@@ -124,7 +122,7 @@ class Document:
     """A text with the base model's logits and hidden states, on which every speculator is measured.
 
     The base model, in evaluation mode, runs once for each kind of hidden state that the speculators read. `loss_mask`
-    [T] is 1 where the assistant produced the token.
+    [T] is 1 where the assistant produced the token, and `ends` are the tokens that end a turn.
     """
 
     def __init__(self, base: nn.Module, tokens: list[int], loss_mask: list[int]) -> None:
@@ -132,7 +130,7 @@ class Document:
         self.tokens, self.loss_mask = torch.tensor([tokens, loss_mask], device=base.device)
         self._hidden_states: dict[str, Any] = {}
 
-    def unroll(self, speculator: Speculator, end_token_ids: Collection[int]) -> tuple[DraftRows, Tensor]:
+    def unroll(self, speculator: Speculator, ends: Collection[int]) -> tuple[DraftRows, Tensor]:
         """The rows of the text, and the speculator's states [K, R, E] at all depths."""
         source = speculator.hidden_state_source
         if source not in self._hidden_states:
@@ -140,16 +138,14 @@ class Document:
                 self.logits = self.base(input_ids=self.tokens.unsqueeze(0), use_cache=False).logits[0]
                 self._hidden_states[source] = hook.take()
         speculator.attach(self.base)
-        return align_and_unroll(speculator, self._hidden_states[source], self.tokens, self.loss_mask, end_token_ids)
+        return align_and_unroll(speculator, self._hidden_states[source], self.tokens, self.loss_mask, ends)
 
     @torch.inference_mode()
-    def measure(
-        self, speculator: Speculator, end_token_ids: Collection[int], temperature: float
-    ) -> dict[str, list[float]]:
+    def measure(self, speculator: Speculator, ends: Collection[int], temperature: float) -> dict[str, list[float]]:
         """[K] sums over the valid pairs: `pairs`, their number, and for each name of QUALITY_METRICS cross-entropy with
         the text, KL(base ‖ draft) at temperature 1 and at `temperature` (nats, without the factor T² of a distillation
         loss), and whether the text's token is the draft's most likely one, or among its five most likely ones."""
-        rows, states = self.unroll(speculator, end_token_ids)
+        rows, states = self.unroll(speculator, ends)
         sums: dict[str, list[float]] = {}
         for k, state in enumerate(states):
             valid = rows.valid[k]
@@ -170,10 +166,10 @@ class Document:
         return sums
 
     @torch.inference_mode()
-    def ranks(self, speculator: Speculator, end_token_ids: Collection[int]) -> Tensor:
+    def ranks(self, speculator: Speculator, ends: Collection[int]) -> Tensor:
         """[R, K] rank of the text's own token among the draft tokens of each depth, 0 for the most likely one, in rows
         in which all depths are valid. The draft is given the text before the token."""
-        rows, states = self.unroll(speculator, end_token_ids)
+        rows, states = self.unroll(speculator, ends)
         is_complete = rows.valid.all(0)
         drafts = [speculator.logits(k, state) for k, state in enumerate(states[:, is_complete])]
         targets = rows.targets[:, is_complete, None]
@@ -181,12 +177,7 @@ class Document:
 
 
 def align_and_unroll(
-    speculator: Speculator,
-    hidden_states: Any,
-    tokens: Tensor,
-    loss_mask: Tensor,
-    end_token_ids: Collection[int],
-    **shifts: int,
+    speculator: Speculator, hidden_states: Any, tokens: Tensor, loss_mask: Tensor, ends: Collection[int], **shifts: int
 ) -> tuple[DraftRows, Tensor]:
     """The rows of one text, and the speculator's states [K, R, E] at all depths.
 
@@ -195,11 +186,11 @@ def align_and_unroll(
         hidden_states: what `HiddenStateHook` took while the base model read the text.
         tokens: [T]
         loss_mask: [T] 1 where the assistant produced the token.
-        end_token_ids: tokens that end a turn.
+        ends: tokens that end a turn.
         shifts: `token_shift` and `target_shift` of `alignment.misaligned`, for diagnosis.
     """
     borders, offset = torch.tensor([0, len(tokens)]), speculator.config.first_offset
-    rows = align(tokens, loss_mask, borders, speculator.depths, end_token_ids, first_offset=offset)
+    rows = align(tokens, loss_mask, borders, speculator.depths, ends, first_offset=offset)
     if any(shifts.values()):
         rows = misaligned(rows, tokens, first_offset=offset, **shifts)
     hidden = speculator.prepare_hidden_states(hidden_states)[0][rows.positions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -157,12 +158,10 @@ def _short_labels(paths: Iterable[str]) -> dict[str, str]:
     paths = sorted(set(paths))
     stems = {p: Path(p).with_suffix("") if Path(p).suffix.lower() in SUFFIXES else Path(p) for p in paths}
     parts = {p: (stems[p] if len(set(stems.values())) == len(paths) else Path(p)).parts for p in paths}
-    labels = {}
-    for path in paths:
-        others, count = [parts[other] for other in paths if other != path], 1
-        while count < len(parts[path]) and any(other[-count:] == parts[path][-count:] for other in others):
-            count += 1
-        labels[path] = str(Path(*parts[path][-count:]))
+    endings = {path: [part[i:] for i in reversed(range(len(part)))] for path, part in parts.items()}
+    counts = Counter(chain(*endings.values()))
+    unique = {path: next((end for end in endings[path] if counts[end] == 1), parts[path]) for path in paths}
+    labels = {path: str(Path(*end)) for path, end in unique.items()}
     short = {p: f"{label[:14]}…{label[-25:]}" if len(label) > LABEL_WIDTH else label for p, label in labels.items()}
     return short if len(set(short.values())) == len(paths) else labels
 

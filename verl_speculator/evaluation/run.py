@@ -199,13 +199,10 @@ def evaluate(settings: EvaluationSettings) -> None:
     infos = settings.checkpoints()
     prompts = {path: read_prompts(path) for path in settings.prompts}
     loader = BaseModelLoader(settings.base, device=settings.device, dtype=settings.dtype, form=settings.form)
-    for info in infos.values():
+    speculators = {}
+    for name, info in infos.items():
         info.check_base(*base_shape(loader.config))
         info.check_base_weights(settings.base, settings.form, allow_other=settings.allow_other_base)
-    texts = read_texts(settings.texts, loader.tokenizer) if settings.texts else []
-
-    speculators = {}
-    for name in infos:
         speculator = load_speculator(name, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
         if speculator.is_untrained() and not settings.allow_untrained:
             raise UserError(
@@ -213,11 +210,11 @@ def evaluate(settings: EvaluationSettings) -> None:
                 "--allow-untrained evaluates it all the same"
             )
         speculators[name] = speculator
+    texts = read_texts(settings.texts, loader.tokenizer) if settings.texts else []
     evaluator = Evaluator(settings, loader, infos, speculators)
-    rows = evaluator.method_rows()
     with progress_bar() as progress:
         for path, file_prompts in prompts.items():
-            evaluator.measure_behaviour(path, file_prompts, rows, progress)
+            evaluator.measure_behaviour(path, file_prompts, progress)
         if texts:
             evaluator.measure_quality(settings.texts, texts, progress)
     write_results(settings.out, settings.out / LOGS)
@@ -250,8 +247,9 @@ class Evaluator:
             self.base_identity["quantization"] = settings.quantization
         prints = {name: file_fingerprint(info.directory / WEIGHTS_FILE) for name, info in self.infos.items()}
         self.weights = {name: {"weights": fingerprint} for name, fingerprint in prints.items()}
+        self.rows = self._method_rows()
 
-    def method_rows(self) -> list[MethodRow]:
+    def _method_rows(self) -> list[MethodRow]:
         """The rows of the results: baselines first, then each checkpoint with its draft trees. Raises UserError for
         trees with a base model that cannot read them."""
         settings, trees = self.settings, self.settings.trees()
@@ -306,15 +304,13 @@ class Evaluator:
         origin = {"date": datetime.date.today().isoformat(), "commit": git_commit()}
         return ResultsLog.open(self.settings.out / LOGS, row, identity, origin, scope)
 
-    def measure_behaviour(
-        self, path: Path, prompts: Sequence[Prompt], rows: Sequence[MethodRow], progress: Progress
-    ) -> None:
+    def measure_behaviour(self, path: Path, prompts: Sequence[Prompt], progress: Progress) -> None:
         """Run every method on the prompts of one file that its log does not have yet."""
         scope = evenly_spaced(len(prompts), self.settings.num_prompts)
-        logs = {r: self._open_log("behaviour", r.speculator, r.columns, r.identity, path, scope) for r in rows}
+        logs = {r: self._open_log("behaviour", r.speculator, r.columns, r.identity, path, scope) for r in self.rows}
         is_warm = False
         for index in _missing(path.name, logs, scope, progress):
-            due = [row for row in rows if index not in logs[row].records]
+            due = [row for row, log in logs.items() if index not in log.records]
             turns, skipped = self._turns(prompts[index])
             methods = list(dict.fromkeys([self.vanilla, *(row.method for row in due)]))
             if turns and not is_warm:
