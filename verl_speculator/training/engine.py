@@ -109,23 +109,15 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         base = self._build_base()
         if self.engine_config.forward_only:
             return base
-        is_quantized = self.model_config.form.is_quantized
         # The sharding units: the speculator with its loss, and those of the user or else of the base model.
         policy, key = self.engine_config.wrap_policy, "transformer_layer_cls_to_wrap"
-        units = policy.get(key) or base._no_split_modules or []
-        units = [units] if isinstance(units, str) else list(units)
-        policy[key] = [*(units if not is_quantized else []), DraftLoss.__name__]
+        units = [] if self.model_config.form.is_quantized else policy.get(key) or base._no_split_modules or []
+        policy[key] = [*([units] if isinstance(units, str) else units), DraftLoss.__name__]
         training = self.model_config.speculator_training
         speculator = self._build_speculator(base)
         compiled = get_device_name() == "cuda" if training.compile is None else training.compile
-        return ModelWithSpeculator(
-            base,
-            DraftLoss(speculator, training.objective, training.loss_chunk_rows, compiled=compiled),
-            freeze_base=self.model_config.freeze_base_model,
-            shard_base=not is_quantized,
-            detach_hidden=training.detach_hidden,
-            copied_head=speculator.keeps_head_scale and training.init == "base" and training.path is None,
-        )
+        draft = DraftLoss(speculator, training.objective, training.loss_chunk_rows, compiled=compiled)
+        return ModelWithSpeculator(base, draft, self.model_config)
 
     def _build_speculator(self, base: nn.Module) -> Speculator:
         """The speculator with its first weights: a checkpoint's, the base model's, or random ones."""
@@ -154,10 +146,9 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         return speculator
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        frozen_base = module.base if isinstance(module, ModelWithSpeculator) and module.freeze_base else None
         module = super()._build_fsdp_module(module)
-        if frozen_base is not None:
-            leave_inputs_and_buffers(module, frozen_base)
+        if self.model_config.freeze_base_model and not self.engine_config.forward_only:
+            leave_inputs_and_buffers(module, _unwrap(module).base)
         return module
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from verl_speculator.base_model.hidden_states import POST_NORM, PRE_NORM, BlockC
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models.speculator import logit_transform
 from verl_speculator.training.base_model import keep_types
+from verl_speculator.training.model_config import SpeculatorModelConfig
 from verl_speculator.utils.errors import UserError
 
 BASE_PREFIX = "base."
@@ -80,46 +81,36 @@ class ModelWithSpeculator(nn.Module):
 
     Shapes: B rows of T tokens, R rows to draft for, S cached states, D base width, K depths.
 
+    A frozen base model stays as it is: no graph, no gradients, always in eval mode, no LM head product. A base model in
+    4 bits is whole, and on its device, in every process: sharding wrappers do not see it.
+
     Args:
         base: the language model.
         draft: the speculator and its loss.
-        freeze_base: keep the base model as it is: no graph, no gradients, always in eval mode, no LM head product.
-        shard_base: whether sharding wrappers see the base model. False for one that is whole, and on its device, in
-            every process.
-        detach_hidden: if the base model is trained, keep the speculator's gradient away from it.
-        copied_head: whether the speculator's head starts as a copy of the base model's. What the base model does to its
-            logits must then be known, whatever the loss.
+        settings: of both.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        draft: DraftLoss,
-        *,
-        freeze_base: bool,
-        detach_hidden: bool,
-        shard_base: bool = True,
-        copied_head: bool = False,
-    ) -> None:
+    def __init__(self, base: nn.Module, draft: DraftLoss, settings: SpeculatorModelConfig) -> None:
         super().__init__()
-        if shard_base:
-            self.base = base
-        else:  # an attribute but no submodule: wrappers, casts and state dicts visit submodules
+        if settings.form.is_quantized:  # an attribute, no submodule: wrappers, casts and state dicts visit submodules
             object.__setattr__(self, "base", base.eval())
+        else:
+            self.base = base
         self.draft = draft
         self.head = BaseHead(base) if draft.objective.needs_teacher else None
+        training = settings.speculator_training
+        copied_head = draft.speculator.keeps_head_scale and training.init == "base" and training.path is None
         # For each use of the base model's logits the setting that avoids it; emptied by `_check_head`.
         uses = {"model.speculator.loss=ce": self.head is not None, "model.speculator.init=random": copied_head}
         self._unchecked = [setting for setting, used in uses.items() if used]
-        self.freeze_base = freeze_base
-        self.detach_hidden = detach_hidden
+        self.freeze_base, self.detach_hidden = settings.freeze_base_model, training.detach_hidden
         self.hidden_state_source = draft.speculator.hidden_state_source
         draft.speculator.attach(base)
         self.config = base.config  # read by verl
-        if freeze_base:
+        if self.freeze_base:
             base.requires_grad_(False)
             base.gradient_checkpointing_disable()
-            if shard_base:
+            if not settings.form.is_quantized:
                 keep_types(base)
 
     def train(self, mode: bool = True) -> ModelWithSpeculator:
