@@ -76,7 +76,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             # The loss needs the speculator's parameters by name, and a flat parameter has no names.
             engine_config = replace(engine_config, use_orig_params=True)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
-        # Whether rows are packed without padding; `_check_packing` sets it to False for some base models.
+        # Whether rows are packed without padding; `initialize` sets it to False for some base models.
         self.packs: bool = model_config.use_remove_padding
         # Set by a trainer whose batches have `row`, the index in the training set: hidden states are cached by it.
         self.state_cache: StateCache | None = None

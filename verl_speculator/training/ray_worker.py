@@ -95,14 +95,11 @@ class RaySpeculatorTrainer(SpeculatorTrainer):
     The global batch of a step has the same rows as under torchrun: both follow one permutation.
     """
 
-    @property
-    def processes(self) -> int:
-        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node
-
     def _build_engine(self) -> None:
-        cache = self.config.data.cache_hidden_states
-        self.engine = RayWorkers(self._worker_config(), self.config.trainer, cache)
+        settings = self.config.trainer
+        self.engine = RayWorkers(self._worker_config(), settings, self.config.data.cache_hidden_states)
         self.training_client = self.ckpt_handler = self.engine
+        self.processes = settings.nnodes * settings.n_gpus_per_node
 
     def _build_ckpt_handler(self) -> None:
         """Nothing: the workers have their own."""

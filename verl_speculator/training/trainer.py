@@ -57,11 +57,6 @@ class SpeculatorTrainer(SFTTrainer):
     `trainer.total_training_steps`, or over `trainer.total_epochs`, whichever is set.
     """
 
-    @property
-    def processes(self) -> int:
-        """Number of processes that train."""
-        return dist.get_world_size()
-
     # Building
 
     def _build_config(self) -> None:
@@ -137,7 +132,7 @@ class SpeculatorTrainer(SFTTrainer):
     def _build_engine(self) -> None:
         self.training_client = TrainingWorker(self._worker_config())
         self.training_client.set_loss_fn(partial(sft_loss, config=None))
-        self.engine = self.training_client.engine
+        self.engine, self.processes = self.training_client.engine, dist.get_world_size()
         self.engine.state_cache = self.state_cache
 
     def _build_dataloader(self) -> None:
