@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,11 +63,6 @@ class Generation:
     def drafted(self) -> float | None:
         """Drafts per counted round, a tree's depth; None without a round."""
         return self._mean("drafted")
-
-    @property
-    def nodes(self) -> float | None:
-        """Drafts that the target read per counted round, None without one."""
-        return self._mean("nodes")
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -259,8 +254,7 @@ def generation_settings(base: nn.Module, policy: SamplingPolicy, **settings: Any
     from transformers import GenerationConfig
 
     if not policy.greedy:
-        settings |= {"do_sample": True, "temperature": policy.temperature}
-        settings |= {"top_p": policy.top_p, "top_k": policy.top_k}
+        settings |= {"do_sample": True, **asdict(policy)}
     original, base.generation_config = base.generation_config, GenerationConfig(**settings)
     try:
         yield

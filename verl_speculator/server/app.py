@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from verl_speculator.decoding import GenerationOptions
 from verl_speculator.server.engine import Engine, Ticket
-from verl_speculator.server.protocol import DONE, Answer, ApiError, ChatRequest, CompletionRequest, event, parse
+from verl_speculator.server.protocol import Answer, ApiError, ChatRequest, CompletionRequest, event, parse
 from verl_speculator.server.settings import ServeSettings
 
 # A body over the limit is read and dropped up to this many times the limit: a client that is still sending does not
@@ -163,7 +163,8 @@ async def _answer(
         max_new_tokens=_max_new_tokens(fields, prompt, engine, settings),
         **fields.model_dump(include={"temperature", "top_p", "top_k", "seed", "stop"}),
     )
-    answer = Answer(isinstance(fields, ChatRequest), settings.model, len(prompt), fields.include_usage)
+    include_usage = bool(fields.stream_options.include_usage)
+    answer = Answer(isinstance(fields, ChatRequest), settings.model, len(prompt), include_usage)
     ticket = engine.submit(prompt, options, speculative=fields.speculative)
     if fields.stream:
         return EventStream(answer, ticket)
@@ -208,4 +209,4 @@ async def _events(answer: Answer, ticket: Ticket) -> AsyncIterator[str]:
         return
     for chunk in answer.closing(part.finish, ticket.generation):
         yield event(chunk)
-    yield DONE
+    yield "data: [DONE]\n\n"

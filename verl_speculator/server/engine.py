@@ -56,11 +56,11 @@ class TextStream:
     def put(self, token: int) -> str:
         """Add a token; the text that has become certain."""
         self.tokens.append(token)
-        return self._release(self._new_text(last=False), last=False)
+        return self._release(last=False)
 
     def end(self) -> str:
         """The text that was held back."""
-        return self._release(self._new_text(last=True), last=True)
+        return self._release(last=True)
 
     def _new_text(self, *, last: bool) -> str:
         """Complete characters that were not decoded before."""
@@ -74,11 +74,11 @@ class TextStream:
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _release(self, new: str, *, last: bool) -> str:
+    def _release(self, *, last: bool) -> str:
         """The part of held and new text in which no stop string can begin."""
+        text = self._held + self._new_text(last=last)
         if self.stopped:
             return ""
-        text = self._held + new
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         if places:
             self.stopped, self._held = True, ""
@@ -95,18 +95,13 @@ def _overlap(text: str, stop: str) -> int:
 
 def text_round(text: TextStream, part: Round) -> TextRound:
     """A round's tokens as text."""
-    pieces = [[text.put(token), i < part.accepted] for i, token in enumerate(part.tokens)]
+    pieces = [text.put(token) for token in part.tokens]
     # Decoding's stop rule sees special tokens; the text without them may hold a stop string that it has missed.
     finish = "stop" if text.stopped else part.finish
     if finish:
-        pieces[-1][0] += text.end()
-    spans: list[list[Any]] = []
-    for piece, accepted in pieces:
-        if spans and spans[-1][1] == accepted:
-            spans[-1][0] += piece
-        elif piece:
-            spans.append([piece, accepted])
-    return TextRound([(piece, accepted) for piece, accepted in spans], replace(part, finish=finish))
+        pieces[-1] += text.end()
+    halves = ("".join(pieces[: part.accepted]), True), ("".join(pieces[part.accepted :]), False)
+    return TextRound([(span, accepted) for span, accepted in halves if span], replace(part, finish=finish))
 
 
 class Ticket:

@@ -17,29 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from verl_speculator.decoding import Generation, Round
 from verl_speculator.decoding.options import LEAST_TEMPERATURE
 
-# Fields of OpenAI's or vLLM's API that are not supported, with the values that request nothing. Other unknown fields
-# (user, metadata, store, …) do not change the text and are ignored.
+# Fields of OpenAI's or vLLM's API that are not supported, with the values that, like null, request nothing. Other
+# unknown fields (user, metadata, store, …) do not change the text and are ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0, 0.0),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_p": (None, 0, 0.0),
-    "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "prediction": (None,),
-    "presence_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None,),
-    "web_search_options": (None,),
+    **dict.fromkeys(("audio", "prediction", "top_logprobs", "web_search_options"), ()),
+    **dict.fromkeys(("frequency_penalty", "min_p", "presence_penalty"), (0, 0.0)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("functions", "tools"), ([],)),
+    **dict.fromkeys(("echo", "logprobs"), (False,)),
+    **dict.fromkeys(("best_of", "n"), (1,)),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "repetition_penalty": (1, 1.0),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
 }
 MAX_STOPS = 4
 # Longest value that an error message quotes.
@@ -95,7 +86,7 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream."""
+    """Options of a stream: whether it ends with the token counts."""
 
     model_config = ConfigDict(strict=True)
 
@@ -117,7 +108,7 @@ class Request(BaseModel):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: tuple[str, ...] = ()
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     speculative: bool = True
 
     @model_validator(mode="before")
@@ -125,12 +116,13 @@ class Request(BaseModel):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        data = {name: value for name, value in data.items() if value is not None or name in needed}
         for name in NEUTRAL.keys() & data.keys():
             if not any(type(data[name]) is type(value) and data[name] == value for value in NEUTRAL[name]):
                 message = f"{name}={_shown(data[name])}: not supported by this server; leave it out"
                 raise ApiError(400, message, name, "unsupported_parameter")
-        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
-        return {name: value for name, value in data.items() if value is not None or name in needed}
+        return data
 
     @field_validator("temperature")
     @classmethod
@@ -149,19 +141,15 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Request:
-        if self.stream_options is not None and not self.stream:
+        if "stream_options" in self.model_fields_set and not self.stream:
             raise ApiError(400, "stream_options: only allowed with stream=true", "stream_options")
         return self
 
     @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
     def limit(self) -> tuple[str, int | None]:
         """The field that limits the answer's tokens and its value, None for the default."""
-        return "max_tokens", self.max_tokens
+        count = getattr(self, "max_completion_tokens", None)
+        return ("max_tokens", self.max_tokens) if count is None else ("max_completion_tokens", count)
 
 
 class ChatRequest(Request):
@@ -169,12 +157,6 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-
-    @property
-    def limit(self) -> tuple[str, int | None]:
-        if self.max_completion_tokens is None:
-            return super().limit
-        return "max_completion_tokens", self.max_completion_tokens
 
 
 class CompletionRequest(Request):
@@ -246,9 +228,6 @@ class TextRound:
     def finish(self) -> str | None:
         """Why the text ends with this round: "stop", "length" or None."""
         return self.source.finish
-
-
-DONE = "data: [DONE]\n\n"
 
 
 def event(content: Mapping[str, Any]) -> str:

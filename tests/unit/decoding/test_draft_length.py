@@ -100,7 +100,7 @@ def test_generate_auto_length_greedy_text_is_the_base_models(model):
         assert result.tokens == text and result.draft_length == 5
         drafted = [r.drafted for r in result.rounds[1:]]
         assert drafted[0] == 4 and (drafted[-2] == last or last == 2) and len(set(drafted)) > 1
-        assert len(result.counted) == len(result.rounds) - 2 and result.nodes == result.drafted
+        assert len(result.counted) == len(result.rounds) - 2 and all(r.nodes == r.drafted for r in result.counted)
         assert result.accepted <= result.drafted < 5
 
 
