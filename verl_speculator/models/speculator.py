@@ -114,6 +114,10 @@ class Speculator(nn.Module, abc.ABC):
     """
 
     method: ClassVar[str]
+    # Which hidden state of the base model it reads (`base_model.hidden_states`).
+    hidden_state_source: str = POST_NORM
+    # Number of the base model's first decoder layers that the draft runs; None if it reads one hidden state.
+    shared_layers: int | None = None
     # Whether the state of a depth depends on the tokens before it.
     reads_tokens: ClassVar[bool] = True
     # Whether the heads read states like the base model's. A head copied from the LM head then keeps its scale, with
@@ -125,26 +129,8 @@ class Speculator(nn.Module, abc.ABC):
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.config, self.hidden_size, self.vocab_size = config, hidden_size, vocab_size
-
-    @property
-    def n_predict(self) -> int:
-        """K, the largest draft length."""
-        return self.config.n_predict
-
-    @property
-    def depths(self) -> int:
-        """Number of depths that are trained and that `unroll` returns."""
-        return self.config.depths
-
-    @property
-    def hidden_state_source(self) -> str:
-        """Which hidden state of the base model it reads (`base_model.hidden_states`)."""
-        return POST_NORM
-
-    @property
-    def shared_layers(self) -> int | None:
-        """Number of the base model's first decoder layers that the draft runs; None if it reads one hidden state."""
-        return None
+        self.n_predict = config.n_predict  # K, the largest draft length
+        self.depths = config.depths  # number of depths that are trained and that `unroll` returns
 
     def attach(self, base: nn.Module) -> None:
         """Take what the family needs of a base model beside its hidden states. Called before the first forward."""
