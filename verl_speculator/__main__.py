@@ -14,8 +14,8 @@ from verl_speculator.cli.evaluate import evaluate, plot, sweep, tree
 from verl_speculator.cli.files import convert, export, inspect, prepare, regenerate, rollout_args
 from verl_speculator.cli.generate import generate, serve
 from verl_speculator.cli.options import command
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import silence_import_warnings
+from verl_speculator.utils.settings import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculators for language models.")
 for function in (

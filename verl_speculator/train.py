@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from verl_speculator.config.hydra import common_overrides, compute_dtype, load_settings
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import end_with_parent
+from verl_speculator.utils.settings import UserError
 
 # Read by verl, before it looks for a device; the second because verl would use flash-attn's loss if it is installed.
 CPU_ENVIRONMENT = {"VERL_PLATFORM": "cpu", "VERL_DISABLE_FLASH_ATTN_CE": "1"}

@@ -20,7 +20,7 @@ from verl_speculator.preflight.launch import check_run, worker_environment
 from verl_speculator.preflight.settings import check_settings
 from verl_speculator.train import CPU_ENVIRONMENT, run_command
 from verl_speculator.utils.atomic_io import check_writable
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 def train(overrides: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 logger = logging.getLogger(__name__)
 # An assistant's content that no chat template writes by itself.

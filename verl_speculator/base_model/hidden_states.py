@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 POST_NORM, PRE_NORM, BLOCK_OUTPUT, BLOCK_INPUT = "post_norm", "pre_norm", "block_output", "block_input"
 # Names of the final norm and of the list of decoder layers in transformers' architectures.

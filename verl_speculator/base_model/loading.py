@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
-from verl_speculator.utils.errors import UserError, nearest, one_line
+from verl_speculator.utils.settings import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.families import FAMILIES
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.utils.atomic_io import atomic_file, read_tensors
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,7 @@ import typer
 
 from verl_speculator.cli.options import command
 from verl_speculator.diagnose import DiagnosisSettings, TracedModelOptions
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import Option
+from verl_speculator.utils.settings import Option, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

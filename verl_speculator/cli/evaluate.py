@@ -13,9 +13,8 @@ from verl_speculator.cli.options import LoadingOptions, check_speculator, load_m
 from verl_speculator.decoding.tree import MOST_NODES
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.sweep.settings import SweepOptions, read_settings
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import AllowOtherBase, BaseModel, Device, Dtype, Option
 from verl_speculator.utils.process import restart_with_allocator
+from verl_speculator.utils.settings import AllowOtherBase, BaseModel, Device, Dtype, Option, UserError
 
 if TYPE_CHECKING:
     from verl_speculator.decoding import DraftTree

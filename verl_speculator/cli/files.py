@@ -14,9 +14,8 @@ from verl_speculator.interop.convert import ConvertSettings
 from verl_speculator.interop.engine_formats import FORMATS
 from verl_speculator.rl.rollout_args import ENGINES, PURPOSES, rollout_arguments
 from verl_speculator.utils.atomic_io import atomic_file, check_writable
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import Option
 from verl_speculator.utils.process import restart_with_allocator
+from verl_speculator.utils.settings import Option, UserError
 
 Checkpoint = Annotated[Path, Option("a checkpoint, or a run's folder for its latest step", positional=True)]
 

@@ -19,9 +19,8 @@ from verl_speculator.cli.options import (
     read_draft_tree,
 )
 from verl_speculator.server.settings import VARIABLE, ServeSettings, bind, listen
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import BaseModel, Option
 from verl_speculator.utils.process import restart_with_allocator
+from verl_speculator.utils.settings import BaseModel, Option, UserError
 
 if TYPE_CHECKING:
     from verl_speculator.decoding import Generation

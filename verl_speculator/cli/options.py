@@ -16,8 +16,7 @@ import typer
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.decoding.options import DraftLength, DraftLengthOption, SamplingPolicy, check_length
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import (
+from verl_speculator.utils.settings import (
     AllowOtherBase,
     Device,
     Dtype,
@@ -28,6 +27,7 @@ from verl_speculator.utils.options import (
     Temperature,
     TopK,
     TopP,
+    UserError,
     check_minimums,
     settings_options,
 )

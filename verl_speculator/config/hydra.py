@@ -23,7 +23,7 @@ from verl_speculator.config.schema import (
     known_settings,
     summarise_setting,
 )
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.settings import UserError, nearest
 
 CONFIG_NAME = "speculator_sft"
 DEVICES = ("cuda", "npu", "cpu")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.settings import UserError, nearest
 
 LOSSES = ("ce", "kl", "tv", "lk", "lk_pure")
 LOSS_FORMS = f"one of {', '.join(LOSSES)}, or weights such as {{ce: 0.1, kl: 1}}"

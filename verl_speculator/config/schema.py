@@ -17,7 +17,7 @@ import pydantic
 
 from verl_speculator.config.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
 from verl_speculator.config.objective import LOSS_FORMS, Objective
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.settings import UserError, nearest
 
 PREFIX = "model.speculator."
 DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")

@@ -19,7 +19,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.data.formats import TEXT, Message, Row, documents
-from verl_speculator.utils.errors import UserError, nearest, one_line
+from verl_speculator.utils.settings import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

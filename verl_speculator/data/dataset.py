@@ -13,7 +13,7 @@ from verl.trainer.sft_trainer import create_sft_dataset
 
 from verl_speculator.base_model.chat_template import tokenize_texts
 from verl_speculator.data.alignment import states_read
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 class TextDataset(Dataset):

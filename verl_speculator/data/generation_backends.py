@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from verl_speculator.base_model.loading import load_base
-from verl_speculator.utils.errors import UserError, one_line
+from verl_speculator.utils.settings import UserError, one_line
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ import numpy as np
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.provenance import file_digest, weights_fingerprint
 from verl_speculator.utils.atomic_io import atomic_directory, check_writable
-from verl_speculator.utils.errors import UserError, one_line
+from verl_speculator.utils.settings import UserError, one_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -34,8 +34,7 @@ from verl_speculator.data.formats import (
     to_text,
 )
 from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable
-from verl_speculator.utils.errors import UserError, nearest
-from verl_speculator.utils.options import Option, check_minimums
+from verl_speculator.utils.settings import Option, UserError, check_minimums, nearest
 
 if TYPE_CHECKING:
     import numpy as np

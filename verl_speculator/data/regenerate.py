@@ -21,8 +21,8 @@ from verl_speculator.data.conversations import Conversation, PromptFile
 from verl_speculator.data.generation_backends import Backend, HuggingFaceBackend, VllmBackend
 from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable, fsync
-from verl_speculator.utils.errors import UserError, nearest
-from verl_speculator.utils.options import (
+from verl_speculator.utils.process import evenly_spaced, progress_bar
+from verl_speculator.utils.settings import (
     BaseModel,
     Device,
     Dtype,
@@ -31,9 +31,10 @@ from verl_speculator.utils.options import (
     Temperature,
     TopK,
     TopP,
+    UserError,
     check_minimums,
+    nearest,
 )
-from verl_speculator.utils.process import evenly_spaced, progress_bar
 
 BACKENDS = ("hf", "vllm")
 METADATA_KEY = b"verl_speculator"

@@ -17,7 +17,7 @@ from verl_speculator.decoding.options import GenerationOptions, SamplingPolicy, 
 from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target, position_limit
 from verl_speculator.models import Speculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 # Tokens decoded before a stop string's own length: byte-level tokens may form a character only together.
 MARGIN = 8

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from verl_speculator.decoding.tree import DraftTree, check_beside
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import Option
+from verl_speculator.utils.settings import Option, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from verl_speculator.base_model.hidden_states import POST_NORM, HiddenStateHook
 from verl_speculator.base_model.loading import check_rollback
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 CHUNK = 256
 # These attention implementations take any mask. The flash kernels know causal attention only.

@@ -13,7 +13,7 @@ from typing import Any
 
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.utils.atomic_io import atomic_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 MOST_NODES = 64
 # Keys of a tree's file beside the paths. They inform people and are never read.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from verl_speculator.utils.options import Device, Option, check_minimums
+from verl_speculator.utils.settings import Device, Option, check_minimums
 
 if TYPE_CHECKING:
     from verl_speculator.diagnose.comparison import compare

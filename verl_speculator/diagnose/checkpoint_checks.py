@@ -42,8 +42,8 @@ from verl_speculator.diagnose.trace_file import Trace, distance, read_trace, sta
 from verl_speculator.evaluation.metrics import acceptance, align_and_unroll
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
 from verl_speculator.models import Speculator, build_speculator
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import evenly_spaced, progress_bar
+from verl_speculator.utils.settings import UserError
 
 FAULT, FINE, UNKNOWN = "fault", "fine", "unknown"
 HEADS = "n_predict and heads"

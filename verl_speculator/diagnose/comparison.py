@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from verl_speculator.diagnose.module_matching import CallPair, TensorPair, TracePair, is_inside
 from verl_speculator.diagnose.trace_file import TOLERANCES, Call, TensorStats, Trace, distance
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 # See `_Search.jump`.
 JUMP = 10.0

@@ -26,7 +26,7 @@ from verl_speculator.diagnose.module_matching import largest_distance, matching_
 from verl_speculator.diagnose.trace_file import TOLERANCES, Trace, from_structure, read_trace, stats_of
 from verl_speculator.diagnose.tracer import named_tensors, select, trace
 from verl_speculator.models import Speculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 COPIES = 4
 ALONE = "alone"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from verl_speculator.diagnose.trace_file import CACHE_PLACES, ROUNDING, Call, TensorStats, Trace, distance
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 # Parts that wrappers add to module names.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "base_layer"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from verl_speculator.diagnose.comparison import LAYER, Comparison
 from verl_speculator.diagnose.module_matching import CallPair, TensorPair
 from verl_speculator.utils.atomic_io import atomic_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from verl_speculator.utils.atomic_io import atomic_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 FORMAT = "verl_speculator.trace"
 VERSION = "2"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from verl_speculator.diagnose.trace_file import CACHE_PLACES, DeviceStats, device_stats, to_structure, write_trace
 from verl_speculator.utils.atomic_io import check_writable
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 # More integers than this are no prompt.
 MAX_TOKENS = 1 << 16

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.utils.errors import UserError, one_line
+from verl_speculator.utils.settings import UserError, one_line
 
 RESULTS, CATEGORIES = "results.csv", "categories.csv"
 LOOKUP, RANDOM = "prompt_lookup", "random"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_speculator.evaluation.plot_data import INK, PlotRow, PlotStyle, read_tables
 from verl_speculator.utils.atomic_io import atomic_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

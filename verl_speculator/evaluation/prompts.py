@@ -10,7 +10,7 @@ from typing import Any
 
 from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_prompt, tokenize_texts
 from verl_speculator.data.conversations import check_messages, check_prompt, check_text, check_turns, read_rows
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT_COLUMNS = ("turns", "messages", "prompt", "text")
 TEXT_COLUMNS = ("messages", "text")

@@ -14,7 +14,7 @@ import numpy as np
 from verl_speculator.evaluation.metrics import QUALITY_METRICS, Figures, acceptance, bootstrap, quality, speed
 from verl_speculator.evaluation.plot_data import CATEGORIES, RESULTS
 from verl_speculator.utils.atomic_io import atomic_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 SKIPPED = "skipped.csv"
 BASELINE_ORDER = ("none", "generate", "prompt_lookup", "random")

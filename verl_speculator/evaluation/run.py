@@ -30,8 +30,8 @@ from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts,
 from verl_speculator.evaluation.report import Record, ResultsLog, write_results
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import Speculator, build_speculator
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import evenly_spaced, progress_bar
+from verl_speculator.utils.settings import UserError
 
 LOGS = "journals"
 MEBIBYTE = 1024 * 1024

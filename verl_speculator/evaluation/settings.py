@@ -14,8 +14,7 @@ from verl_speculator.checkpoint.format import CheckpointInfo, read_checkpoint_in
 from verl_speculator.decoding.options import DraftLength, SamplingPolicy, read_length
 from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
 from verl_speculator.utils.atomic_io import check_writable
-from verl_speculator.utils.errors import UserError, nearest
-from verl_speculator.utils.options import (
+from verl_speculator.utils.settings import (
     AllowOtherBase,
     BaseModel,
     Device,
@@ -26,7 +25,9 @@ from verl_speculator.utils.options import (
     Temperature,
     TopK,
     TopP,
+    UserError,
     check_minimums,
+    nearest,
 )
 
 BASELINES = ("none", "prompt_lookup", "random")

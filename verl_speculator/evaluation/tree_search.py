@@ -14,8 +14,8 @@ from verl_speculator.decoding.tree import most_frequent, prefix_counts
 from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids
 from verl_speculator.models import Speculator
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import evenly_spaced, progress_bar
+from verl_speculator.utils.settings import UserError
 
 # Ranks with a column of their own in the report; the others share one.
 SHOWN_RANKS = 4

@@ -36,8 +36,7 @@ from verl_speculator.interop.key_maps import (
     lay_out,
 )
 from verl_speculator.utils.atomic_io import check_writable
-from verl_speculator.utils.errors import UserError, nearest
-from verl_speculator.utils.options import Option, check_minimums
+from verl_speculator.utils.settings import Option, UserError, check_minimums, nearest
 
 if TYPE_CHECKING:
     import torch

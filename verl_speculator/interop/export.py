@@ -22,7 +22,7 @@ from verl_speculator.interop.engine_formats import (
     proposer_unsupported_reason,
 )
 from verl_speculator.utils.atomic_io import atomic_directory, write_safetensors
-from verl_speculator.utils.errors import UserError, nearest, one_line
+from verl_speculator.utils.settings import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from verl_speculator.checkpoint.format import CAP_KEY, CONFIG_FILE, WEIGHTS_FILE
 from verl_speculator.config.families import HEADS, HIDDEN_STATES
 from verl_speculator.interop.engine_formats import first_few
 from verl_speculator.utils.atomic_io import read_tensors
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.settings import UserError, nearest
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from verl_speculator.base_model.hidden_states import BLOCK_INPUT, BLOCK_OUTPUT, 
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.layers import NORM_CONSTANTS, OutputHead
 from verl_speculator.models.speculator import DraftState, Speculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 def parameter_tree(shapes: Mapping[str, Sequence[int]]) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from verl_speculator.base_model.hidden_states import FrozenNorm, block_of, final_norm
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.speculator import Slot, Speculator, logit_transform
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 EPS = 1e-6
 # Initial values of a speculator's `FrozenNorm`, until `copy_norm` replaces them.

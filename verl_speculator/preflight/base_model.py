@@ -26,7 +26,7 @@ from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.hydra import RunConfig
 from verl_speculator.config.schema import PREFIX, SpeculatorConfig, SpeculatorSettings
 from verl_speculator.data.run_record import RECORD, compare_records, earlier_record, record_settings
-from verl_speculator.utils.errors import UserError, one_line
+from verl_speculator.utils.settings import UserError, one_line
 
 logger = logging.getLogger(__name__)
 

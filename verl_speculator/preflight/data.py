@@ -13,8 +13,8 @@ from verl_speculator.base_model.chat_template import tokenize_conversation, toke
 from verl_speculator.data.conversations import check_messages, check_text, open_parquet, read_parquet
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.preflight.base_model import Base
-from verl_speculator.utils.errors import UserError, one_line
 from verl_speculator.utils.process import evenly_spaced
+from verl_speculator.utils.settings import UserError, one_line
 
 SAMPLED_ROWS = 1000
 

@@ -21,8 +21,8 @@ from verl_speculator.preflight.base_model import check_base, check_checkpoints
 from verl_speculator.preflight.data import check_cache, check_data, check_rows
 from verl_speculator.preflight.settings import check_batch, check_device, check_loggers, check_optimizer, check_settings
 from verl_speculator.utils.atomic_io import check_writable
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import CPU_ALLOCATOR
+from verl_speculator.utils.settings import UserError
 
 USAGE = f"""usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
 

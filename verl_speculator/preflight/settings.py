@@ -23,7 +23,7 @@ from verl_speculator.base_model.loading import BaseModelFormat, check_frozen_typ
 from verl_speculator.config.hydra import RunConfig, compose, compute_dtype, flash_attention_installed
 from verl_speculator.config.schema import Count, Directory, NonNegativeInt, PositiveNumber, as_written, check_value
 from verl_speculator.utils.atomic_io import check_metrics_file, check_writable
-from verl_speculator.utils.errors import UserError, nearest, one_line
+from verl_speculator.utils.settings import UserError, nearest, one_line
 
 # Features of verl's engine that change the module or the forward pass which the speculator is attached to.
 UNSUPPORTED = {

@@ -27,7 +27,7 @@ from verl_speculator.interop.engine_formats import (
     proposer_unsupported_reason,
 )
 from verl_speculator.training import MODEL_TYPE
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.settings import UserError, nearest
 from verl_speculator.vllm_plugin.compat import (
     NEWEST,
     OLDEST,

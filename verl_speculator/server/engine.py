@@ -26,7 +26,7 @@ from verl_speculator.decoding.options import DraftLength
 from verl_speculator.decoding.target import position_limit
 from verl_speculator.models import Speculator
 from verl_speculator.server.protocol import ApiError, TextRound
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 logger = logging.getLogger(__name__)
 

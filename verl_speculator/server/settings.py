@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from verl_speculator.decoding.options import DraftLengthOption
-from verl_speculator.utils.errors import UserError
-from verl_speculator.utils.options import BaseModel, MaxNewTokens, Option, check_minimums
+from verl_speculator.utils.settings import BaseModel, MaxNewTokens, Option, UserError, check_minimums
 
 # Names the speculator where --speculator does not.
 VARIABLE = "VERL_SPECULATOR_PATH"

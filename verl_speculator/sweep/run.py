@@ -32,7 +32,7 @@ from verl_speculator.sweep.trial import (
     run_trial,
     trial_directory,
 )
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 # Settings of where and how a run writes, which do not change what it learns.
 WITHOUT_EFFECT = (

@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 from verl_speculator.config.schema import DIM_KEYS, PREFIX, check_value, known_settings
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.utils.atomic_io import check_writable
-from verl_speculator.utils.errors import UserError, nearest
-from verl_speculator.utils.options import Option
+from verl_speculator.utils.settings import Option, UserError, nearest
 
 EXECUTORS = ("local", "ray")
 # Axes with a short name: keys of `axes` in the file, options of the command.

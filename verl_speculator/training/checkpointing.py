@@ -40,7 +40,7 @@ from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.engine import SpeculatorEngine
 from verl_speculator.training.joint_model import BASE_PREFIX, DRAFT_PREFIX
 from verl_speculator.utils.atomic_io import atomic_directory, atomic_file, remove_directory, remove_temporaries
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 logger = logging.getLogger(__name__)
 

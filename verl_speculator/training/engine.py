@@ -42,7 +42,7 @@ from verl_speculator.training.base_model import (
     probe_documents,
 )
 from verl_speculator.training.joint_model import BASE_PREFIX, DRAFT_PREFIX, ModelWithSpeculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 logger = logging.getLogger(__name__)
 

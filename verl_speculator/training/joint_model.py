@@ -16,7 +16,7 @@ from verl_speculator.losses import DraftLoss
 from verl_speculator.models.speculator import logit_transform
 from verl_speculator.training.base_model import keep_types
 from verl_speculator.training.model_config import SpeculatorModelConfig
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 BASE_PREFIX = "base."
 DRAFT_PREFIX = "draft."

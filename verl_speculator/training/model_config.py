@@ -15,7 +15,7 @@ from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_
 from verl_speculator.base_model.loading import BaseModelFormat, check_language_model, supported_attention
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings, SpeculatorTraining
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import SEND, gather_speculator, read_speculator, write_speculator
 from verl_speculator.training.engine import DRAFT_SUMS, SpeculatorEngine
 from verl_speculator.utils.atomic_io import atomic_directory
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 DIRECTORY = "speculator"  # beside the policy's checkpoint
 

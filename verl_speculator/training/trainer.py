@@ -43,7 +43,7 @@ from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import RunCheckpoints
 from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
 from verl_speculator.utils.atomic_io import check_metrics_file
-from verl_speculator.utils.errors import UserError, one_line
+from verl_speculator.utils.settings import UserError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import Any
 
 from verl_speculator.checkpoint.format import CheckpointInfo
 from verl_speculator.interop.engine_formats import KEY, PROPOSER, proposer_unsupported_reason
-from verl_speculator.utils.errors import UserError, nearest
+from verl_speculator.utils.settings import UserError, nearest
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 VERSIONS = "0.24 to 0.33"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info
 from verl_speculator.models import Speculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 from verl_speculator.vllm_plugin.compat import (
     ProposerSettings,
     check_served,

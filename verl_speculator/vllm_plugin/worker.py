@@ -20,7 +20,7 @@ from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 from verl_speculator.interop.engine_formats import first_few, shape_faults
 from verl_speculator.models import Speculator
 from verl_speculator.utils.atomic_io import atomic_file
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 from verl_speculator.vllm_plugin.proposer import SpeculatorProposer
 
 

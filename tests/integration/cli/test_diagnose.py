@@ -23,7 +23,7 @@ from verl_speculator.diagnose import compare, read_trace, trace
 from verl_speculator.diagnose.experiments import bisect, import_external
 from verl_speculator.diagnose.report import write
 from verl_speculator.utils.atomic_io import TEMPORARY
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 def run_command(*arguments):

@@ -21,7 +21,7 @@ import verl_speculator.preflight.launch as launch
 from helpers.training_runs import environment, overrides, read_log, script, train
 from verl_speculator.data.alignment import align, states_read
 from verl_speculator.data.hidden_state_cache import CHECKSUMS, MANIFEST, STATES, StateCache, check_directory
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 IDENTITY = {"the base's weights": "1", "data": {"max_length": 8}, "the contents of data.train_files": ["x"]}
 

@@ -25,7 +25,7 @@ from helpers.tiny_models import make_base, make_chat_rows, make_tokenizer, write
 from verl_speculator.base_model.chat_template import end_token_ids, tokenize_prompt
 from verl_speculator.data.generation_backends import HuggingFaceBackend, cut_at_end
 from verl_speculator.data.regenerate import RegenerateSettings, regenerate
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 TOKENS = 32
 # Every so manieth token ends a turn, so that answers are long, short, empty or do not end.

@@ -20,7 +20,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import STATE_FILES
 from verl_speculator.config.hydra import flash_attention_installed, load_run_config, load_settings
 from verl_speculator.preflight.settings import LOGGERS
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}
 

@@ -16,7 +16,7 @@ from verl_speculator import build_speculator, load_speculator, save_speculator
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.training.plugin import rollout_model_config, without_speculator
 from verl_speculator.training.policy import PolicyEngine, response_mask
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
 

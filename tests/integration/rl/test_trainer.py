@@ -17,7 +17,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.config.hydra import compose_ppo
 from verl_speculator.rl.rollout_args import SPECULATION, check_ppo, rollout_arguments
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROPOSER_PATH = "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.verl_speculator.path"
 SMALL = {"n_predict": 3, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16}

@@ -24,7 +24,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.server.engine import TextStream
 from verl_speculator.server.protocol import ApiError, ChatRequest, CompletionRequest, Message, parse
 from verl_speculator.server.settings import ServeSettings
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 MESSAGES = [{"role": "user", "content": QUESTION}]
 LIMIT = 20_000

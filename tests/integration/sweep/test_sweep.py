@@ -45,7 +45,7 @@ from verl_speculator.sweep.trial import (
     training_seconds,
     trial_directory,
 )
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 DEPTH, LR, METHOD = "model.speculator.n_predict", "optim.lr", "model.speculator.method"
 

@@ -18,7 +18,7 @@ from helpers.engine_harness import build_engine, make_batch, run_batch, whole
 from helpers.tiny_models import GGUF_FILE
 from verl_speculator.base_model.hidden_states import POST_NORM, HiddenStateHook
 from verl_speculator.training.base_model import leave_inputs_and_buffers
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 LENGTH = 1000
 needs_bnb = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")

@@ -14,7 +14,7 @@ from helpers.engine_harness import build_engine, gradients, make_batch, run_batc
 from helpers.tiny_models import ARCHITECTURES
 from helpers.training_runs import overrides
 from verl_speculator.checkpoint.format import find_resume_path, load_speculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
 

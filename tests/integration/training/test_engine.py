@@ -21,7 +21,7 @@ from verl_speculator.losses import DraftSums
 from verl_speculator.losses.reference import row_losses
 from verl_speculator.models import Slot
 from verl_speculator.models.speculator import LogitTransform
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.filterwarnings("ignore")]
 

@@ -14,7 +14,7 @@ from helpers.tiny_models import make_tokenizer, make_vision_base
 from helpers.training_runs import overrides, read_log, script
 from verl_speculator.preflight import launch
 from verl_speculator.training.base_model import FIRST_LENGTH, PACKING_TOLERANCE, packing_error, probe_documents
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # Attention that respects position_ids, masks that do not, and layers whose state runs through the row.

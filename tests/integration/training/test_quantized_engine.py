@@ -9,7 +9,7 @@ import torch
 
 from helpers.engine_harness import build_engine, gradients, make_batch, run_batch, whole
 from helpers.tiny_models import GGUF_FILE as FILE
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 needs_bnb = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 needs_gguf = pytest.mark.skipif(not importlib.util.find_spec("gguf"), reason="gguf is not installed")

@@ -21,7 +21,7 @@ from verl_speculator import load_speculator
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.config.hydra import load_settings
 from verl_speculator.preflight import launch
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 STEPS = 6
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "loss_curve.json"

@@ -23,7 +23,7 @@ from verl_speculator.checkpoint.format import read_checkpoint_info, write_checkp
 from verl_speculator.checkpoint.provenance import file_fingerprint, weights_fingerprint
 from verl_speculator.cli.options import LoadingOptions
 from verl_speculator.decoding import speculative_generate
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 BNB4 = BaseModelFormat(quantization="bnb4")
 GGUF = BaseModelFormat(gguf_file=FILE)

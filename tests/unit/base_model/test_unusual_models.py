@@ -17,7 +17,7 @@ from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.cli.options import LoadingOptions, load_models
 from verl_speculator.decoding import speculative_generate
 from verl_speculator.models.layers import copy_norm, start_from_base
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT, COUNT = [5, 9, 23, 4, 77, 31, 8], 16
 WIDTH = {"vocab_size": 330, "hidden_size": 32, "num_hidden_layers": 2}

@@ -14,7 +14,7 @@ from verl_speculator.base_model.loading import base_shape
 from verl_speculator.checkpoint.format import read_checkpoint_info, resolve_checkpoint
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.utils.atomic_io import atomic_directory, atomic_file, remove_temporaries
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 # Read from ArcticInference 0.3.0: what its loader reads or asserts (docs/checkpoint-format.md).
 ARCTIC_KEYS = {

@@ -31,7 +31,7 @@ from verl_speculator.config.schema import (
     parse_dims,
     setting_families,
 )
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 def test_config_defaults_are_those_of_the_training_guide():

@@ -14,7 +14,7 @@ from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_
 from verl_speculator.config.hydra import load_settings
 from verl_speculator.data.alignment import align
 from verl_speculator.data.dataset import PaddedDataset, ResumableSampler, TextDataset, build_dataset
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 def spelled(tokenizer, row, n_predict=2):

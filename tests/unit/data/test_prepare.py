@@ -22,7 +22,7 @@ from verl_speculator.data import prepare as module
 from verl_speculator.data.dataset import build_dataset
 from verl_speculator.data.formats import CONVERSATION_FORMATS, documents, recognise
 from verl_speculator.data.prepare import CUT, PrepareSettings, choose_held_out, prepare
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 USER, ANSWER = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "red cat"}
 SYSTEM = {"role": "system", "content": "sings"}

@@ -17,7 +17,7 @@ from helpers.tiny_models import ARCHITECTURES
 from verl_speculator.decoding import Round, SamplingPolicy, speculative_generate, speculative_stream
 from verl_speculator.decoding.generate import StopRule
 from verl_speculator.decoding.target import Target
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 COUNT = 30

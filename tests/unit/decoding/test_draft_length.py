@@ -15,7 +15,7 @@ from helpers.drafters import (
 )
 from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.decoding.options import AdaptiveLength, FixedLength, draft_length_policy, read_length
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 COUNT = 40

@@ -19,7 +19,7 @@ from verl_speculator.decoding.target import Target, TreeAttention
 from verl_speculator.decoding.tree import MOST_NODES, most_frequent, prefix_counts, write_tree
 from verl_speculator.decoding.verification import verify_tree
 from verl_speculator.models import DraftState, Speculator
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 COUNT = 30

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from verl_speculator.decoding import SamplingPolicy, verify_greedy
 from verl_speculator.decoding.verification import draw, verify
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 POLICIES = [
     SamplingPolicy(1.0),

@@ -29,7 +29,7 @@ from verl_speculator.diagnose.checkpoint_checks import AlignedTexts, greedy_answ
 from verl_speculator.diagnose.experiments import BaseWithSpeculator
 from verl_speculator.evaluation.prompts import prompt_ids, read_prompts, read_texts
 from verl_speculator.models.layers import block_shapes, copy_norm, start_from_base
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 COUNT, LENGTH = 6, 24
 

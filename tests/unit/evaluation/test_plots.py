@@ -23,7 +23,7 @@ from verl_speculator.evaluation.plots import (
     quality_per_depth,
     speedup_against_quality,
 )
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 ALWAYS = {"acceptance_per_depth", "accepted_length_histogram", "speedup_against_quality", "quality_per_depth"}
 BY_CATEGORY = {f"categories_{metric}" for metric in MEASURED}

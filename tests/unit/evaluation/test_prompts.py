@@ -18,7 +18,7 @@ from verl_speculator.base_model.chat_template import (
 )
 from verl_speculator.data.dataset import build_dataset
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 USER, ANSWER = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "red cat"}
 SYSTEM = {"role": "system", "content": "sings"}

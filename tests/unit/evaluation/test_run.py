@@ -29,8 +29,8 @@ from verl_speculator.evaluation.report import ResultsLog
 from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod, evaluate
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.losses import DraftLoss, DraftSums
-from verl_speculator.utils.errors import UserError
 from verl_speculator.utils.process import evenly_spaced
+from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
 

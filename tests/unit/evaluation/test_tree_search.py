@@ -27,7 +27,7 @@ from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
 from verl_speculator.evaluation.run import evaluate
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.evaluation.tree_search import RankSample, sample_ranks
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 
 def command(*arguments):

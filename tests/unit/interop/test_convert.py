@@ -19,7 +19,7 @@ from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.decoding.target import Target
 from verl_speculator.interop.convert import ConvertSettings, convert
 from verl_speculator.interop.key_maps import KEY_MAPS, PREFIXES
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 D, V = 12, 30
 FILES = {

@@ -15,7 +15,7 @@ from verl_speculator.__main__ import app
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.interop.engine_formats import FORMATS, arctic_mlp_unsupported_reason, contract_faults
 from verl_speculator.interop.export import export_speculator, model_card
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 D, V = 20, 61
 READERS = {"arctic": readings.arctic, "arctic-mlp": readings.arctic_mlp, "vllm-medusa": readings.vllm_medusa}

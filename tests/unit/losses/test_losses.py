@@ -24,7 +24,7 @@ from verl_speculator.config.objective import Objective
 from verl_speculator.losses import DraftLoss, reference, speculator_loss
 from verl_speculator.losses.closed_form import loss_and_gradient_, teacher_distribution
 from verl_speculator.losses.reference import row_losses
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 CURVE = Path(__file__).resolve().parents[2] / "golden" / "objective_curve.json"
 D, V, T, K = 20, 61, 11, 3

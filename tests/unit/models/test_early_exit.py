@@ -24,7 +24,7 @@ from verl_speculator.evaluation.metrics import Document
 from verl_speculator.losses import DraftSums
 from verl_speculator.models.layers import block_shapes, copy_norm, start_from_base
 from verl_speculator.models.speculator import logit_transform
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 9, 23, 4, 77, 31, 8]
 COUNT = 24

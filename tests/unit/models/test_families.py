@@ -10,7 +10,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, load_speculator,
 from verl_speculator.config.families import FAMILIES
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models import family_class
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 D, V, T = 20, 61, 7
 CONFIGS = configurations()

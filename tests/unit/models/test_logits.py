@@ -9,7 +9,7 @@ import transformers
 from helpers.engine_harness import build_engine, gradients, make_batch, run_batch
 from verl_speculator.models.speculator import TRANSFORMS, LogitTransform, logit_transform
 from verl_speculator.training.joint_model import BaseHead
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

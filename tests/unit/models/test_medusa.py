@@ -18,7 +18,7 @@ from verl_speculator.decoding import speculative_generate
 from verl_speculator.decoding.target import Target
 from verl_speculator.models.layers import copy_norm, start_from_base
 from verl_speculator.models.speculator import logit_transform
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 9, 23, 4, 77, 31, 8]
 VLLM_KEYS = {"architectures", "model_type", "hidden_size", "vocab_size", "num_heads", "num_hidden_layers"}

@@ -17,7 +17,7 @@ from verl_speculator.__main__ import app
 from verl_speculator.base_model.loading import base_shape
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.rl.rollout_args import PURPOSES, quote, rollout_arguments
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 
 ROLLOUT = "actor_rollout_ref.rollout."
 SERVER = ROLLOUT + "engine_kwargs.vllm."

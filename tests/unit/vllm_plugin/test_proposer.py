@@ -14,7 +14,7 @@ from helpers.vllm_runner import Request, engine_config, install
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.decoding.drafters import SpeculatorDrafter
-from verl_speculator.utils.errors import UserError
+from verl_speculator.utils.settings import UserError
 from verl_speculator.vllm_plugin.compat import ProposerSettings, check_signature, check_version
 from verl_speculator.vllm_plugin.proposer import draft_batch, greedy_drafts, newest_rows, rollout_metrics
 

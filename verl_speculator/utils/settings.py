@@ -1,4 +1,6 @@
-"""Command-line metadata of settings, declared with the field that it describes. Imports no command-line library.
+"""`UserError`, an error that the user can fix, and the options of commands, declared with the field they describe.
+
+Commands print a `UserError` as one line, without a traceback, and exit with 2. Imports no command-line library.
 
 A field of a settings dataclass, or a parameter of a command, is the only declaration of its option::
 
@@ -9,11 +11,28 @@ A field of a settings dataclass, or a parameter of a command, is the only declar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
-from verl_speculator.utils.errors import UserError
+
+class UserError(ValueError):
+    """A setting or a file that cannot be used.
+
+    The message is one line that names the setting, the value received and the values accepted.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest of `known`, or an empty string when nothing is close."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """The message of a library's exception as a single line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
 
 
 @dataclass(frozen=True)
