@@ -68,11 +68,8 @@ def _eos_ids(source: Any) -> list[int]:
 
 
 def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, plain: bool) -> list[list[int]]:
-    """Token ids of each text.
-
-    A plain document begins as the tokenizer begins one, and is closed with its end token. A conversation that the chat
-    template has rendered is complete.
-    """
+    """Token ids of each text. A plain document begins as the tokenizer begins one, and is closed with its end token; a
+    conversation that the chat template has rendered is complete."""
     # verbose=False: texts that are too long are reported by the code that cuts or refuses them.
     rows = tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id

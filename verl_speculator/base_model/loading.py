@@ -296,10 +296,8 @@ def causal_lm_class(config: Any) -> Any:
 
 def check_language_model(setting: str, config: Any) -> None:
     """Reject models that transformers loads only as models of images and text: their positions have several
-    components, and the datasets and commands of this package do not have their inputs.
-
-    Raises UserError for the Hugging Face configuration of such a model; the message begins with `setting`.
-    """
+    components, and the datasets and commands of this package do not have their inputs. Raises UserError, beginning
+    with `setting`, for the Hugging Face configuration of such a model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and causal_lm_class(config) is None:
@@ -312,10 +310,9 @@ def check_frozen_type(model_dtype: str, param_dtype: str) -> None:
     `engine.mixed_precision.param_dtype`). Otherwise its sharding units cast every parameter that they gather, those
     that it keeps in fp32 included. Raises UserError if they differ."""
     if DTYPES.get(model_dtype, model_dtype) != DTYPES.get(param_dtype, param_dtype):
-        raise UserError(
-            f"engine.model_dtype={model_dtype}: a frozen base is held in the type that it computes in, "
-            f"engine.mixed_precision.param_dtype is {param_dtype}; expected auto or {param_dtype}"
-        )
+        reason = "a frozen base is held in the type that it computes in, engine.mixed_precision.param_dtype is"
+        expected = f"expected auto or {param_dtype}"
+        raise UserError(f"engine.model_dtype={model_dtype}: {reason} {param_dtype}; {expected}")
 
 
 def supported_attention(config: Any, wanted: str) -> str:

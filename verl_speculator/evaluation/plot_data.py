@@ -78,11 +78,8 @@ class PlotRow:
 
 
 def read_tables(directory: Path) -> tuple[list[PlotRow], list[PlotRow]]:
-    """The rows of `results.csv` and of `categories.csv`, if there is one, without those of the base model alone.
-
-    Raises:
-        UserError: if a table cannot be read or lacks a column, or there are no results.
-    """
+    """The rows of `results.csv` and of `categories.csv`, if there is one, without those of the base model alone. Raises
+    UserError if a table cannot be read or lacks a column, or there are no results."""
     if not (directory / RESULTS).is_file():
         raise UserError(f"{directory}: no {RESULTS} here (expected the output directory of an evaluation)")
     tables = [_read(directory / RESULTS, EXPECTED)]
@@ -142,10 +139,8 @@ def _identity(line: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _varying_policy(lines: list[dict[str, Any]]) -> list[str]:
-    """The columns of POLICY that vary.
-
-    Draft lengths and seeds that differ only between speculators do not count: such rows belong in one panel.
-    """
+    """The columns of POLICY that vary. Draft lengths and seeds that differ only between speculators do not count: such
+    rows belong in one panel."""
     import pandas as pd
 
     frame = pd.DataFrame(lines, columns=[*POLICY, "base", "prompts"]).assign(identity=list(map(_identity, lines)))

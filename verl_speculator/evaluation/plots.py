@@ -47,11 +47,8 @@ STYLE = {
 
 def plot(directory: Path) -> list[Path]:
     """Draw every plot for which the tables have data, with their intervals as error bars, and return the files written:
-    `plots/<name>.png` and `plots/<name>.pdf` for each.
-
-    Raises:
-        UserError: if a table is missing, empty or lacks columns, or if the directory cannot be written.
-    """
+    `plots/<name>.png` and `plots/<name>.pdf` for each. Raises UserError if a table is missing, empty or lacks columns,
+    or if the directory cannot be written."""
     results, categories = read_tables(directory)
     return draw(directory / PLOTS, lambda: every_figure(results, categories))
 
@@ -155,11 +152,8 @@ def by_category(rows: list[PlotRow], metric: str) -> Figure | None:
 
 
 def quality_per_depth(rows: list[PlotRow]) -> Figure | None:
-    """Cross-entropy, KL divergence and top-1 accuracy at each depth: a line of panels for each base model.
-
-    They depend on neither prompts nor policy. Untrained speculators would stretch the axes: they are drawn only where
-    there are no trained ones.
-    """
+    """Cross-entropy, KL divergence and top-1 accuracy at each depth, which depend on neither prompts nor policy: a line
+    of panels for each base model. Untrained speculators stretch the axes, and are drawn only without trained ones."""
     rows = [row for row in rows if row.series("ce_depth_")]
     rows = [row for row in rows if row.is_trained] or rows
     metrics = [name for name in ("ce", "kl", "top1") if any(row.series(f"{name}_depth_") for row in rows)]
@@ -182,9 +176,7 @@ def quality_per_depth(rows: list[PlotRow]) -> Figure | None:
 
 def speedup_against_quality(rows: list[PlotRow]) -> Figure | None:
     """Speedup by KL divergence, by cross-entropy where there is none, else by acceptance rate; with the Pareto front.
-
-    Quality is of the trained speculators; prompt lookup has none and is a line in their panels.
-    """
+    Quality is of the trained speculators; prompt lookup has none and is a line in their panels."""
     panels = [part for part in by_panel(row for row in rows if row.has("speedup")).values() if _quality(part)[1]]
     if not panels:
         return None

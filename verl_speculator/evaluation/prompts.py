@@ -43,13 +43,10 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a parquet or JSON file.
+    """The prompts of a parquet or JSON file. Raises UserError naming the file and the row that cannot be used.
 
     The first of these columns that is there is read: `turns` (what the user says, one text per answer), `messages` (a
     conversation, without the answer that closes it), `prompt` (messages, or one text of the user's), `text` (plain).
-
-    Raises:
-        UserError: naming the file and, where there is one, the row that cannot be used.
     """
     column, rows = read_rows(path, PROMPT_COLUMNS, (CATEGORY_COLUMN,))
     prompts = []
@@ -64,11 +61,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, replies: Sequence[str] = ()) -> list[int]:
     """Token ids that the model continues at turn `len(replies)`, after its replies to the turns before: a chat as the
-    chat template renders it, or the first half of a plain text's tokens (of an odd number, the larger half).
-
-    Raises:
-        UserError: if the chat template refuses the chat, or the text has no token.
-    """
+    chat template renders it, or the first half of a plain text's tokens (of an odd number, the larger half). Raises
+    UserError if the chat template refuses the chat, or the text has no token."""
     if len(replies) >= prompt.num_turns:
         raise ValueError(f"{len(replies)} replies to a prompt of {prompt.num_turns} turns")
     try:
@@ -90,10 +84,8 @@ def read_texts(path: str | Path, tokenizer: Any) -> list[tuple[list[int], list[i
     """Held-out text: token ids and loss mask of each row, uncut.
 
     Read from `messages` (conversations, 1 where the assistant speaks) or else from `text` (plain, closed with the end
-    token, 1 everywhere).
-
-    Raises:
-        UserError: as `read_prompts`; also if the chat template cannot be used, or no row holds an assistant's token.
+    token, 1 everywhere). Raises UserError as `read_prompts`, if the chat template cannot be used, or if no row holds an
+    assistant's token.
     """
     column, rows = read_rows(path, TEXT_COLUMNS)
     texts = []

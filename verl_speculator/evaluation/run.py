@@ -231,10 +231,10 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         settings, loader = self.settings, self.loader
-        base = self.base = loader.load()
-        self.ends = end_token_ids(loader.tokenizer, base.generation_config)
-        self.policy, self.limit = settings.policy, position_limit(base)
-        self.vanilla = SpeculativeMethod(base, None, self.policy, None, self.ends)
+        self.tokenizer, self.base = loader.tokenizer, loader.load()  # a missing tokenizer is found before weights load
+        self.ends = end_token_ids(self.tokenizer, self.base.generation_config)
+        self.policy, self.limit = settings.policy, position_limit(self.base)
+        self.vanilla = SpeculativeMethod(self.base, None, self.policy, None, self.ends)
         self.greedy = replace(self.vanilla, policy=SamplingPolicy())
         self.base_columns = {
             "base": settings.form.name_of(settings.base),
@@ -330,8 +330,8 @@ class Evaluator:
         for turn in range(prompt.num_turns):
             if turn:
                 answer = self.greedy.generate(turns[-1], max_new_tokens=self.settings.max_new_tokens, seed=0)
-                replies.append(self.loader.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-            ids = prompt_ids(prompt, self.loader.tokenizer, replies)
+                replies.append(self.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+            ids = prompt_ids(prompt, self.tokenizer, replies)
             if self.limit is not None and len(ids) >= self.limit:
                 place = f"turn {turn + 1} of {prompt.num_turns}: " if prompt.num_turns > 1 else ""
                 return turns, {"skipped": f"{place}{len(ids)} tokens, the base has {self.limit} positions"}

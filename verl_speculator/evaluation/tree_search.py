@@ -61,10 +61,7 @@ def sample_ranks(
 ) -> RankSample:
     """Let the base model, in evaluation mode, answer greedily, and rank the tokens of its answers in the speculator's
     drafts. Every turn of `num_prompts` prompts (0 for all) is answered, up to one that exceeds the base's positions.
-
-    Raises:
-        UserError: if no answer is long enough for all depths.
-    """
+    Raises UserError if no answer is long enough for all depths."""
     limit, paths, answers = position_limit(base), [], 0
     with progress_bar() as progress:
         for index in progress.track(evenly_spaced(len(prompts), num_prompts), description="answers"):
@@ -80,8 +77,6 @@ def sample_ranks(
                 document = Document(base, ids + answer, [0] * len(ids) + [1] * len(answer))
                 paths += map(tuple, document.ranks(speculator, ends).tolist())
     if not paths:
-        raise UserError(
-            f"prompts: none of {answers} answers has more than {speculator.n_predict} tokens, the speculator's "
-            "n_predict; expected longer ones"
-        )
+        length = f"{speculator.n_predict} tokens, the speculator's n_predict"
+        raise UserError(f"prompts: none of {answers} answers has more than {length}; expected longer ones")
     return RankSample(answers, paths)
