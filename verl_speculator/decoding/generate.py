@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from verl_speculator.decoding.draft_and_verify import DraftAndVerify, Round, Seconds
 from verl_speculator.decoding.drafters import SpeculatorDrafter, TreeDrafter
-from verl_speculator.decoding.options import GenerationOptions, SamplingPolicy, draft_length_policy
+from verl_speculator.decoding.options import AUTO, AdaptiveLength, GenerationOptions, SamplingPolicy, most_drafts
 from verl_speculator.decoding.self_speculative import SelfSpeculativeTarget
 from verl_speculator.decoding.target import Target, position_limit
 from verl_speculator.models import Speculator
@@ -144,12 +144,13 @@ class GenerationStream(Iterator[Round]):
         )
         decoder = make_decoder(base, speculator, options)
         n_predict = 0 if speculator is None else speculator.n_predict
-        lengths = draft_length_policy(options.draft_length, n_predict, options.draft_tree)
-        self.generation = Generation(lengths.most, seconds=decoder.seconds)
+        most = most_drafts(options.draft_length, n_predict, options.draft_tree)
+        lengths = AdaptiveLength(most) if options.draft_length == AUTO else None
+        self.generation = Generation(most, seconds=decoder.seconds)
         self._rounds = self._run(decoder, prompt, rule, lengths, limit)
 
     def _run(
-        self, decoder: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: Any, limit: int | None
+        self, decoder: DraftAndVerify, prompt: Tensor, rule: StopRule, lengths: AdaptiveLength | None, limit: int | None
     ) -> Iterator[Round]:
         generation, seconds = self.generation, decoder.seconds
         with decoder.target as target:
@@ -164,11 +165,12 @@ class GenerationStream(Iterator[Round]):
                 if finish:
                     return
                 start = time.perf_counter()
-                wanted = lengths.choose()
+                wanted = generation.draft_length if lengths is None else lengths.choose()
                 # The target reads the newest token and the drafts; all of them need a position.
                 count = wanted if limit is None else min(wanted, limit - target.length - 1)
                 result = replace(decoder.advance(count), full_length=count == wanted)
-                lengths.observe(count, result.accepted)
+                if lengths is not None:
+                    lengths.observe(count, result.accepted)
                 seconds.decode += time.perf_counter() - start
 
     def __next__(self) -> Round:

@@ -83,20 +83,6 @@ class SamplingPolicy:
         return logits.softmax(-1)
 
 
-class FixedLength:
-    """The same draft length, `most`, in every round."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def choose(self) -> int:
-        """Draft length of the next round."""
-        return self.most
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Learn from a round."""
-
-
 class AdaptiveLength:
     """The draft length that maximises the expected tokens per cost, estimated from past rounds.
 
@@ -168,19 +154,12 @@ def check_length(length: DraftLength, n_predict: int) -> None:
         raise UserError(f"draft_length={length}: expected 1 to {n_predict}, the speculator's n_predict")
 
 
-def draft_length_policy(
-    length: DraftLength, n_predict: int, tree: DraftTree | None = None
-) -> FixedLength | AdaptiveLength:
-    """The draft lengths of a generation.
-
-    Args:
-        length: the setting; None is n_predict.
-        n_predict: the speculator's, 0 without one.
-        tree: has as many levels as a round can accept drafts, instead.
-    """
+def most_drafts(length: DraftLength, n_predict: int, tree: DraftTree | None = None) -> int:
+    """The most drafts that a round can accept: of a tree, or of a `draft_length` setting; `n_predict` is the
+    speculator's, 0 without one."""
     if tree is not None:
-        return FixedLength(tree.depth)
-    return AdaptiveLength(n_predict) if length == AUTO else FixedLength(length or n_predict)
+        return tree.depth
+    return n_predict if length in (None, AUTO) else length
 
 
 @dataclass(frozen=True, kw_only=True)

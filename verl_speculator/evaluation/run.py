@@ -23,7 +23,7 @@ from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.decoding import DraftTree, SamplingPolicy, speculative_generate
 from verl_speculator.decoding.generate import generation_settings
-from verl_speculator.decoding.options import AUTO, DraftLength, draft_length_policy
+from verl_speculator.decoding.options import AUTO, DraftLength, most_drafts
 from verl_speculator.decoding.target import position_limit, windows
 from verl_speculator.evaluation.metrics import Document
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
@@ -74,7 +74,7 @@ class SpeculativeMethod:
     def max_draft_length(self) -> int:
         """γ, the most tokens that a round accepts; 0 for the base model alone."""
         n_predict = self.speculator.n_predict if self.speculator else 0
-        return draft_length_policy(self.draft_length, n_predict, self.draft_tree).most
+        return most_drafts(self.draft_length, n_predict, self.draft_tree)
 
     def generate(self, prompt: list[int], *, max_new_tokens: int, seed: int) -> MethodRun:
         """Continue a prompt."""

@@ -13,8 +13,8 @@ from helpers.drafters import (
     load_base,
     untrained_speculator,
 )
-from verl_speculator.decoding import SamplingPolicy, speculative_generate
-from verl_speculator.decoding.options import AdaptiveLength, FixedLength, draft_length_policy, read_length
+from verl_speculator.decoding import DraftTree, SamplingPolicy, speculative_generate
+from verl_speculator.decoding.options import AdaptiveLength, most_drafts, read_length
 from verl_speculator.utils.settings import UserError
 
 PROMPT = [5, 17, 40, 80, 121, 9, 33]
@@ -79,9 +79,9 @@ def test_adaptive_length_is_monotone_in_acceptance(most, history, drafted):
         assert length <= longest and all(a <= b + 1e-12 for a, b in zip(chances, highest, strict=True))
 
 
-def test_draft_length_policy_and_read_length_of_each_setting():
-    assert isinstance(draft_length_policy(None, 5), FixedLength) and draft_length_policy(None, 5).choose() == 5
-    assert draft_length_policy(2, 5).choose() == 2 and isinstance(draft_length_policy("auto", 5), AdaptiveLength)
+def test_most_drafts_and_read_length_of_each_setting():
+    assert (most_drafts(None, 5), most_drafts(2, 5), most_drafts("auto", 5), most_drafts(None, 0)) == (5, 2, 5, 0)
+    assert most_drafts(None, 5, DraftTree(((0,), (1,), (0, 0)))) == 2
     assert (read_length(None), read_length("auto"), read_length("3")) == (None, "auto", 3)
     with pytest.raises(UserError, match="draft_length=many: expected a whole number ≥ 1, or auto"):
         read_length("many")
