@@ -41,6 +41,9 @@ def build_speculator(
         seed: of the initialisation; None draws from torch's global generator.
         device: of the parameters; `"meta"` skips the initialisation.
         dtype: of the parameters, float32 by default.
+
+    Raises:
+        ValueError: if an early exit trains a copy of a decoder layer and `block_shapes` is missing.
     """
     shapes = {"block_shapes": block_shapes} if block_shapes else {}
     with torch.device("meta"):
