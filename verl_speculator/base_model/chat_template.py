@@ -111,9 +111,7 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]])
         # Only the end has to fall between two tokens: as in verl's mask, an answer's first characters may merge into
         # the last token of the prompt for it, and are then no target.
         if not (text.startswith(prompt) and whole.startswith(text) and ids[: len(end)] == end):
-            raise UserError(
-                f"the chat template writes messages[{i}] otherwise alone than in the whole conversation, so that its "
-                "tokens cannot be told apart; expected a template that only appends"
-            )
+            what = f"the chat template writes messages[{i}] otherwise alone than in the whole conversation"
+            raise UserError(f"{what}, so that its tokens cannot be told apart; expected a template that only appends")
         mask[len(start) : len(end)] = [1] * (len(end) - len(start))
     return ids, mask

@@ -205,10 +205,8 @@ def evaluate(settings: EvaluationSettings) -> None:
         info.check_base_weights(settings.base, settings.form, allow_other=settings.allow_other_base)
         speculator = load_speculator(name, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
         if speculator.is_untrained() and not settings.allow_untrained:
-            raise UserError(
-                f"speculator={name}: its tensors are those it was initialised with, no training step has changed them; "
-                "--allow-untrained evaluates it all the same"
-            )
+            reason = "its tensors are those it was initialised with, no training step has changed them"
+            raise UserError(f"speculator={name}: {reason}; --allow-untrained evaluates it all the same")
         speculators[name] = speculator
     texts = read_texts(settings.texts, loader.tokenizer) if settings.texts else []
     evaluator = Evaluator(settings, loader, infos, speculators)
