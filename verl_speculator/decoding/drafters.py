@@ -100,9 +100,9 @@ def tree_levels(tree: DraftTree, *, reads_tokens: bool, device: torch.device) ->
     above, drafted_by = [()], [0]
     for depth in range(1, tree.depth + 1):
         nodes = [path for path in tree.paths if len(path) == depth]
-        parents = list(dict.fromkeys(above.index(path[:-1]) for path in nodes))
-        parents = parents if reads_tokens else parents[:1]
-        rows = [parents.index(above.index(path[:-1])) if reads_tokens else 0 for path in nodes]
+        parent_of = [above.index(path[:-1]) if reads_tokens else 0 for path in nodes]
+        parents = list(dict.fromkeys(parent_of))
+        rows = [parents.index(parent) for parent in parent_of]
         ranks = [path[-1] for path in nodes]
         tensors = (parents, [drafted_by[parent] for parent in parents], rows, ranks)
         levels.append(TreeLevel(*(torch.tensor(x, device=device) for x in tensors), max(ranks) + 1))
@@ -119,8 +119,7 @@ class TreeDrafter:
     """
 
     def __init__(self, speculator: Speculator, tree: DraftTree) -> None:
-        self.speculator = speculator
-        weight = speculator.head(0)
+        self.speculator, weight = speculator, speculator.head(0)
         self.dtype = weight.dtype
         self.levels = tree_levels(tree, reads_tokens=speculator.reads_tokens, device=weight.device)
 
