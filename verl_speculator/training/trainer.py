@@ -83,9 +83,8 @@ class SpeculatorTrainer(SFTTrainer):
         build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
         self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
         self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
-        # Taken now, since the files may have changed by the first checkpoint. Only rank 0 writes it.
-        is_writer = dist.get_rank() == 0
-        self._record = record_settings(self.config, model.speculator_training, model.tokenizer) if is_writer else {}
+        if dist.get_rank() == 0:  # the writer; now, since the files may have changed by the first checkpoint
+            self._record = record_settings(self.config, model.speculator_training, model.tokenizer)
         if is_text(data.train_files, data):
             model.end_token_ids = ()  # every token is a target
         self.state_cache = None
@@ -101,13 +100,10 @@ class SpeculatorTrainer(SFTTrainer):
         identity = identify_states(self.config, model.tokenizer) if rank == 0 else None
         if not from_rank_0(rank == 0 and check_directory(directory, identity)):
             rank_rows = range(rank, len(self.train_dataset), ranks)
-            counts = count_states(self.train_dataset, rank_rows, data.num_workers, show=rank == 0)
-            parts = [None] * ranks
-            dist.all_gather_object(parts, counts)
+            lengths = torch.zeros(len(self.train_dataset), dtype=torch.long)
+            lengths[rank::ranks] = count_states(self.train_dataset, rank_rows, data.num_workers, show=rank == 0)
+            dist.all_reduce(lengths)
             if rank == 0:
-                lengths = torch.zeros(len(self.train_dataset), dtype=torch.long)
-                for i, part in enumerate(parts):
-                    lengths[i::ranks] = part
                 width = model.hf_config.get_text_config().hidden_size
                 cache = StateCache.create(directory, identity, lengths.numpy(), width)
                 logger.info("%s: %s for %d states", directory, say_size(cache.size), lengths.sum())
