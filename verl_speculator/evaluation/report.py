@@ -72,9 +72,13 @@ class ResultsLog:
     @classmethod
     def read(cls, path: Path) -> ResultsLog | None:
         """A log from its file, without half a line at its end; None if there is none."""
-        text = path.read_text() if path.exists() else ""
-        head, *records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")] or [None]
-        return head and cls(path, **head, records={record["index"]: record for record in records})
+        lines: list[Record] = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return cls(path, **lines[0], records={record["index"]: record for record in lines[1:]}) if lines else None
 
     def measured(self) -> list[Record]:
         """The records that are asked for."""
