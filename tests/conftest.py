@@ -33,9 +33,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data and small real models, where they lie beside the project."""
+    """Real data and small real models, where the directory exists next to the project."""
     if not SHARED.is_dir():
-        pytest.skip(f"{SHARED.name}/ with real data and models is not beside the project")
+        pytest.skip(f"{SHARED.name}/ with real data and models does not exist next to the project")
     return SHARED
 
 

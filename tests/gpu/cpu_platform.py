@@ -2,7 +2,7 @@
 
 verl asks Ray for the indices of the accelerators that a rollout's server may use, and Ray knows none of CPUs. Loaded by
 `VERL_USE_EXTERNAL_MODULES=cpu_platform`, chosen by `VERL_PLATFORM=cpu_as_gpus`. A reference's weights rest in pinned
-memory, which there is only beside an accelerator: here they rest in memory.
+memory, which exists only with an accelerator: here they stay in ordinary memory.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def real(request) -> Path | None:
-    """gsm8k-4m with its data where it lies beside the project."""
+    """gsm8k-4m with its data where shared/ exists next to the project."""
     found = Path(__file__).resolve().parents[3] / "shared"
     return found if found.is_dir() else None
 

@@ -1,6 +1,6 @@
 """verl's whole PPO, with vLLM's server drafting by a speculator that follows the policy.
 
-Needs vLLM beside verl (docs/rollout.md); skipped without. On a CPU by `cpu_platform`.
+Needs vLLM and verl (docs/rollout.md); skipped without. On a CPU by `cpu_platform`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A speculator on disk: `pytorch_model.bin` with its weights alone, and `config.json` that describes them.
 
-`config.json` has the keys that serving engines read (docs/checkpoint-format.md), with the package's own beside them.
+`config.json` has the keys that serving engines read (docs/checkpoint-format.md), and the package's own.
 Loading is strict: the file holds exactly the tensors and shapes that the configuration implies, or an error names the
 differences.
 """

@@ -23,7 +23,7 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 def evaluate(settings: EvaluationSettings) -> None:
-    """Measure quality, acceptance and speed of speculators, beside the base alone, prompt lookup and a random one."""
+    """Measure quality, acceptance and speed of speculators, against the base alone, prompt lookup and a random one."""
     restart_with_allocator()
     settings.check_output()
     settings.checkpoints()
@@ -140,7 +140,7 @@ def _print_tree(draft_tree: DraftTree, statistics: dict[str, Any]) -> None:
 
 def sweep(
     *,
-    file: Annotated[Path | None, Option("YAML file; what is given beside it takes its place", positional=True)] = None,
+    file: Annotated[Path | None, Option("YAML file; options given with it take precedence", positional=True)] = None,
     options: SweepOptions,
     dry_run: Annotated[bool, Option("check and list the points, and stop", flag="--dry-run")] = False,
     plots: Annotated[bool, Option("draw the pictures too")] = True,

@@ -15,7 +15,7 @@ import typer
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.decoding.options import DraftLength, DraftLengthOption, SamplingPolicy, check_length
-from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
+from verl_speculator.decoding.tree import DraftTree, check_tree_settings, read_tree
 from verl_speculator.utils.settings import (
     AllowOtherBase,
     Device,
@@ -174,7 +174,7 @@ def read_draft_tree(
             is above 0.
     """
     if draft_tree is not None:
-        check_beside(draft_length, temperature)
+        check_tree_settings(draft_length, temperature)
     for name, value in (("draft_length", draft_length), ("draft_tree", draft_tree)):
         if value is not None and speculator is None:
             raise UserError(f"{name}={value}: there is no speculator to draft with; expected --speculator")

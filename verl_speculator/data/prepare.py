@@ -372,7 +372,7 @@ def _write(out: Path, rows: DedupWriter, held_out: np.ndarray, report: dict[str,
                 rows.file.seek(0)
                 write_parquet(path, rows.column, compress(rows.file, selected))
         report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        # If the process dies between the renames, no file of an earlier run remains beside one of this run.
+        # If the process dies between the renames, no file of an earlier run remains with one of this run.
         for name in (TRAIN, REPORT, VAL):
             (out / name).unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from verl_speculator.decoding.tree import DraftTree, check_beside
+from verl_speculator.decoding.tree import DraftTree, check_tree_settings
 from verl_speculator.utils.settings import Option, UserError
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class GenerationOptions(SamplingPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.draft_tree is not None:
-            check_beside(self.draft_length, self.temperature)
+            check_tree_settings(self.draft_length, self.temperature)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: expected a number ≥ 1")
 

@@ -16,7 +16,7 @@ from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.settings import UserError
 
 MOST_NODES = 64
-# Keys of a tree's file beside the paths. They inform people and are never read.
+# Further keys of a tree's file, for its readers; the package never reads them.
 NOTES = ("measured", "provenance")
 
 
@@ -83,7 +83,7 @@ def check_family(config: SpeculatorConfig) -> None:
         raise UserError(f"draft_tree: a speculator of method={config.method} drafts chains alone")
 
 
-def check_beside(draft_length: object, temperature: float) -> None:
+def check_tree_settings(draft_length: object, temperature: float) -> None:
     """Raise a UserError for a setting that a draft tree excludes: a draft length, or a temperature above 0."""
     if draft_length is not None:
         raise UserError(f"draft_length={draft_length}: a draft_tree has lengths of its own; expected one of the two")

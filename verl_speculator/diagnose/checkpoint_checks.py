@@ -396,7 +396,7 @@ def learning_rate(context: DiagnosisContext) -> Finding:
         state = torch.load(info.directory / STATE_DIRECTORY / "lr_scheduler.pt", weights_only=True)
         rate = max(float(rate) for rate in state["_last_lr"])
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError):
-        return f"no {STATE_DIRECTORY} beside it" + (f", step {step} of {total}" if step is not None else ""), None
+        return f"no {STATE_DIRECTORY} in it" + (f", step {step} of {total}" if step is not None else ""), None
     stopped = rate == 0 and step is not None and total is not None and step < total
     return f"the learning rate was {rate:.1e} at step {step} of {total}", advice if stopped else ""
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.format import CheckpointInfo, read_checkpoint_info
 from verl_speculator.decoding.options import DraftLength, SamplingPolicy, read_length
-from verl_speculator.decoding.tree import DraftTree, check_beside, read_tree
+from verl_speculator.decoding.tree import DraftTree, check_tree_settings, read_tree
 from verl_speculator.utils.atomic_io import check_writable
 from verl_speculator.utils.settings import (
     AllowOtherBase,
@@ -88,7 +88,7 @@ class EvaluationSettings:
         if self.kl_temperature is not None and not self.kl_temperature > 0:
             raise UserError(f"kl_temperature={self.kl_temperature}: expected a number > 0")
         if self.draft_trees:
-            check_beside(None, self.temperature)
+            check_tree_settings(None, self.temperature)
             if not self.speculators:
                 raise UserError(f"draft_tree={self.draft_trees[0]}: there is no speculator to draft with")
         if not self.prompts:

@@ -133,7 +133,7 @@ class Speculator(nn.Module, abc.ABC):
         self.depths = config.depths  # number of depths that are trained and that `unroll` returns
 
     def attach(self, base: nn.Module) -> None:
-        """Take what the family needs of a base model beside its hidden states. Called before the first forward."""
+        """Take what the family needs besides the hidden states of the base model. Called before the first forward."""
 
     def copy_block(self, base: nn.Module) -> None:
         """Initialise the trained decoder layer, if there is one, from the base model's."""

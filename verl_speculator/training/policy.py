@@ -24,7 +24,7 @@ from verl_speculator.training.engine import DRAFT_SUMS, SpeculatorEngine
 from verl_speculator.utils.atomic_io import atomic_directory
 from verl_speculator.utils.settings import UserError
 
-DIRECTORY = "speculator"  # beside the policy's checkpoint
+DIRECTORY = "speculator"  # in the policy's checkpoint directory
 
 
 class PolicyEngine(SpeculatorEngine):
@@ -172,7 +172,7 @@ def response_mask(batch: TensorDict) -> Tensor:
     """[T] 1 where the policy generated the token: not the prompt, a tool's answer or padding.
 
     Args:
-        batch: verl's: `input_ids` nested; `prompts` and `response_mask` nested, or padded beside an `attention_mask`.
+        batch: verl's: `input_ids` nested; `prompts` and `response_mask` nested, or padded with an `attention_mask`.
             A row is its prompt followed by its response.
     """
     prompts, responses, offsets = batch["prompts"], batch["response_mask"], batch["input_ids"].offsets()

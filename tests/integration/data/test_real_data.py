@@ -1,4 +1,4 @@
-"""The main job on real data, where it lies beside the project."""
+"""The main job on real data, where shared/ exists next to the project."""
 
 from __future__ import annotations
 

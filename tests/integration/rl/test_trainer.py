@@ -210,7 +210,7 @@ def test_a_reference_is_the_base_alone(base, checkpoint, monkeypatch):
     import verl_speculator.rl.trainer as ppo
 
     policy = transformer_impl.CPUOffloadPolicy
-    # A reference rests in pinned memory, which there is only beside an accelerator.
+    # A reference is kept in pinned memory, which exists only with an accelerator.
     monkeypatch.setattr(transformer_impl, "CPUOffloadPolicy", lambda pin_memory: policy(pin_memory=False))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -492,7 +492,7 @@ def swept(tmp_path_factory, base, chat):
     return folder, file, first, result
 
 
-def test_sweep_failed_point_is_named_beside_a_good_one(swept):
+def test_sweep_failed_point_is_named_and_a_good_one_is_done(swept):
     folder, _, _, result = swept
     assert result.returncode == 1, result.stderr
     good, bad = table(folder / "out")

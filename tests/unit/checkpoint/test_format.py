@@ -110,7 +110,7 @@ def test_a_base_with_other_weights_is_refused(tmp_path, bases, caplog):
     assert "the base's weights cannot be compared" in caplog.text
 
 
-def test_a_base_that_was_trained_too_lies_beside_its_speculator(tmp_path, bases):
+def test_a_base_that_was_trained_too_is_saved_with_its_speculator(tmp_path, bases):
     mine, other = bases["qwen2_untied"], bases["llama"]
     speculator = build_speculator(tiny().config, hidden_size=32, vocab_size=base_shape(mine)[1], seed=0)
     save_speculator(speculator, tmp_path, provenance={"base": {"name": "before", "weights_fingerprint": None}})
