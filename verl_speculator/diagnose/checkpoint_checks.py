@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import pickle
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -208,10 +208,8 @@ def trained_at_all(context: DiagnosisContext) -> Finding:
     initial = [name for name, value in constants.items() if bool((speculator.get_parameter(name) == value).all())]
     if constants and len(initial) == len(constants):
         first = f"{initial[0]} = {constants[initial[0]]:g}"
-        return (
-            f"all {len(constants)} tensors that start as constants still are: {first}",
-            "load the trained checkpoint: this one holds its initialisation, no training step has changed it",
-        )
+        advice = "load the trained checkpoint: this one holds its initialisation, no training step has changed it"
+        return f"all {len(constants)} tensors that start as constants still are: {first}", advice
     for name, parameter in speculator.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"{name} holds NaN or infinite values", "train again with a lower optim.lr"
@@ -246,10 +244,9 @@ def serving(context: DiagnosisContext) -> Finding | None:
         return "its trace holds no weights (trace(…, weights=True))", None
     modules, loaded, count = _modules_with_weights(trace, context.speculator, context.base)
     if not loaded:
-        return (
-            f"none of the checkpoint's {count} tensors is among the {len(trace.weights)} weights of {trace.path.name}",
-            "have the engine load this checkpoint: it runs with other weights",
-        )
+        known = f"the {len(trace.weights)} weights of {trace.path.name}"
+        advice = "have the engine load this checkpoint: it runs with other weights"
+        return f"none of the checkpoint's {count} tensors is among {known}", advice
     evidence = f"{loaded} of the checkpoint's {count} tensors are in the engine, bit for bit"
     state = _first_hidden_state(trace, modules, context.speculator, context.base)
     if state is None:
@@ -404,11 +401,10 @@ def learning_rate(context: DiagnosisContext) -> Finding:
 def _previous_checkpoint(info: CheckpointInfo) -> CheckpointInfo | None:
     """The run's checkpoint before this one."""
     directory = info.directory.resolve()
-    steps = {int(m[1]): path for path in directory.parent.iterdir() if (m := STEP_DIRECTORY.match(path.name))}
-    step = next((step for step, path in steps.items() if path == directory), 0)
-    earlier = [other for other in steps if other < step]
+    steps = {path: int(m[1]) for path in directory.parent.iterdir() if (m := STEP_DIRECTORY.match(path.name))}
+    earlier = [path for path, step in steps.items() if step < steps.get(directory, 0)]
     try:
-        return read_checkpoint_info(steps[max(earlier)]) if earlier else None
+        return read_checkpoint_info(max(earlier, key=steps.get)) if earlier else None
     except UserError:
         return None
 
@@ -433,16 +429,12 @@ def depths(context: DiagnosisContext) -> Finding:
     shares = ", ".join("–" if math.isnan(rate) else f"{rate:.0%}" for rate in rates)
     evidence = f"accepted of what reached each depth: {shares}"
     if rates[0] < MARGIN:
-        return (
-            evidence,
-            "even the first draft is wrong: train longer, or with a larger optim.lr (train/depth0_accuracy)",
-        )
+        advice = "even the first draft is wrong: train longer, or with a larger optim.lr (train/depth0_accuracy)"
+        return evidence, advice
     for k, (before, rate) in enumerate(pairwise(rates), 1):
         if rate < DEPTH_DROP * before:
-            return (
-                f"{evidence}; the chain breaks at depth {k}",
-                f"draft {k} tokens (--draft-length {k}), and look at what only depth {k} has: its head, its projection",
-            )
+            advice = f"draft {k} tokens (--draft-length {k}), and look at what only depth {k} has: its head, its "
+            return f"{evidence}; the chain breaks at depth {k}", f"{advice}projection"
     return evidence, ""
 
 
@@ -455,10 +447,8 @@ def heads(context: DiagnosisContext) -> Finding:
         value = content.get(key, count)
         number = value if isinstance(value, int) else len(value)
         if number != count:
-            return (
-                f"{evidence}; its {key} says {number}, and serving engines read that",
-                f"set {key} in its config.json for {count}",
-            )
+            evidence += f"; its {key} says {number}, and serving engines read that"
+            return evidence, f"set {key} in its config.json for {count}"
     if num_draft is None:
         return evidence, ""
     advice = f"have the engine draft {count} tokens (num_speculative_tokens), or train with n_predict={num_draft}"
@@ -478,14 +468,6 @@ CHECKS: dict[str, Callable[[DiagnosisContext], Finding | None]] = {
     "depths": depths,
     HEADS: heads,
 }
-
-
-def run_checks(context: DiagnosisContext) -> Iterator[Check]:
-    """All checks that apply, in order."""
-    for name, check in CHECKS.items():
-        finding = check(context)
-        if finding is not None:
-            yield Check(name, *finding)
 
 
 @dataclass(frozen=True)
@@ -515,8 +497,8 @@ def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
         UserError: for a file, a base model or a setting that cannot be used; before the base model is loaded.
     """
     import_external(settings.external_lib)
-    checkpoint, base, num_draft = settings.checkpoint, settings.base, settings.num_draft
-    info = read_checkpoint_info(checkpoint)
+    base, num_draft = settings.base, settings.num_draft
+    info = read_checkpoint_info(settings.checkpoint)
     info.check_base(*base_shape(base))
     engine_trace = read_trace(settings.rollout_trace) if settings.rollout_trace else None
     if num_draft is None and engine_trace is not None and "drafts" in engine_trace.notes:
@@ -534,7 +516,7 @@ def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
         advice = "take both files from the same checkpoint: its heads are not those that n_predict calls for"
         return DiagnosisReport(None, [Check(HEADS, str(error), advice)])
     tokenizer, model = load_tokenizer(base), load_base(base, **placement)
-    speculator = load_speculator(checkpoint, **placement).requires_grad_(False).eval()
+    speculator = load_speculator(settings.checkpoint, **placement).requires_grad_(False).eval()
     ends = end_token_ids(tokenizer, model.generation_config)
     training_answers = training_text = None
     with progress_bar() as progress:
@@ -547,9 +529,8 @@ def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
         if training_prompts:
             training_answers = answer(training_prompts, "training prompts")
             texts = read_texts(train_data, tokenizer)
-            training_text = AlignedTexts(
-                model, [texts[i] for i in evenly_spaced(len(texts), settings.num_prompts)], ends
-            )
+            chosen = evenly_spaced(len(texts), settings.num_prompts)
+            training_text = AlignedTexts(model, [texts[i] for i in chosen], ends)
     context = DiagnosisContext(
         info, speculator, model, base, answers, training_answers, training_text, num_draft, engine_trace
     )
@@ -558,7 +539,8 @@ def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
             f"prompts={settings.prompts}: the base's answers are shorter than {speculator.n_predict + 1} tokens, so "
             "there is no position to draft from; expected other prompts, or a larger --max-new-tokens"
         )
-    return DiagnosisReport(context.served, list(run_checks(context)))
+    findings = ((name, check(context)) for name, check in CHECKS.items())
+    return DiagnosisReport(context.served, [Check(name, *found) for name, found in findings if found is not None])
 
 
 def _training_file(info: CheckpointInfo) -> Path | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from verl_speculator.diagnose.module_matching import CallPair, TensorPair, TracePair, is_inside
+from verl_speculator.diagnose.module_matching import CallPair, TensorPair, TracePair, common_start, is_inside
 from verl_speculator.diagnose.trace_file import TOLERANCES, Call, TensorStats, Trace, distance
 from verl_speculator.utils.settings import UserError
 
@@ -200,11 +200,8 @@ class _Search:
                 what = f"Weights were overwritten while run {traces.overwritten[overwritten[0]]} was under way"
             sentence = f"{what}: {_first_names(call.weights)}; {name} is the first module whose output shows it."
             return Verdict("weights", sentence, (*evidence, *self.weights_evidence(call.weights)), call.name)
-        places = [
-            f"{x.name.removeprefix('cache.')}: {describe_difference(x, y)}"
-            for x, y in call.input_pairs(cache_places=True)
-            if not x.same_values(y)
-        ]
+        pairs = [pair for pair in call.input_pairs(cache_places=True) if not pair[0].same_values(pair[1])]
+        places = [f"{x.name.removeprefix('cache.')}: {describe_difference(x, y)}" for x, y in pairs]
         if places:
             sentence = (
                 f"{name} is given other places in the KV cache: {places[0]}; its other inputs and its weights agree, "
@@ -231,14 +228,12 @@ class _Search:
             f"does not, by its own code, {after} {call.label}, which is given {what}: {describe_difference(x, y)}."
         )
         evidence = [f"up to {last.label} all agree: {_amount(last.outputs)} at its output"] if last else []
-        for letter, trace, one, stats in (("A", self.traces.a, call.a, x), ("B", self.traces.b, call.b, y)):
-            if source := _source(trace, one, stats):
-                evidence.append(f"in {letter} it is {source}, bit for bit")
+        sources = {"A": _source(self.traces.a, call.a, x), "B": _source(self.traces.b, call.b, y)}
+        evidence += [f"in {letter} it is {source}, bit for bit" for letter, source in sources.items() if source]
         evidence += self.output_evidence(outer)
         names_a, names_b = ({stats.name for stats in one.inputs} for one in (outer.a, outer.b))
-        for letter, names in (("A", names_a - names_b), ("B", names_b - names_a)):
-            if names:
-                evidence.append(f"given to {outer.label} in {letter} alone: {_first_names(sorted(names))}")
+        only = (("A", sorted(names_a - names_b)), ("B", sorted(names_b - names_a)))
+        evidence += [f"given to {outer.label} in {run} alone: {_first_names(names)}" for run, names in only if names]
         return Verdict("between", sentence, (*evidence, *self.weights_evidence(outer.weights)), outer.name)
 
     def types(self, evidence: tuple[str, ...] = ()) -> Verdict | None:
@@ -246,7 +241,7 @@ class _Search:
         modules = self.traces.retyped_modules()
         if not modules:
             return None
-        common = _common_prefix(modules)
+        common = ".".join(common_start(*(name.split(".") for name in modules)))
         types = ", ".join(f"{x} in A, {y} in B" for x, y in self.traces.types_in(common))
         names = _first_names(modules)
         sentence = f"{common or names} runs in another type: {types}; most of the model has the same types in both."
@@ -330,11 +325,9 @@ def describe_difference(x: TensorStats, y: TensorStats) -> str:
 def _earlier_call(trace: Trace, call: Call, stats: TensorStats) -> int | None:
     """Index of an earlier call of the same module that made the same output from other inputs."""
     for other in trace.calls:
-        if other.name != call.name or other.index >= call.index:
-            continue
-        inputs_differ = [s.hash for s in other.inputs] != [s.hash for s in call.inputs]
-        same_output = any(s.name == stats.name and s.same_values(stats) for s in other.outputs)
-        if inputs_differ and stats.norm > 0 and same_output:
+        is_earlier = other.name == call.name and other.index < call.index and stats.norm > 0
+        same_output = is_earlier and any(s.name == stats.name and s.same_values(stats) for s in other.outputs)
+        if same_output and [s.hash for s in other.inputs] != [s.hash for s in call.inputs]:
             return other.index
     return None
 
@@ -347,13 +340,6 @@ def _source(trace: Trace, call: Call, stats: TensorStats) -> str | None:
                 if any(tensor.same_values(stats) for tensor in tensors):
                     return f"the {kind} of {earlier.name or 'the model'}"
     return None
-
-
-def _common_prefix(names: list[str]) -> str:
-    """The innermost module that contains all of these."""
-    parts = [name.split(".") for name in names]
-    differing = (i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1)
-    return ".".join(parts[0][: next(differing, min(map(len, parts)))])
 
 
 def _first_names(names: Iterable[str]) -> str:

@@ -42,6 +42,11 @@ def is_inside(name: str, module: str) -> bool:
     return relative_name(name, module) is not None
 
 
+def common_start(*names: list[str]) -> list[str]:
+    """The parts with which all of these names begin."""
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))]
+
+
 def matching_tensors(a: Iterable[TensorStats], b: Iterable[TensorStats]) -> list[TensorPair]:
     """Tensors of both runs with the same name; where there are none, those of the same size at the same place."""
     a, b = list(a), list(b)
@@ -195,13 +200,12 @@ def _is_foreign(trace: Trace, call: Call) -> bool:
 def _calls_below(trace: Trace, prefix: str) -> list[tuple[int, str]]:
     """(position, relative name) of every call in a module."""
     calls = ((i, call) for i, call in enumerate(trace.calls) if not _is_foreign(trace, call))
-    names = ((i, relative_name(call.name, prefix)) for i, call in calls)
-    return [(i, name) for i, name in names if name is not None]
+    return [(i, name) for i, call in calls if (name := relative_name(call.name, prefix)) is not None]
 
 
 def _weights_below(trace: Trace, prefix: str) -> dict[str, TensorStats]:
-    names = ((relative_name(name, prefix), stats) for name, stats in trace.weights.items())
-    return {name: stats for name, stats in names if name is not None}
+    weights = trace.weights.items()
+    return {name: stats for full, stats in weights if (name := relative_name(full, prefix)) is not None}
 
 
 def _shared_prefixes(a: Trace, b: Trace, under: tuple[str | None, str | None]) -> tuple[str, str]:
@@ -224,8 +228,7 @@ def _shared_prefixes(a: Trace, b: Trace, under: tuple[str | None, str | None]) -
             # A short name is weak evidence: then the class has to be the same too.
             if min(len(parts), len(other_parts)) < TAIL and kinds_b[other] != kind:
                 continue
-            common = takewhile(lambda xy: xy[0] == xy[1], zip(parts[::-1], other_parts[::-1], strict=False))
-            count = sum(1 for _ in common)
+            count = len(common_start(parts[::-1], other_parts[::-1]))
             pair = ".".join(parts[:-count]), ".".join(other_parts[:-count])
             if all(p in (None, q) for p, q in zip(prefixes, pair, strict=True)):
                 votes[pair] += 1
@@ -257,12 +260,10 @@ def _align(
     a: Trace, b: Trace, calls_a: list[tuple[int, str]], calls_b: list[tuple[int, str]]
 ) -> Iterator[tuple[int, int]]:
     """Indices into both lists of the same calls: by name and sizes first, then what is left between by name alone."""
-
-    def key(trace: Trace, position: int, name: str) -> tuple[str, tuple[int, ...]]:
-        inputs = trace.calls[position].inputs
-        return name, tuple(stats.count for stats in inputs if not stats.name.startswith("cache."))
-
-    keys = [key(a, *call) for call in calls_a], [key(b, *call) for call in calls_b]
+    keys = [
+        [(name, *(x.count for x in trace.calls[i].inputs if not x.name.startswith("cache."))) for i, name in calls]
+        for trace, calls in ((a, calls_a), (b, calls_b))
+    ]
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
         if kind == "equal":
             yield from zip(range(i1, i2), range(j1, j2), strict=True)

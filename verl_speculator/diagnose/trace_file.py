@@ -75,7 +75,7 @@ class TensorStats:
     @classmethod
     def from_numbers(cls, meta: dict[str, Any], numbers: np.ndarray, code: int) -> TensorStats:
         """Statistics from `DeviceStats` as a trace file holds them: numbers [NUMBERS]."""
-        nan, inf, total, squares, absmax = (float(x) for x in numbers[:5])
+        nan, inf, total, squares, absmax = numbers[:5].tolist()
         count = math.prod(meta["shape"])
         finite = max(count - nan - inf, 1)
         mean = total / finite
@@ -357,20 +357,13 @@ def read_trace(path: str | Path) -> Trace:
     content = json.loads(header["trace"])
     metas = content.pop("tensors")
     stats = [TensorStats.from_numbers(*row) for row in zip(metas, numbers, hashes, strict=True)]
-    calls = (
-        call | {key: tuple(stats[i] for i in call[key]) for key in ("inputs", "outputs")} for call in content["calls"]
-    )
-    return Trace(
-        **content
-        | {
-            "path": path,
-            "calls": tuple(Call(**call) for call in calls),
-            "weights": {stats[i].name: stats[i] for i in content["weights"]},
-            "top": tuple((int(token), float(logit)) for token, logit in content["top"]),
-            "tokens": tuple(content["tokens"]),
-            "changed": tuple(content["changed"]),
-        }
-    )
+    for call in content["calls"]:
+        call |= {key: tuple(stats[i] for i in call[key]) for key in ("inputs", "outputs")}
+    content["calls"] = tuple(Call(**call) for call in content["calls"])
+    content["weights"] = {stats[i].name: stats[i] for i in content["weights"]}
+    content["top"] = tuple(map(tuple, content["top"]))
+    content |= {key: tuple(content[key]) for key in ("tokens", "changed")}
+    return Trace(path, **content)
 
 
 def to_structure(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -396,8 +389,7 @@ def from_structure(structure: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     if kind == "dict":
         return {key: from_structure(item, tensors, lost) for key, item in value.items()}
     if kind in ("tuple", "list"):
-        items = [from_structure(item, tensors, lost) for item in value]
-        return tuple(items) if kind == "tuple" else items
+        return (tuple if kind == "tuple" else list)(from_structure(item, tensors, lost) for item in value)
     if kind == "object":
         lost.append(value)
         return None

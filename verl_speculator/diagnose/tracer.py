@@ -7,11 +7,12 @@ import difflib
 import fnmatch
 import functools
 import inspect
+import itertools
 import os
 import platform
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Tracer:
         self._stats: list[DeviceStats] = []
         self._kept: dict[int, dict[str, Any]] = {}  # by index into `calls`
         self._kept_tensors: dict[str, Tensor] = {}
-        self._clock = 0
+        self._clock = itertools.count(1)
         self._stack: list[int] = []
         self._counts: dict[str, int] = {}
         self._caches: dict[int, Any] = {}
@@ -170,10 +171,6 @@ class Tracer:
         tokens = next(integers, None)
         self._tokens = None if tokens is None else tokens.detach().reshape(-1).clone()
 
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
-
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(module, args, kwargs)
         if not self._stack and self._tokens is None:
@@ -188,7 +185,7 @@ class Tracer:
             "index": index,
             "parent": self._stack[-1] if self._stack else None,
             "inside": self._model_depth > 0,
-            "start": self._tick(),
+            "start": next(self._clock),
             "end": 0,
             "inputs": [self._record(*tensor) for tensor in inputs],
             "outputs": [],
@@ -207,16 +204,14 @@ class Tracer:
             return
         position = self._stack.pop()
         call = self.calls[position]
-        outputs = [
-            *named_tensors("output", output),
-            *self._cached_tensors(module, named_arguments(module, args, kwargs)),
-        ]
+        outputs = list(named_tensors("output", output))
+        outputs += self._cached_tensors(module, named_arguments(module, args, kwargs))
         call["outputs"] = [self._record(*tensor) for tensor in outputs]
         if position in self._kept:
             self._kept[position]["outputs"] = to_structure(output, self._kept_tensors)
         if not self._stack:
             self._take_top(outputs)
-        call["end"] = self._tick()
+        call["end"] = next(self._clock)
 
     def _cached_tensors(self, module: nn.Module, arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
         """Keys and values of a transformers cache among the arguments, for a module that knows its layer's index."""
@@ -282,12 +277,11 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 
 def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in a value, with its path."""
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Tensor):
         if value.device.type != "meta":
             yield name, value
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
+    elif isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
@@ -308,10 +302,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
     """What can make the same weights compute other numbers: versions, flags, threads, devices."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     attention = set()
     for module in model.modules():
         attention.add(getattr(getattr(module, "config", None), "_attn_implementation", None))
@@ -350,38 +342,24 @@ def cache_layout(cache: Any) -> dict[str, Any]:
 def paged_layout() -> dict[str, Any] | None:
     """Layout of a running vLLM engine's cache, None without one; `slots` is the length of the longest request."""
     batches, modules = _forward_context()
-    layers = [
-        (
-            name,
-            id(getattr(attention, "block_table", None)),
-            modules.get(name),
-            getattr(modules.get(name), "kv_cache", None),
-            getattr(attention, "max_seq_len", None),
-        )
-        for name, attention in (batches[0] if batches else {}).items()
-    ]
+    layers = []
+    for name, attention in (batches[0] if batches else {}).items():
+        layer, block_table = modules.get(name), id(getattr(attention, "block_table", None))
+        cache, slots = getattr(layer, "kv_cache", None), getattr(attention, "max_seq_len", None)
+        layers.append((name, block_table, layer, cache, slots))
     return _layout("vLLM", layers) if layers else None
 
 
 def _layout(kind: str, layers: Iterable[tuple[Any, Hashable, Any, Any, int | None]]) -> dict[str, Any]:
-    """Layers of one block table and layout as a group.
-
-    Args:
-        kind: of the cache.
-        layers: (name, block table, layer, tensor, slots) of each.
-    """
+    """Layers of one block table and layout as a group, from (name, block table, layer, tensor, slots) of each."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for name, block_table, layer, tensor, slots in layers:
         shape, dtype = (tuple(tensor.shape), str(tensor.dtype)) if isinstance(tensor, Tensor) else ((), "")
         window = getattr(layer, "sliding_window", None)
         groups.setdefault((block_table, type(layer).__name__, shape, dtype, window, slots), []).append(name)
     keys = ("kind", "shape", "dtype", "window", "slots")
-    return {
-        "kind": kind,
-        "groups": [
-            {"layers": sorted(names)} | dict(zip(keys, group[1:], strict=True)) for group, names in groups.items()
-        ],
-    }
+    rows = [{"layers": sorted(names)} | dict(zip(keys, group[1:], strict=True)) for group, names in groups.items()]
+    return {"kind": kind, "groups": rows}
 
 
 def _forward_context() -> tuple[list[dict[str, Any]], dict[str, Any]]:
