@@ -180,13 +180,10 @@ def bisect(
     root = select(list(modules), [name], "module")[0]
     calls = [(trace.calls[kept["call"]], kept) for kept in trace.kept]
     if root not in (kept_names := {recorded.name for recorded, _ in calls}):
-        names = ", ".join(sorted(kept_names)[:3]) or "nothing"
-        raise UserError(
-            f"module={name}: {trace.path} kept no input of {root} (it kept {names}); expected --keep {root}"
-        )
-    replays = {
-        c.name: kept for c, kept in calls if c.index == call and f"{c.name}.".startswith(f"{root}." if root else "")
-    }
+        kept = f"it kept {', '.join(sorted(kept_names)[:3]) or 'nothing'}"
+        raise UserError(f"module={name}: {trace.path} kept no input of {root} ({kept}); expected --keep {root}")
+    inside = f"{root}." if root else ""
+    replays = {c.name: kept for c, kept in calls if c.index == call and f"{c.name}.".startswith(inside)}
     if root not in replays:
         count = sum(recorded.name == root for recorded in trace.calls)
         raise UserError(f"call={call}: {root} was called {count} times; expected a number below that")

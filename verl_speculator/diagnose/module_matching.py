@@ -155,7 +155,7 @@ class TracePair:
         position = pair.a.parent
         while position is not None and position not in self._by_position:
             position = self.a.calls[position].parent
-        return None if position is None else self._by_position[position]
+        return self._by_position.get(position)
 
     def count_weights(self, name: str) -> int:
         """Number of shared weights in a module."""

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from verl_speculator.diagnose.comparison import LAYER, Comparison
 from verl_speculator.diagnose.module_matching import CallPair, TensorPair
 from verl_speculator.utils.atomic_io import atomic_file
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 METRICS = ("mean", "std", "absmax")
 CSV_METRICS = (*METRICS, "norm", "nan", "inf")
-CSV_FILE, PICTURE = "comparison.csv", "divergence"
+FILES = ("comparison.csv", "divergence.png", "divergence.pdf")
 # Calls before and after the culprit that the table shows.
 NEIGHBOURS = 2
 # The picture's logarithmic axis draws smaller differences here, and larger ones at the top.
@@ -62,19 +64,18 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     """
     import pandas as pd
 
-    csv, *pictures = [folder / CSV_FILE, *(folder / f"{PICTURE}.{suffix}" for suffix in ("png", "pdf"))]
+    csv, png, pdf = (folder / name for name in FILES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(csv) as path:
             pd.DataFrame(rows(comparison)).to_csv(path, index=False)
         figure = draw(comparison)
-        for file in pictures:
+        for file, metadata in ((png, {}), (pdf, {"CreationDate": None})):
             with atomic_file(file) as path:
-                metadata = {"CreationDate": None} if file.suffix == ".pdf" else {}
                 figure.savefig(path, format=file.suffix[1:], dpi=150, metadata=metadata)
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written: {error.strerror or error}") from None
-    return [csv, *pictures]
+    return [csv, png, pdf]
 
 
 def draw(comparison: Comparison) -> Any:
@@ -87,19 +88,15 @@ def draw(comparison: Comparison) -> Any:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-
-    def height(difference: float) -> float:
-        return min(max(difference, FLOOR), TOP)
-
+    inputs, outputs = np.clip([[c.inputs for c in calls], [c.outputs for c in calls]], FLOOR, TOP)
     style = {"markersize": 3, "linewidth": 0.8}
-    axis.plot([height(c.inputs) for c in calls], ".", color="#9A9A9A", label="inputs of a module", **style)
-    axis.plot([height(c.outputs) for c in calls], "o-", color="#0072B2", label="its outputs", **style)
+    axis.plot(inputs, ".", color="#9A9A9A", label="inputs of a module", **style)
+    axis.plot(outputs, "o-", color="#0072B2", label="its outputs", **style)
     axis.axhline(comparison.tolerance, color="#333333", linestyle="--", linewidth=0.8, label="tolerance")
     places = [i for i, call in enumerate(calls) if call.name == comparison.verdict.module]
     if places:
         first = next((i for i in places if calls[i].outputs > comparison.tolerance), places[0])
-        culprit = calls[first]
-        axis.plot([first], [height(culprit.outputs)], "D", color="#D55E00", label=culprit.name or "the model")
+        axis.plot([first], [outputs[first]], "D", color="#D55E00", label=calls[first].name or "the model")
     ticks = [(i, layer.group(1)) for i, call in enumerate(calls) if (layer := LAYER.search(call.name))]
     ticks = ticks[:: max(1, len(ticks) // 16)]
     axis.set(yscale="log", ylim=(FLOOR / 2, TOP * 3), ylabel="relative difference (floor: none)")

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -141,19 +141,14 @@ class Tracer:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Record calls inside the block."""
-        handles = [
-            self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
-            self.model.register_forward_hook(self._leave_model, always_call=True),
-        ]
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+            stack.enter_context(self.model.register_forward_hook(self._leave_model, always_call=True))
             for name, module in self.modules.items():
                 before, after = functools.partial(self._before, name), functools.partial(self._after, name)
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after, with_kwargs=True))
+                stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._model_depth += 1
@@ -219,9 +214,8 @@ class Tracer:
             if isinstance(getattr(value, "layers", None), list) and hasattr(value, "get_seq_length"):
                 self._caches[id(value)] = value
                 index = getattr(module, "layer_idx", None)
-                if not isinstance(index, int) or index >= len(value.layers):
-                    return []
-                both = ((f"cache.{name}", getattr(value.layers[index], name, None)) for name in ("keys", "values"))
+                layer = value.layers[index] if isinstance(index, int) and index < len(value.layers) else None
+                both = ((f"cache.{name}", getattr(layer, name, None)) for name in ("keys", "values"))
                 return [(name, tensor) for name, tensor in both if isinstance(tensor, Tensor)]
         return []
 
