@@ -348,9 +348,7 @@ def number_type(context: DiagnosisContext) -> Finding:
     if context.speculator.shared_layers is not None:
         return f"it runs on the base's decoder layers, in their type, {own}", ""
     rates = {own: context.served}
-    for dtype in ("float32", "bfloat16"):
-        if dtype == own:
-            continue
+    for dtype in sorted({"float32", "bfloat16"} - {own}, reverse=True):
         other = load_speculator(context.info.directory, device=context.base.device, dtype=getattr(torch, dtype))
         rates[dtype] = context.answers.measure(other.eval())
     evidence = ", ".join(f"{rate} in {dtype}" for dtype, rate in rates.items())
@@ -504,7 +502,8 @@ def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
     if num_draft is None and engine_trace is not None and "drafts" in engine_trace.notes:
         num_draft = len(engine_trace.notes["drafts"])
     given_prompts = _sample_prompts(settings.prompts, settings.num_prompts)
-    train_data = settings.train_data or _training_file(info)
+    files = (Path(file).expanduser() for file in info.provenance.get("data", {}).get("train_files", []))
+    train_data = settings.train_data or next((file for file in files if file.is_file()), None)
     training_prompts = _sample_prompts(train_data, settings.num_prompts) if train_data else []
     device = choose_device(settings.device)
     placement = {"device": device, "dtype": choose_dtype(settings.dtype, device)}
@@ -541,12 +540,6 @@ def diagnose(settings: DiagnosisSettings) -> DiagnosisReport:
         )
     findings = ((name, check(context)) for name, check in CHECKS.items())
     return DiagnosisReport(context.served, [Check(name, *found) for name, found in findings if found is not None])
-
-
-def _training_file(info: CheckpointInfo) -> Path | None:
-    """The first of the files that it was trained on that still exists."""
-    files = [Path(file).expanduser() for file in info.provenance.get("data", {}).get("train_files", [])]
-    return next((file for file in files if file.is_file()), None)
 
 
 def _sample_prompts(path: Path, count: int) -> list[Prompt]:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -47,9 +47,8 @@ def common_start(*names: list[str]) -> list[str]:
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))]
 
 
-def matching_tensors(a: Iterable[TensorStats], b: Iterable[TensorStats]) -> list[TensorPair]:
+def matching_tensors(a: Sequence[TensorStats], b: Sequence[TensorStats]) -> list[TensorPair]:
     """Tensors of both runs with the same name; where there are none, those of the same size at the same place."""
-    a, b = list(a), list(b)
     by_name = {stats.name: stats for stats in b}
     pairs = [(stats, by_name[stats.name]) for stats in a if stats.name in by_name]
     return pairs or [(x, y) for x, y in zip(a, b, strict=False) if x.count == y.count]
@@ -96,11 +95,8 @@ class CallPair:
 
     def input_pairs(self, *, cache_places: bool = False) -> list[TensorPair]:
         """The arguments other than cache slots and blocks; with `cache_places` those alone."""
-
-        def chosen(call: Call) -> Iterator[TensorStats]:
-            return (stats for stats in call.inputs if stats.name.startswith(CACHE_PLACES) == cache_places)
-
-        return matching_tensors(chosen(self.a), chosen(self.b))
+        inputs = (self.a.inputs, self.b.inputs)
+        return matching_tensors(*([x for x in xs if x.name.startswith(CACHE_PLACES) == cache_places] for xs in inputs))
 
     def output_pairs(self) -> list[TensorPair]:
         """The outputs, and what the module left in the cache."""
@@ -126,8 +122,8 @@ class TracePair:
 
     def __init__(self, a: Trace, b: Trace, under: tuple[str | None, str | None]) -> None:
         self.a, self.b = a, b
-        for trace, prefix, letter in zip((a, b), under, "ab", strict=True):
-            _check_prefix(trace, prefix, letter)
+        _check_prefix(a, under[0], "a")
+        _check_prefix(b, under[1], "b")
         self.prefixes = _shared_prefixes(a, b, under)
         both = list(zip((a, b), self.prefixes, strict=True))
         weights_a, weights_b = (_weights_below(*one) for one in both)

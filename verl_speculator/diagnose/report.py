@@ -129,11 +129,9 @@ def show(comparison: Comparison, console: Console, *, everything: bool = False) 
         table.add_row("", "", "output", "", "", f"{call.outputs:.1e}")
     console.print()
     console.print(table)
-    top_a, top_b = (
-        ", ".join(f"{token} ({logit:.3f})" for token, logit in trace.top)
-        for trace in (comparison.traces.a, comparison.traces.b)
-    )
-    if top_a and top_b:
+    tops = (comparison.traces.a.top, comparison.traces.b.top)
+    if all(tops):
+        top_a, top_b = (", ".join(f"{token} ({logit:.3f})" for token, logit in top) for top in tops)
         console.print(f"\ntop tokens: {top_a} in A; {top_b} in B", **text)
 
 
