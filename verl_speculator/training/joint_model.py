@@ -52,9 +52,11 @@ class BaseHead:
         is_unit = isinstance(head, FSDPModule)
         if is_unit:
             head.unshard()
-        yield self
-        if is_unit:
-            head.reshard()
+        try:
+            yield self
+        finally:
+            if is_unit:
+                head.reshard()
 
     @torch.no_grad()
     def check(self, states: Tensor, logits: Tensor, expected: str = "model.speculator.loss=ce") -> None:
