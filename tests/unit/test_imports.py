@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,18 @@ def test_importers_of_verl_are_those_that_the_texts_name():
     (entry,) = (paragraph for paragraph in design.split("\n\n") if "importers of verl" in paragraph)
     for name in IMPORT_VERL:
         assert name in docstring and name in entry, name
+
+
+def test_the_design_page_lists_every_file_by_its_folder():
+    layout = (PACKAGE.parent / "docs" / "design.md").read_text().split("## Layout", 1)[1].split("```")[1]
+    entries = re.split(r"^  (?=\S)", layout, flags=re.MULTILINE)[1:]
+    listed = {entry.split()[0]: set(re.findall(r"\w+", entry)) for entry in entries}
+    folders = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    root = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert listed.keys() == folders | root
+    for folder in folders:
+        modules = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+        assert modules <= listed[folder], folder
 
 
 def modules_after(statement: str) -> set[str]:

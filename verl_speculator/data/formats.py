@@ -186,7 +186,7 @@ def _oasst(row: Row) -> Iterable[Row] | None:
     return () if is_tree_message(row) else None
 
 
-def _best_path(node: Row | None) -> Iterator[Row]:
+def _best_path(node: Row) -> Iterator[Row]:
     """From the root to a leaf by the best-ranked reply; of equals one that is answered, then the first."""
     if node.get("parent_id") is not None:
         raise Dropped("reply without its parent")
