@@ -39,7 +39,13 @@ def untrained_speculator(base: nn.Module, n_predict: int, **settings) -> Specula
     """A speculator of random weights in float64."""
     vocab, width = base.get_output_embeddings().weight.shape
     config = SpeculatorConfig(**({"n_predict": n_predict, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16} | settings))
-    return build_speculator(config, hidden_size=width, vocab_size=vocab, seed=3, dtype=torch.float64)
+    shape = {"hidden_size": width, "vocab_size": vocab, "draft_tokens": every_other(config.draft_vocab_size)}
+    return build_speculator(config, **shape, seed=3, dtype=torch.float64)
+
+
+def every_other(size: int | None) -> list[int] | None:
+    """A draft vocabulary whose ids are not those of the rows."""
+    return None if size is None else [2 * i + 1 for i in range(size)]
 
 
 def assert_third_token_has_base_distribution(

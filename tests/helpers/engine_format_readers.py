@@ -19,7 +19,8 @@ def read(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     content = json.loads((directory / "config.json").read_text())
     files = sorted(directory.glob("*.safetensors"))
     tensors = load_file(files[0]) if files else torch.load(directory / "pytorch_model.bin", weights_only=True)
-    assert {str(t.dtype).removeprefix("torch.") for t in tensors.values()} == {content["torch_dtype"]}
+    types = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    assert types == {content["torch_dtype"]}
     return content, tensors
 
 
@@ -103,5 +104,10 @@ def vllm_medusa(directory: Path, hidden: torch.Tensor, tokens: torch.Tensor) -> 
         for j in range(config["num_hidden_layers"]):
             z = state @ w[f"blocks.{k}.layers.{j}.weight"].T + w[f"blocks.{k}.layers.{j}.bias"]
             state = state + z * z.sigmoid()
-        logits.append(state @ w[f"lm_heads.{0 if config.get('original_lm_head') else k}.weight"].T)
+        products = state @ w[f"lm_heads.{0 if config.get('original_lm_head') else k}.weight"].T
+        if config.get("truncated_vocab_size", config["vocab_size"]) < config["vocab_size"]:
+            whole = torch.full((len(state), config["vocab_size"]), -torch.inf, dtype=state.dtype)
+            whole[:, w["token_map"]] = products
+            products = whole
+        logits.append(products)
     return torch.stack(logits)

@@ -9,6 +9,7 @@ VARIANTS = {
         {"scale_input": True, "n_predict": 1},
         {"inner_dim": "24.32"},
         {"inner_dim": "20.24", "emb_dim": "16.24", "proj_dim": "40.32.24", "tie_weights": False},
+        {"draft_vocab_size": 50},
     ],
     "sum_lstm": [
         {},
@@ -16,6 +17,7 @@ VARIANTS = {
         {"scale_input": True, "inner_dim": "24.32"},
         {"inner_dim": 20, "emb_dim": "16.24", "proj_dim": "32.24", "tie_lstm_embs": True},
         {"inner_dim": "16.24", "emb_dim": "16.24", "proj_dim": "16.24"},
+        {"draft_vocab_size": 50, "tie_lstm_embs": True},
     ],
     "medusa": [
         {"inner_dim": None},
@@ -23,10 +25,12 @@ VARIANTS = {
         {"head": "shared", "n_predict": 1},
         {"head": "frozen_shared", "hidden_state": "pre_norm", "inner_dim": None},
         {"hidden_state": "pre_norm", "num_layers": 3, "inner_dim": None},
+        {"draft_vocab_size": 50, "inner_dim": None},
     ],
     "early_exit": [
         {"exit_layer": 1},
         {"exit_layer": 0, "trainable": "head_and_block", "n_predict": 4},
+        {"exit_layer": 1, "draft_vocab_size": 50},
     ],
 }
 
@@ -38,7 +42,9 @@ BLOCK_SHAPES = {"attention.q.weight": [20, 20], "norm.weight": [20], "mlp.up.bia
 def shape_of(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> dict:
     """What `build_speculator` needs to know of the base."""
     block = BLOCK_SHAPES if config.trainable == "head_and_block" else None
-    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "block_shapes": block}
+    size = config.draft_vocab_size
+    tokens = None if size is None else [*range(size - 1), vocab_size - 1]  # ids differ from rows at the last one
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "draft_tokens": tokens, "block_shapes": block}
 
 
 def configurations() -> dict[str, SpeculatorConfig]:

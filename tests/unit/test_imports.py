@@ -21,7 +21,7 @@ IMPORTS = {
     "checkpoint": {"utils", "config", "base_model", "models"},
     "decoding": {"utils", "config", "base_model", "models"},
     "data": {"utils", "config", "base_model", "checkpoint", "decoding"},
-    "evaluation": {"utils", "base_model", "models", "checkpoint", "decoding", "data"},
+    "evaluation": {"utils", "base_model", "models", "losses", "checkpoint", "decoding", "data"},
     "training": {"utils", "config", "base_model", "models", "losses", "checkpoint", "data"},
     "interop": {"utils", "config", "base_model", "models", "checkpoint"},
     "vllm_plugin": {"utils", "models", "checkpoint", "interop"},

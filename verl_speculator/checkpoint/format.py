@@ -40,6 +40,9 @@ PROVENANCE_KEY = "verl_speculator"
 BLOCK_KEY = "block_shapes"
 BLOCK_PREFIX = "block."
 CAP_KEY = "logit_cap"
+DRAFT_TOKENS = "draft_tokens"  # the module's name of the draft vocabulary
+# On disk: what to add to the number of a head's row for its token, and the tokens as vLLM's Medusa reads them.
+DRAFT_TO_TARGET, TOKEN_MAP = "d2t", "token_map"
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +285,8 @@ def write_checkpoint(
     Args:
         directory: made if it does not exist; its two files are replaced if it does. Returned.
         config: family and shape.
-        state: every parameter of the module, whole and on the CPU, by the module's own names.
+        state: every parameter of the module, and its draft vocabulary if it has one, whole and on the CPU, by the
+            module's own names.
         description: hidden_size, vocab_size, and optionally logit_cap, base_architectures and provenance, which are
             fields of `CheckpointInfo`.
     """
@@ -290,18 +294,30 @@ def write_checkpoint(
 
     from verl_speculator.models import build_speculator
 
-    (dtype,) = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    (dtype,) = {str(p.dtype).removeprefix("torch.") for name, p in state.items() if name != DRAFT_TOKENS}
     block = {name: list(p.shape) for name, p in state.items() if name.startswith(BLOCK_PREFIX)}
     block_shapes = {name.removeprefix(BLOCK_PREFIX): shape for name, shape in block.items()}
     info = CheckpointInfo(Path(directory), config, dtype=dtype, block_shapes=block_shapes, **description)
     slots = build_speculator(config, **info.shape, device="meta").checkpoint_slots()
     tensors = {key: slot.of(state).contiguous() for key, slot in slots.items()}
+    tensors |= vocabulary_tensors(config, state.get(DRAFT_TOKENS))
     info.directory.mkdir(parents=True, exist_ok=True)
     with atomic_file(info.directory / WEIGHTS_FILE) as path:
         torch.save(tensors, path)
     with atomic_file(info.directory / CONFIG_FILE) as path:
         path.write_text(json.dumps(info.content(), indent=2) + "\n")
     return info.directory
+
+
+def vocabulary_tensors(config: SpeculatorConfig, tokens: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that hold the draft vocabulary: `d2t` [V′] is v_i − i for ascending ids v_i, and
+    Medusa heads have the ids themselves too, under vLLM's name. Empty without a draft vocabulary."""
+    import torch
+
+    if tokens is None:
+        return {}
+    offsets = {DRAFT_TO_TARGET: tokens - torch.arange(len(tokens), device=tokens.device)}
+    return offsets | {TOKEN_MAP: tokens.contiguous()} if config.method == "medusa" else offsets
 
 
 def save_speculator(
@@ -322,7 +338,7 @@ def save_speculator(
     return write_checkpoint(
         directory,
         speculator.config,
-        {name: parameter.detach().cpu() for name, parameter in speculator.named_parameters()},
+        {name: tensor.detach().cpu() for name, tensor in speculator.state_dict().items()},
         hidden_size=speculator.hidden_size,
         vocab_size=speculator.vocab_size,
         logit_cap=speculator.logit_cap,
@@ -332,7 +348,8 @@ def save_speculator(
 
 
 def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
-    """The parameters of a checkpoint by the module's own names, memory-mapped and strictly checked.
+    """The state of a checkpoint's module by its own names, memory-mapped and strictly checked: the parameters, and the
+    draft vocabulary if it has one.
 
     Raises:
         UserError: if the file is missing or truncated, or holds other tensors than the configuration implies.
@@ -347,8 +364,9 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     tensors = read_tensors(path)
     module = build_speculator(info.config, **info.shape, device="meta")
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
-    faults = [f"missing {key}" for key in slots if key not in tensors]
-    faults += [f"unexpected {key}" for key in tensors if key not in slots]
+    names = [*slots, *vocabulary_tensors(info.config, module.draft_tokens)]
+    faults = [f"missing {key}" for key in names if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in names]
     tensor_of_slot: dict[Slot, torch.Tensor] = {}
     for key, slot in slots.items():
         if key not in tensors:
@@ -358,10 +376,30 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
             faults.append(f"{key} is {list(tensor.shape)}, the configuration says {list(shape)}")
         elif not torch.equal(tensor_of_slot.setdefault(slot, tensor), tensor):
             faults.append(f"{key} differs from the tensor that it is tied to")
+    tokens = {}
+    if DRAFT_TO_TARGET in names and DRAFT_TO_TARGET in tensors:
+        tokens[DRAFT_TOKENS], fault = _draft_tokens(tensors, module.head_size, info.vocab_size)
+        faults += fault
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path} does not fit its {CONFIG_FILE}: {'; '.join(faults[:5])}{more}")
-    return join_slots(tensor_of_slot, {name: p.shape for name, p in parameters.items()})
+    return join_slots(tensor_of_slot, {name: p.shape for name, p in parameters.items()}) | tokens
+
+
+def _draft_tokens(tensors: Mapping[str, torch.Tensor], size: int, vocab_size: int) -> tuple[torch.Tensor, list[str]]:
+    """The tokens of a checkpoint's draft vocabulary, and what is wrong with them."""
+    import torch
+
+    offsets = tensors[DRAFT_TO_TARGET]
+    if offsets.shape != (size,) or offsets.dtype != torch.int64:
+        found = f"{list(offsets.shape)} of {str(offsets.dtype).removeprefix('torch.')}"
+        return offsets, [f"{DRAFT_TO_TARGET} is {found}, the configuration says [{size}] of int64"]
+    tokens = offsets + torch.arange(size)
+    if tokens[0] < 0 or tokens[-1] >= vocab_size or bool((tokens.diff() <= 0).any()):
+        return tokens, [f"{DRAFT_TO_TARGET} names no ascending tokens below {vocab_size}"]
+    if not torch.equal(tensors.get(TOKEN_MAP, tokens), tokens):
+        return tokens, [f"{TOKEN_MAP} names other tokens than {DRAFT_TO_TARGET}"]
+    return tokens, []
 
 
 def join_slots(tensors: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

@@ -55,12 +55,13 @@ def regenerate(settings: RegenerateSettings) -> None:
 def inspect(directory: Checkpoint, as_json: Annotated[bool, Option("for programs", flag="--json")] = False) -> None:
     """Show what a checkpoint is: family, dims, parameters, base, data, step, versions, and which engine can serve it.
     Reads every weight."""
-    from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
+    from verl_speculator.checkpoint.format import DRAFT_TOKENS, read_checkpoint_info, read_weights
     from verl_speculator.config.families import FAMILIES
     from verl_speculator.interop.engine_formats import serving_engines
 
     info = read_checkpoint_info(directory)
     weights = read_weights(info)
+    weights.pop(DRAFT_TOKENS, None)
     sections: dict[str, Any] = {
         "directory": str(info.directory),
         "family": {"method": info.config.method, "is": FAMILIES[info.config.method].summary},

@@ -36,7 +36,11 @@ def _vllm_medusa_keys(content: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": content["num_layers"],
         "medusa_fc_bias": True,
     }
-    return keys if content["head"] == "copy" else keys | {"original_lm_head": True}
+    if content["head"] != "copy":
+        keys["original_lm_head"] = True
+    if size := content.get("draft_vocab_size"):
+        keys["truncated_vocab_size"] = size
+    return keys
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pydantic
 
+from verl_speculator.config.draft_vocabulary import DraftVocabulary
 from verl_speculator.config.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
 from verl_speculator.config.objective import LOSS_FORMS, Objective
 from verl_speculator.utils.settings import UserError, nearest
@@ -26,12 +27,15 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 PositiveNumber = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Directory = Annotated[str, pydantic.Field(min_length=1, description="a directory")]
+File = Annotated[str, pydantic.Field(min_length=1, description="a file")]
 # Checked by parse_dims and by Objective.parse, whose errors say more than a type does.
 Width = Annotated[Any, pydantic.Field(description='an integer, or several layers as "1024.2048"')]
 Loss = Annotated[Any, pydantic.Field(description=LOSS_FORMS)]
 DepthWeights = Annotated[Any, pydantic.Field(description="a list of numbers, reach, gain")]
 
 
+# Settings that a checkpoint's config.json has only where they are set: engines may refuse a key that they do not know.
+OPTIONAL = ("draft_vocab_size",)
 BOUNDS = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
 
 
@@ -125,6 +129,11 @@ class SpeculatorConfig:
 
     method: Annotated[Literal[*FAMILIES], "family of the speculator"] = "sum_rnn"
     n_predict: Annotated[Count, "number of draft tokens, K"] = 5
+    draft_vocab_size: Annotated[
+        Count | None,
+        "number of tokens that can be drafted: all end tokens, and those that the training answers use most; the heads "
+        "shrink to them and cost less; null: the whole vocabulary",
+    ] = None
     inner_dim: Annotated[
         Width | None,
         "width of the state; medusa: of a bottleneck in each residual block, commonly half the base model's width",
@@ -230,11 +239,13 @@ class SpeculatorConfig:
     @staticmethod
     def read_settings(method: str) -> tuple[str, ...]:
         """The settings that a family reads."""
-        return ("method", "n_predict", *FAMILIES[method].settings)
+        return ("method", "n_predict", "draft_vocab_size", *FAMILIES[method].settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that the family reads: a single width as an integer, several as dotted text."""
-        return {name: getattr(self, name) for name in self.read_settings(self.method)}
+        """The settings that the family reads: a single width as an integer, several as dotted text. Those that are not
+        part of every checkpoint are left out at their default."""
+        values = {name: getattr(self, name) for name in self.read_settings(self.method)}
+        return {name: value for name, value in values.items() if name not in OPTIONAL or value is not None}
 
     def differences(self, other: SpeculatorConfig) -> list[str]:
         """Settings in which two configurations differ, as `name (self's value, other's value)`."""
@@ -258,6 +269,9 @@ class SpeculatorTraining:
     detach_hidden: Annotated[
         bool, "joint training: stop the speculator's gradient at the base model's hidden states"
     ] = False
+    draft_vocab_file: Annotated[
+        File | None, "draft vocabulary of another run, its draft_vocabulary.json, instead of a count of the answers"
+    ] = None
     init: Annotated[
         Literal["random", "base"] | None,
         "initial weights; base copies embeddings and LM heads from the base model, whose width the first emb_dim and "
@@ -309,6 +323,7 @@ class SpeculatorSettings:
             UserError: for an unknown key or a value that cannot be used.
         """
         check_setting_names(values)
+        values = _with_file_size(values)
         config = SpeculatorConfig(**_select(SpeculatorConfig, values))
         defaults = FAMILIES[config.method].defaults
         values = {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
@@ -321,6 +336,23 @@ class SpeculatorSettings:
     def to_dict(self) -> dict[str, Any]:
         """The keys that the family reads, with its defaults, in plain values."""
         return self.config.to_dict() | {n: getattr(self.training, n) for n in _declarations(SpeculatorTraining)}
+
+
+def _with_file_size(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with `draft_vocab_size` as `draft_vocab_file` has it."""
+    file, size = values.get("draft_vocab_file"), values.get("draft_vocab_size")
+    if file is None:
+        return values
+    if values.get("path") is not None:
+        raise UserError(
+            f"{PREFIX}draft_vocab_file={file}: a trained speculator keeps its draft vocabulary; expected null with "
+            f"{PREFIX}path"
+        )
+    check_value(f"{PREFIX}draft_vocab_file", file, File)
+    tokens = len(DraftVocabulary.read(file).tokens)
+    if size not in (None, tokens):
+        raise UserError(f"{PREFIX}draft_vocab_size={size}: {file} has {tokens} tokens; expected that number, or null")
+    return {**values, "draft_vocab_size": tokens}
 
 
 def _select(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,17 @@ def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool)
     return counts
 
 
+def count_answer_tokens(
+    dataset: Dataset, rows: Sequence[int], num_workers: int, vocab_size: int, *, show: bool
+) -> torch.Tensor:
+    """[vocab_size] how often each token occurs among the assistant's in these rows."""
+    loader = DataLoader(Subset(dataset, rows), batch_size=None, num_workers=num_workers)
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for row in tqdm(loader, desc="Counting tokens", disable=not show):
+        counts += torch.bincount(row["input_ids"][row["loss_mask"].bool()], minlength=vocab_size)[:vocab_size]
+    return counts
+
+
 class PaddedDataset(Dataset):
     """A dataset padded to a multiple of `multiple` rows with copies of its last row whose loss mask is zero."""
 

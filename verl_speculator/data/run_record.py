@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.provenance import data_fingerprint, file_digest
+from verl_speculator.config.draft_vocabulary import DraftVocabulary, tokens_digest
 from verl_speculator.config.schema import PREFIX, SpeculatorTraining
 from verl_speculator.data.hidden_state_cache import IRRELEVANT, tokenizer_digest
 
@@ -23,8 +24,9 @@ RECORD = "settings"  # the record's key in a checkpoint's provenance
 TRAIN_CONTENTS, VAL_CONTENTS = "the contents of data.train_files", "the contents of data.val_files"
 TOKENIZER, BASE_CONFIGURATION = "the tokenizer or its chat template", "the base model's configuration"
 CUSTOM_CODE = "the code of data.custom_cls"
+DRAFT_VOCABULARY = "the tokens of model.speculator.draft_vocab_file"
 # Recorded as digests, which say nothing to a reader.
-DIGESTS = (TRAIN_CONTENTS, VAL_CONTENTS, TOKENIZER, BASE_CONFIGURATION, CUSTOM_CODE)
+DIGESTS = (TRAIN_CONTENTS, VAL_CONTENTS, TOKENIZER, BASE_CONFIGURATION, CUSTOM_CODE, DRAFT_VOCABULARY)
 # Entries of a base model's configuration that name its writer, or its dtype, which is a setting here.
 WRITER = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 # With other values of these settings an optimizer cannot continue from the recorded state.
@@ -66,7 +68,7 @@ def record_settings(config: DictConfig, training: SpeculatorTraining, tokenizer:
 
 
 def _objective(model: Mapping[str, Any], training: SpeculatorTraining) -> dict[str, Any]:
-    objective, frozen = training.objective, model["freeze_base_model"]
+    objective, frozen, file = training.objective, model["freeze_base_model"], training.draft_vocab_file
     losses = dict(objective.weights)
     return {
         "model.freeze_base_model": frozen,
@@ -77,6 +79,7 @@ def _objective(model: Mapping[str, Any], training: SpeculatorTraining) -> dict[s
         **({PREFIX + "kl_temperature": objective.kl_temperature} if "kl" in losses else {}),
         **({PREFIX + "lk_eta": objective.lk_eta} if "lk" in losses else {}),
         **({} if frozen else {PREFIX + "detach_hidden": training.detach_hidden}),
+        **({} if file is None else {DRAFT_VOCABULARY: tokens_digest(DraftVocabulary.read(file).tokens)}),
     }
 
 

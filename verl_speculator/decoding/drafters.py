@@ -11,7 +11,7 @@ from torch import Tensor
 from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.decoding.verification import draw
-from verl_speculator.models.speculator import DraftState, Speculator, most_likely
+from verl_speculator.models.speculator import DraftState, Speculator
 
 
 class Proposal(NamedTuple):
@@ -64,7 +64,7 @@ class SpeculatorDrafter:
             probabilities.append(self.policy.probabilities(logits))
             return draw(probabilities[-1], uniform)
 
-        choose = sample if self.sampled else most_likely
+        choose = sample if self.sampled else None
         drafts = self.speculator.draft(hidden.to(self.dtype), token, count, choose=choose, read=self.read)
         return Proposal(drafts[0], torch.cat(probabilities) if self.sampled else None)
 
@@ -131,7 +131,7 @@ class TreeDrafter:
         for depth, level in enumerate(self.levels[:count]):
             state = DraftState(*(x[level.states] if isinstance(x, Tensor) else x for x in state))
             state = self.speculator.step(state, tokens[level.tokens])
-            logits = self.speculator.logits(depth, state.output)
-            tokens = logits.topk(level.top).indices[level.rows, level.ranks]
+            best = self.speculator.draft_logits(depth, state.output).topk(level.top).indices
+            tokens = self.speculator.tokens_of(best[level.rows, level.ranks])
             drafts.append(tokens)
         return Proposal(torch.cat(drafts))

@@ -68,13 +68,13 @@ class DraftTree:
         return tuple(number.get(path[:-1], 0) for path in self.paths)
 
     def check(self, config: SpeculatorConfig, vocab_size: int) -> None:
-        """Raise a UserError, with both numbers, if a speculator cannot draft this tree."""
+        """Raise a UserError, with both numbers, if a speculator for `vocab_size` tokens cannot draft this tree."""
         check_family(config)
         if self.depth > config.n_predict:
             raise UserError(f"draft_tree: {self.depth} levels, the speculator was trained to draft {config.n_predict}")
-        rank = max(map(max, self.paths))
-        if rank >= vocab_size:
-            raise UserError(f"draft_tree: rank {rank}, the vocabulary has {vocab_size} tokens")
+        rank, size = max(map(max, self.paths)), config.draft_vocab_size or vocab_size
+        if rank >= size:
+            raise UserError(f"draft_tree: rank {rank}, the vocabulary has {size} tokens")
 
 
 def check_family(config: SpeculatorConfig) -> None:

@@ -160,7 +160,7 @@ class AlignedTexts:
         for text, states in zip(self.texts, all_states, strict=True):
             tokens, mask = (torch.tensor(x, device=self.base.device) for x in text)
             rows, outputs = align_and_unroll(speculator, states, tokens, mask, self.ends, **shifts)
-            drafts = torch.stack([speculator.logits(k, output).argmax(-1) for k, output in enumerate(outputs)])
+            drafts = torch.stack([speculator.most_likely(k, output) for k, output in enumerate(outputs)])
             correct, valid = drafts == rows.targets, rows.valid.all(0)
             if speculator.depths < depths:  # it drafts every depth with its first one, at the next position
                 count = max(len(rows.positions) - depths + 1, 0)

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import HiddenStateHook
 from verl_speculator.data.alignment import DraftRows, align, misaligned
+from verl_speculator.losses.reference import drafted_pairs
 from verl_speculator.models import Speculator
 
 LEVEL = 0.95
 SAMPLES = 1000
-QUALITY_METRICS = ("ce", "kl", "kl_training_temperature", "top1", "top5")
+QUALITY_METRICS = ("ce", "kl", "kl_training_temperature", "top1", "top5", "coverage")
 
 Figures = dict[str, np.ndarray]
 
@@ -67,12 +68,13 @@ def acceptance(
 
 
 def quality(pairs: np.ndarray, sums: Mapping[str, np.ndarray]) -> Figures:
-    """Means over the [..., K] valid (position, depth) pairs, over all depths and for each depth, from the [..., K] sums
-    of each of QUALITY_METRICS."""
+    """Means over the [..., K] pairs of `Document.measure`, over all depths and for each depth, from the [..., K] sums
+    of each of QUALITY_METRICS; of the cross-entropy over those whose token can be drafted."""
     figures: Figures = {}
     for name, values in sums.items():
-        figures[name] = _ratio(values.sum(-1), pairs.sum(-1))
-        figures |= {f"{name}_depth_{k}": _ratio(values[..., k], pairs[..., k]) for k in range(pairs.shape[-1])}
+        count = sums.get("coverage", pairs) if name == "ce" else pairs
+        figures[name] = _ratio(values.sum(-1), count.sum(-1))
+        figures |= {f"{name}_depth_{k}": _ratio(values[..., k], count[..., k]) for k in range(pairs.shape[-1])}
     return figures | {"perplexity": np.exp(figures["ce"])}
 
 
@@ -142,24 +144,32 @@ class Document:
 
     @torch.inference_mode()
     def measure(self, speculator: Speculator, ends: Collection[int], temperature: float) -> dict[str, list[float]]:
-        """[K] sums over the valid pairs: `pairs`, their number, and for each name of QUALITY_METRICS cross-entropy with
-        the text, KL(base ‖ draft) at temperature 1 and at `temperature` (nats, without the factor T² of a distillation
-        loss), and whether the text's token is the draft's most likely one, or among its five most likely ones."""
+        """[K] sums over the valid pairs that drafting can reach: `pairs`, their number, and for each name of
+        QUALITY_METRICS cross-entropy with the text, KL(base ‖ draft) at temperature 1 and at `temperature` (nats,
+        without the factor T² of a distillation loss), whether the text's token is the draft's most likely one, or among
+        its five most likely ones, and whether it can be drafted.
+
+        With a draft vocabulary the divergences are those within it, as in training, and the cross-entropy, which would
+        be infinite, counts the texts' tokens that can be drafted only: divide its sum by that of `coverage`."""
         rows, states = self.unroll(speculator, ends)
+        targets, vocabulary = speculator.rows_of(rows.targets), speculator.draft_tokens
+        reached = drafted_pairs(rows.valid, targets >= 0)
         sums: dict[str, list[float]] = {}
         for k, state in enumerate(states):
-            valid = rows.valid[k]
-            target = rows.targets[k][valid]
-            draft = speculator.logits(k, state[valid]).float()
+            valid = reached[k]
+            target = targets[k][valid]
+            draft = speculator.draft_logits(k, state[valid]).float()
             teacher = self.logits[rows.teachers[k][valid]].float()
+            teacher = teacher if vocabulary is None else teacher[:, vocabulary]
             is_target = draft.topk(min(5, draft.shape[-1])).indices == target[:, None]
             values = {
                 "pairs": valid,
-                "ce": F.cross_entropy(draft, target, reduction="none"),
+                "ce": F.cross_entropy(draft, target, reduction="none", ignore_index=-1),
                 "kl": _kl_divergence(teacher, draft),
                 "kl_training_temperature": _kl_divergence(teacher / temperature, draft / temperature),
                 "top1": is_target[:, :1],
                 "top5": is_target,
+                "coverage": target >= 0,
             }
             for name, value in values.items():
                 sums.setdefault(name, []).append(float(value.sum()))
@@ -173,7 +183,8 @@ class Document:
         is_complete = rows.valid.all(0)
         drafts = [speculator.logits(k, state) for k, state in enumerate(states[:, is_complete])]
         targets = rows.targets[:, is_complete, None]
-        return torch.stack([(d > d.gather(-1, t)).sum(-1) for d, t in zip(drafts, targets, strict=True)], dim=1)
+        ranks = [(d > d.gather(-1, t)).sum(-1) for d, t in zip(drafts, targets, strict=True)]
+        return torch.stack(ranks, dim=1)  # of a token that cannot be drafted, whose logit is −inf: V′, past every draft
 
 
 def align_and_unroll(

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from verl_speculator.checkpoint.format import ARCTIC_MLP, SAFETENSORS_FILE, WEIGHTS_FILE
+from verl_speculator.checkpoint.format import (
+    ARCTIC_MLP,
+    DRAFT_TO_TARGET,
+    SAFETENSORS_FILE,
+    TOKEN_MAP,
+    WEIGHTS_FILE,
+)
 from verl_speculator.config.schema import SpeculatorConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,10 +32,15 @@ PROPOSER = "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
 KEY = "verl_speculator"
 
 
+_VOCABULARY = "draft_vocab_size={}: it drafts from the whole vocabulary; train with draft_vocab_size=null"
+
+
 def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why ArcticInference 0.3.0 cannot serve a speculator, and what to train instead; None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm"):
         return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these"
+    if config.draft_vocab_size is not None:
+        return _VOCABULARY.format(config.draft_vocab_size)
     for name, dims in (("emb_dim", config.emb_dims), ("proj_dim", config.proj_dims)):
         if len(dims) > 1:
             return f"{name}={getattr(config, name)}: it reads a single width; train with {name}={dims[-1]}"
@@ -55,6 +66,8 @@ def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """As `arctic_unsupported_reason`, for its MLP speculator: sum_rnn with one width."""
     if config.method != "sum_rnn":
         return f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
+    if config.draft_vocab_size is not None:
+        return _VOCABULARY.format(config.draft_vocab_size)
     dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
     if len(set(dims.values())) == len(config.inner_dims) == 1:
         return None
@@ -128,8 +141,10 @@ def _arctic_mlp_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: 
 
 def _medusa_tensors(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> Shapes:
     """`Medusa` of vLLM 0.24.0, model_executor/models/medusa.py."""
-    heads = config.n_predict if config.head == "copy" else 1
-    shapes: Shapes = {f"lm_heads.{k}.weight": (vocab_size, hidden_size) for k in range(heads)}
+    heads, size = config.n_predict if config.head == "copy" else 1, config.draft_vocab_size
+    shapes: Shapes = {f"lm_heads.{k}.weight": (size or vocab_size, hidden_size) for k in range(heads)}
+    if size is not None:  # vLLM reads the second and ignores the first
+        shapes |= {DRAFT_TO_TARGET: (size,), TOKEN_MAP: (size,)}
     for k in range(config.n_predict):
         for j in range(config.num_layers):
             shapes |= {f"blocks.{k}.layers.{j}.weight": (hidden_size, hidden_size)}
@@ -212,7 +227,7 @@ FORMATS: Mapping[str, EngineFormat] = MappingProxyType(
             SAFETENSORS_FILE,
             tensors=_medusa_tensors,
             keys=_MEDUSA_KEYS,
-            optional_keys=frozenset({"original_lm_head", "logit_cap"}),
+            optional_keys=frozenset({"draft_vocab_size", "original_lm_head", "logit_cap", "truncated_vocab_size"}),
         ),
         "safetensors": EngineFormat("verl_speculator, and " + PROPOSER_ENGINE, lambda config: None, SAFETENSORS_FILE),
     }

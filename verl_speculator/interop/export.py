@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.base_model.loading import DTYPES
-from verl_speculator.checkpoint.format import CONFIG_FILE, PROVENANCE_KEY, CheckpointInfo, read_weights
+from verl_speculator.checkpoint.format import (
+    CONFIG_FILE,
+    DRAFT_TOKENS,
+    PROVENANCE_KEY,
+    CheckpointInfo,
+    read_weights,
+    vocabulary_tensors,
+)
 from verl_speculator.config.families import FAMILIES
 from verl_speculator.interop.engine_formats import (
     FORMATS,
@@ -73,10 +80,12 @@ def exported_tensors(info: CheckpointInfo, name: str, dtype: torch.dtype) -> dic
     """Every tensor of an export in `dtype`, by its name in the format; tied tensors share their memory."""
     from verl_speculator.models import build_speculator
 
-    state = {key: tensor.to(dtype) for key, tensor in read_weights(info).items()}
+    state = read_weights(info)
+    vocabulary = vocabulary_tensors(info.config, state.pop(DRAFT_TOKENS, None))
+    state = {key: tensor.to(dtype) for key, tensor in state.items()}
     slots = build_speculator(info.config, **info.shape, device="meta").checkpoint_slots()
     tensor_of_slot = {slot: slot.of(state).contiguous() for slot in slots.values()}
-    return {FORMATS[name].tensor_name(key): tensor_of_slot[slot] for key, slot in slots.items()}
+    return {FORMATS[name].tensor_name(key): tensor_of_slot[slot] for key, slot in slots.items()} | vocabulary
 
 
 def export_speculator(
@@ -208,6 +217,7 @@ def model_card(info: CheckpointInfo, name: str, results: Sequence[Mapping[str, s
     table = {
         "base": f"{subject}{', trained jointly' if jointly else ''}",
         "for a base of": f"width {info.hidden_size}, vocabulary {info.vocab_size}",
+        "drafts from": f"{config.draft_vocab_size} of these tokens" if config.draft_vocab_size else None,
         "settings": ", ".join(f"{key}={value}" for key, value in config.to_dict().items() if key != "method"),
         "trained on": f"{files} ({data.get('train_rows', 0):,} rows)" if files else None,
         "training": ", ".join(f"{key} {trained[key]}" for key in training if key in trained),

@@ -7,14 +7,15 @@ chunk of rows runs through unroll, head and loss, adds its gradients to sums and
 et al. 2024, arXiv 2410.10989). What is allocated:
 
     for the whole pass   the gradient of each parameter       in the accumulation dtype: thousands of chunks are added
-    for one chunk        [K · r, V] logits, overwritten by    in the accumulation dtype: bf16 has too few digits for
+    for one chunk        [K · r, V′] logits, overwritten by   in the accumulation dtype: bf16 has too few digits for
                          their gradient, and the teacher's    a softmax and its differences
     for one chunk        [K, r, E] states and their gradient  in the compute dtype (autocast's, else the parameters')
 
 The accumulation dtype is float32 for bf16 and fp16, else the compute dtype. `backward` converts the gradients to the
 dtypes of their parameters, one at a time.
 
-Shapes: T rows, r rows of a chunk, K depths, D base width, E speculator width, V vocabulary, R rows of the teacher.
+Shapes: T rows, r rows of a chunk, K depths, D base width, E speculator width, V vocabulary, V′ draft vocabulary, R rows
+of the teacher.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from verl_speculator.config.objective import Objective
 from verl_speculator.losses.closed_form import Kernel, Teacher, choose_kernel, compile_once, teacher_distribution
+from verl_speculator.losses.reference import drafted_pairs
 from verl_speculator.models.layers import OutputHead, TokenEmbedding
 from verl_speculator.models.speculator import Speculator
 
@@ -45,41 +47,55 @@ Head = Callable[[Tensor], Tensor]
 
 
 class DraftSums(NamedTuple):
-    """The rows of a tensor [6, K] of sums. Micro-batches and ranks are added before anything is divided.
+    """The rows of a tensor [9, K] of sums. Micro-batches and ranks are added before anything is divided.
 
     Attributes:
-        loss: [K] the loss of the valid pairs.
-        weighted: [K] the same with each pair's weight, where the objective has pair weights.
-        pairs: [K] number of valid pairs.
+        ce: [K] the weighted cross-entropy of the valid pairs whose target can be drafted.
+        compared: [K] of the valid pairs, the weighted sum of the losses that compare with the base model.
+        weighted_ce, weighted_compared: [K] the same with each pair's weight, where the objective has pair weights.
+        covered: [K] number of valid pairs whose target can be drafted: all of them without a draft vocabulary.
+        pairs: [K] number of valid pairs (`reference.drafted_pairs`).
         correct: [K] pairs whose most likely token is the target.
         reached: [K] pairs whose earlier depths were all correct.
         accepted: [K] pairs that were reached and are correct.
     """
 
-    loss: Tensor
-    weighted: Tensor
+    ce: Tensor
+    compared: Tensor
+    weighted_ce: Tensor
+    weighted_compared: Tensor
+    covered: Tensor
     pairs: Tensor
     correct: Tensor
     reached: Tensor
     accepted: Tensor
 
-    def metrics(self, objective: Objective) -> dict[str, float]:
-        """`speculator_loss`, `depth{k}_loss`, `depth{k}_accuracy` and `expected_accept_length`.
+    def metrics(self, objective: Objective, *, draft_vocabulary: bool = False) -> dict[str, float]:
+        """`speculator_loss`, `depth{k}_loss`, `depth{k}_accuracy`, `expected_accept_length`, and with a draft
+        vocabulary `coverage`, the share of the targets that can be drafted.
 
         The expected acceptance length is 1 + Σ_k Π_{j≤k} a_j, where a_j is the share of rows correct at depth j among
         those correct at all earlier depths. A depth without a valid pair ends the sum and has no entry of its own.
         """
-        scale = depth_scale(self.pairs, objective.depths(len(self.pairs)))
-        metrics = {"speculator_loss": float((self.weighted * scale).sum())}
+        ce_scale, scale = depth_scales(self.covered, self.pairs, objective)
+        metrics = {"speculator_loss": float((self.weighted_ce * ce_scale + self.weighted_compared * scale).sum())}
         expected, chain = 1.0, 1.0
         for k, (pairs, reached) in enumerate(zip(self.pairs.tolist(), self.reached.tolist(), strict=True)):
             if pairs:
-                metrics[f"depth{k}_loss"] = float(self.loss[k]) / pairs
+                metrics[f"depth{k}_loss"] = float(self.ce[k] / self.covered[k].clamp(min=1) + self.compared[k] / pairs)
                 metrics[f"depth{k}_accuracy"] = float(self.correct[k]) / pairs
             chain *= float(self.accepted[k]) / reached if reached else 0.0
             expected += chain
         metrics["expected_accept_length"] = expected
+        if draft_vocabulary:
+            metrics["coverage"] = float(self.covered.sum() / self.pairs.sum().clamp(min=1))
         return metrics
+
+
+def depth_scales(covered: Tensor, pairs: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """[K] each: `depth_scale` of the cross-entropy and of the losses that compare with the base model."""
+    weights = objective.depths(len(pairs))
+    return depth_scale(covered, weights), depth_scale(pairs, weights)
 
 
 def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -92,6 +108,18 @@ def depth_scale(counts: Tensor, weights: Sequence[float]) -> Tensor:
     """
     present = torch.tensor(weights, dtype=torch.float64, device=counts.device) * (counts > 0)
     return present / present.sum().clamp(min=torch.finfo(torch.float64).tiny) / counts.clamp(min=1)
+
+
+def pair_counts(speculator: Speculator, targets: Tensor, valid: Tensor) -> Tensor:
+    """[2, K] the number of pairs whose target can be drafted, and of all that can be reached in drafting.
+
+    Args:
+        speculator: knows its draft vocabulary.
+        targets, valid: [K, R], as in `alignment.DraftRows`.
+    """
+    covered = speculator.rows_of(targets) >= 0
+    pairs = drafted_pairs(valid, covered)
+    return torch.stack([(pairs & covered).sum(1), pairs.sum(1)])
 
 
 def speculator_loss(
@@ -123,15 +151,16 @@ def speculator_loss(
             receive no gradient.
         teacher_rows: [T, K] the row of `teacher_hidden` at which the base model predicts the same token.
         base_head: the base model's LM head: its weight [V, D], or a function from states [n, D] to logits [n, V].
-        counts: [K] valid pairs of each depth in the global batch, of which these rows may be a part; by default those
-            of `valid`.
+        counts: [2, K] `pair_counts` of the global batch, of which these rows may be a part; by default those of these
+            rows.
         loss: a name, weights by name, or an `Objective`.
         chunk_rows: rows of a chunk, each with all its depths; by default as many as give blocks of `BLOCK_NUMBERS`
             numbers in all.
         compiled: run unroll and closed forms through torch.compile, once for any number of rows.
 
     Returns:
-        The loss, Σ_k `depth_scale`_k Σ (pair weight · loss), and the fields of `DraftSums` by name, without a gradient.
+        The loss, Σ_k Σ pair weight · (ce `depth_scale`_k + compared `depth_scale`_k), and the fields of `DraftSums` by
+        name, without a gradient.
 
     Raises:
         ValueError: if the teacher is needed and not given, or chunk_rows is not positive.
@@ -142,7 +171,13 @@ def speculator_loss(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows}: expected at least 1")
     depths = valid.shape[1]
-    scale = depth_scale(valid.sum(0) if counts is None else counts, objective.depths(depths))
+    if counts is None:
+        counts = pair_counts(speculator, targets.T, valid.T)
+    scales = torch.stack(depth_scales(*counts, objective))
+    vocabulary = speculator.draft_tokens
+    targets = speculator.rows_of(targets)
+    if vocabulary is not None:
+        valid = drafted_pairs(valid.T, targets.T >= 0).T
 
     if not isinstance(hidden, FakeTensor):  # fake tensors have shapes but no values: all rows are kept
         kept = valid.any(1).nonzero().squeeze(-1)
@@ -151,7 +186,10 @@ def speculator_loss(
     if chunk_rows is None:  # blocks: the logits, the teacher's, its logarithms, and a soft cap's slopes
         weights, capped = dict(objective.weights), speculator.logit_cap is not None
         blocks = 1 + objective.needs_teacher + ("lk_pure" in weights) + capped
-        chunk_rows = max(MIN_CHUNK_ROWS, BLOCK_NUMBERS // (speculator.vocab_size * depths) // blocks)
+        numbers = blocks * depths * speculator.head_size  # of a row
+        if vocabulary is not None and objective.needs_teacher:
+            numbers += speculator.vocab_size  # the teacher's logits before they are restricted
+        chunk_rows = max(MIN_CHUNK_ROWS, BLOCK_NUMBERS // numbers)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731
@@ -160,7 +198,7 @@ def speculator_loss(
         tokens=tokens,
         targets=targets,
         valid=valid,
-        scale=scale,
+        scales=scales,
         objective=objective,
         chunk_rows=chunk_rows,
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
@@ -169,7 +207,7 @@ def speculator_loss(
         # Asked here: inside an autograd function gradients are always off, and `needs_input_grad` ignores no_grad.
         needs_grad=torch.is_grad_enabled(),
         unroll=compile_once(_unroll) if compiled else _unroll,
-        kernel=choose_kernel(objective, chunk_rows * depths, speculator.vocab_size, hidden.device.type, compiled),
+        kernel=choose_kernel(objective, chunk_rows * depths, speculator.head_size, hidden.device.type, compiled),
     )
     total, sums = _ChunkedLoss.apply(chunked, hidden, *speculator.unroll_parameters().values())
     return total, DraftSums(*sums)._asdict()
@@ -218,7 +256,7 @@ class DraftLoss(nn.Module):
             more: `counts`, `teacher_hidden` and `base_head` of `speculator_loss`.
 
         Returns:
-            `total`, which carries the gradient, and `sums` [6, K] for `DraftSums`. A dictionary, because sharding
+            `total`, which carries the gradient, and `sums` [9, K] for `DraftSums`. A dictionary, because sharding
             wrappers look for tensors in it but not in a class. Without any row the loss is 0 and its gradients are
             zeros, so that every rank takes part in every reduction.
         """
@@ -276,7 +314,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients, ctx.hidden_gradient = chunked.gradients, chunked.hidden_gradient
         ctx.dtypes = [parameter.dtype for parameter in parameters]
         ctx.mark_non_differentiable(chunked.sums)
-        return (DraftSums(*chunked.sums).weighted * chunked.scale.to(chunked.sums.dtype)).sum(), chunked.sums
+        sums, (ce_scale, scale) = DraftSums(*chunked.sums), chunked.scales.to(chunked.sums.dtype)
+        return (sums.weighted_ce * ce_scale + sums.weighted_compared * scale).sum(), chunked.sums
 
     @staticmethod
     @once_differentiable
@@ -299,7 +338,7 @@ class _ChunkedPass:
 
     Attributes, besides the arguments of `speculator_loss`:
         needs_grad: whether anything needs a gradient.
-        sums: [6, K] of `DraftSums`, in the accumulation dtype.
+        sums: [9, K] of `DraftSums`, in the accumulation dtype.
         gradients: of each parameter, in the accumulation dtype; None where not needed.
         hidden_gradient: [T, D], or None.
     """
@@ -308,7 +347,7 @@ class _ChunkedPass:
     tokens: Tensor
     targets: Tensor
     valid: Tensor
-    scale: Tensor
+    scales: Tensor
     objective: Objective
     chunk_rows: int
     teacher_hidden: Tensor | None
@@ -393,7 +432,8 @@ class _ChunkedPass:
     def _loss_and_gradients(self, chunk: slice, states: Tensor) -> Tensor | None:
         """Add the losses and head gradients of states [K, r, E]; the gradient of the total by the states [K, r, E]."""
         depths, rows, _ = states.shape
-        valid, targets = self.valid[chunk].T, self.targets[chunk].T.flatten()
+        valid, targets = self.valid[chunk].T, self.targets[chunk].T
+        covered, targets = valid & (targets >= 0), targets.flatten()
         logits, cap, cap_slope = self._logits(states), self.speculator.logit_cap, None
         if cap is not None:  # c·tanh(z/c), whose slope is 1 − tanh²(z/c)
             logits = logits.div_(cap).tanh_()
@@ -401,35 +441,50 @@ class _ChunkedPass:
             logits.mul_(cap)
         correct = valid & (logits.argmax(-1) == targets).view(depths, rows)
         teacher = self._teacher(chunk)
-        losses, gradient, acceptance = self.kernel(logits, targets, teacher, self.objective, self.needs_grad)
-        del teacher, logits
-        losses, weights = torch.where(valid, losses.view(depths, rows), 0), valid.to(self.sums.dtype)
+        # The kernel's gradient is multiplied by the scale of one of the two losses, so that of the other is relative.
+        (ce_scale, scale), ce_factor = self.scales.to(self.sums.dtype), None
+        if not self.objective.needs_teacher:
+            scale, counted = ce_scale, covered
+        else:
+            counted = valid
+            if self.speculator.draft_tokens is not None and "ce" in dict(self.objective.weights):
+                relative = torch.where(scale > 0, ce_scale / scale, 0)
+                ce_factor = (covered * relative.unsqueeze(-1)).flatten()
+        arguments = (targets.clamp(min=0), teacher, self.objective, self.needs_grad, ce_factor)
+        ce, compared, gradient, acceptance = self.kernel(logits, *arguments)
+        del teacher, logits, arguments
+        ce, compared = (
+            torch.where(covered, ce.view(depths, rows), 0),
+            torch.where(valid, compared.view(depths, rows), 0),
+        )
+        weights = counted.to(self.sums.dtype)
         if acceptance is not None:
-            weights = weights * pair_weights(self.objective, acceptance.view(depths, rows) * valid)
+            weights = weights * pair_weights(self.objective, acceptance.view(depths, rows) * counted)
         accepted = correct.cummin(0).values
         reached = valid & torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]])
-        per_pair = DraftSums(losses, losses * weights, valid, correct, reached, accepted)
+        weighted = (ce * weights, compared * weights)
+        per_pair = DraftSums(ce, compared, *weighted, covered, valid, correct, reached, accepted)
         for total, values in zip(self.sums, per_pair, strict=True):
             total += values.sum(1)
         if not self.needs_grad:
             return None
         gradient = gradient if cap_slope is None else gradient.mul_(cap_slope)
-        weights = weights * self.scale.to(self.sums.dtype).unsqueeze(-1)
+        weights = weights * scale.unsqueeze(-1)
         return self._state_gradients(states, gradient.mul_(weights.reshape(-1, 1)).view(depths, rows, -1))
 
     def _logits(self, states: Tensor) -> Tensor:
-        """[K · r, V] in the accumulation dtype, depth by depth."""
+        """[K · r, V′] in the accumulation dtype, depth by depth."""
         depths, rows, _ = states.shape
         products = (states[ks].flatten(0, 1) @ self.parameters[index].T for index, ks in self.heads)
         if len(self.heads) == 1:
             return next(products).to(self.sums.dtype)
-        logits = states.new_empty(depths * rows, self.speculator.vocab_size, dtype=self.sums.dtype)
+        logits = states.new_empty(depths * rows, self.speculator.head_size, dtype=self.sums.dtype)
         for (_, ks), product in zip(self.heads, products, strict=True):
             logits[ks.start * rows : ks.stop * rows] = product
         return logits
 
     def _state_gradients(self, states: Tensor, gradient: Tensor) -> Tensor:
-        """[K, r, E] the gradient by the states, from that by the logits [K, r, V]; adds the gradients of the heads."""
+        """[K, r, E] the gradient by the states, from that by the logits [K, r, V′]; adds the gradients of the heads."""
         state_gradients = torch.empty_like(states)
         for index, ks in self.heads:
             logit_gradient, total = gradient[ks].flatten(0, 1), self.gradients[index]
@@ -440,7 +495,7 @@ class _ChunkedPass:
         return state_gradients
 
     def _teacher(self, chunk: slice) -> Teacher:
-        """The base model's distribution for each pair of a chunk, [K · r, V] depth by depth.
+        """The base model's distribution for each pair of a chunk, [K · r, V′] depth by depth.
 
         Depth k at row t and depth k − 1 at row t + 1 compare with the same distribution, so it is computed for each
         distinct row of the teacher once.
@@ -455,7 +510,7 @@ class _ChunkedPass:
             distinct, index = rows.unique(return_inverse=True)
         with torch.no_grad():
             logits = self.base_head(self.teacher_hidden[distinct]).to(self.sums.dtype)
-            teacher = teacher_distribution(logits, self.objective)
+            teacher = teacher_distribution(logits, self.objective, self.speculator.draft_tokens)
         del logits
         index = index.T.flatten()
         return {temperature: distribution.rows(index) for temperature, distribution in teacher.items()}

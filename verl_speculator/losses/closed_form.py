@@ -1,17 +1,18 @@
 """The losses of `reference` with their gradients in closed form, on one block of logits that is overwritten.
 
-Shapes: R rows, V vocabulary. z are logits, q = softmax(z), p is the base model's distribution, y the target, sg(·) the
-stop-gradient. With ∂q_v/∂z_w = q_v (1[v = w] − q_w) and m = q ⊙ 1[q < p], the part of q that still raises α:
+Shapes: R rows, V vocabulary, V′ draft vocabulary (V without one). z are logits [R, V′], q = softmax(z), p is the base
+model's distribution of these tokens, y the target, sg(·) the stop-gradient. kl takes p̃ = p / Σ p, which is p without a
+draft vocabulary. With ∂q_v/∂z_w = q_v (1[v = w] − q_w) and m = q ⊙ 1[q < p], the part of q that still raises α:
 
     ce       −log q_y                         ∂/∂z = q − onehot(y)
-    kl       T²·KL(p_T ‖ q_T)                 ∂/∂z = T (q_T − p_T)               (Hinton et al. 2015, arXiv 1503.02531)
+    kl       T²·KL(p̃_T ‖ q_T)                 ∂/∂z = T (q_T − p̃_T)               (Hinton et al. 2015, arXiv 1503.02531)
     α        Σ_v min(p_v, q_v)                ∂/∂z = m − q Σ_v m_v
     tv       1 − α
     lk       λ·kl + (1 − λ)·tv                λ = exp(−η·sg(α)) is a constant    (LK losses, arXiv 2602.23881)
     lk_pure  −log α                           ∂/∂z = q Σ_v r_v − r,  r = m / α   (LK losses, arXiv 2602.23881)
 
-The gradient of every mix is one sum of blocks, a ⊙ q − b ⊙ p + s ⊙ m − c onehot(y) − d ⊙ r, with a, b, s of each row
-and c, d of the mix, so a mix costs hardly more than its most expensive loss. log α and r come from log p and log q,
+The gradient of every mix is one sum of blocks, a ⊙ q − b ⊙ p̃ + s ⊙ m − c onehot(y) − d ⊙ r, with factors of each row
+or of the mix, so a mix costs hardly more than its most expensive loss. log α and r come from log p and log q,
 since α underflows where the two distributions hardly overlap.
 """
 
@@ -33,17 +34,24 @@ logger = logging.getLogger(__name__)
 
 
 class Distribution(NamedTuple):
-    """The base model's distribution at one temperature.
+    """The base model's distribution at one temperature, of the tokens of the draft vocabulary.
 
     Attributes:
-        p: [R, V] probabilities.
-        negentropy: [R] Σ_v p log p.
-        log_p: [R, V], for objectives with `lk_pure` only.
+        p: [R, V′] probabilities among these tokens, p̃.
+        negentropy: [R] Σ_v p̃ log p̃.
+        log_p: [R, V′] logarithms of the probabilities among all V tokens, for objectives with `lk_pure` only.
+        mass: [R] the probability of all these tokens together; None without a draft vocabulary, where it is 1.
     """
 
     p: Tensor
     negentropy: Tensor
     log_p: Tensor | None = None
+    mass: Tensor | None = None
+
+    @property
+    def whole_p(self) -> Tensor:
+        """[R, V′] probabilities among all V tokens."""
+        return self.p if self.mass is None else self.p * self.mass.unsqueeze(-1)
 
     def rows(self, index: Tensor) -> Distribution:
         """The distributions of some rows."""
@@ -54,48 +62,74 @@ Teacher = Mapping[float, Distribution]  # by temperature
 
 
 class BlockLoss(NamedTuple):
-    """The loss of a block of logits.
+    """The loss of a block of logits, in the two parts of `reference.row_losses`.
 
     Attributes:
-        loss: [R]
-        gradient: [R, V] in the memory of the logits; None if it was not asked for.
+        ce: [R] weighted cross-entropy.
+        compared: [R] weighted sum of the losses that compare with the base model.
+        gradient: [R, V′] of ce_factor · ce + compared, in the memory of the logits; None if it was not asked for.
         acceptance: [R] α, if the objective weighs pairs by it.
     """
 
-    loss: Tensor
+    ce: Tensor
+    compared: Tensor
     gradient: Tensor | None
     acceptance: Tensor | None
 
 
-Kernel = Callable[[Tensor, Tensor, Teacher, Objective, bool], BlockLoss]
+Kernel = Callable[[Tensor, Tensor, Teacher, Objective, bool, Tensor | None], BlockLoss]
 
 
-def teacher_distribution(logits: Tensor, objective: Objective) -> Teacher:
-    """The base model's distribution at each temperature of the objective, from its logits [R, V], float32 or wider."""
+def teacher_distribution(logits: Tensor, objective: Objective, vocabulary: Tensor | None = None) -> Teacher:
+    """The base model's distribution at each temperature of the objective.
+
+    Args:
+        logits: [R, V] its logits, in float32 or wider.
+        objective: what is minimised.
+        vocabulary: [V′] the ids of the draft vocabulary; None for all.
+    """
+    mass = None
+    if vocabulary is not None:
+        normaliser = logits.logsumexp(-1) if 1.0 in objective.temperatures else None
+        logits = logits[:, vocabulary]
+        mass = None if normaliser is None else (logits.logsumexp(-1) - normaliser).exp()
     teacher = {}
     for temperature in sorted(objective.temperatures, reverse=True):
         log_p = logits.div(temperature).log_softmax(-1) if temperature != 1 else logits.log_softmax(-1)
         p = log_p.exp()
-        keeps_log = temperature == 1 and "lk_pure" in dict(objective.weights)
-        teacher[temperature] = Distribution(p, _dot(p, log_p), log_p if keeps_log else None)
+        negentropy = _dot(p, log_p)
+        if temperature != 1:
+            teacher[temperature] = Distribution(p, negentropy)
+            continue
+        if "lk_pure" not in dict(objective.weights):
+            log_p = None
+        elif mass is not None:
+            log_p = log_p.add_(mass.log().unsqueeze(-1))
+        teacher[temperature] = Distribution(p, negentropy, log_p, mass)
     return teacher
 
 
 def loss_and_gradient_(
-    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective, needs_gradient: bool = True
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Teacher,
+    objective: Objective,
+    needs_gradient: bool = True,
+    ce_factor: Tensor | None = None,
 ) -> BlockLoss:
     """The loss of each row and its gradient.
 
     Args:
-        logits: [R, V] in float32 or wider; overwritten.
-        targets: [R] token ids.
+        logits: [R, V′] in float32 or wider; overwritten.
+        targets: [R] rows of the head.
         teacher: `teacher_distribution` of the same rows; empty if the objective does not compare with the base model.
         objective: what is minimised.
         needs_gradient: False computes the loss alone, as validation needs it.
+        ce_factor: [R] factor of the gradient of the cross-entropy; None for 1.
     """
     weights = dict(objective.weights)
     loss = logits.new_zeros(logits.shape[0])
-    added_gradient = None  # [R, V] what is no multiple of q, p or m: d ⊙ r, and kl at a temperature other than 1
+    added_gradient = None  # [R, V′] what is no multiple of q, p̃ or m: d ⊙ r, and kl at a temperature other than 1
     if objective.kl_temperature != 1 and "kl" in weights:
         temperature, weight = objective.kl_temperature, weights.pop("kl")
         value, added_gradient = _softened_kl(logits, teacher[temperature], temperature, needs_gradient)
@@ -106,16 +140,16 @@ def loss_and_gradient_(
     column = targets.unsqueeze(-1)
     normaliser = logits.logsumexp(-1, keepdim=True)
     log_target = (logits.gather(-1, column) - normaliser).squeeze(-1)
-    if ce:
-        loss = loss - ce * log_target
+    ce_loss = -ce * log_target if ce else torch.zeros_like(loss)
     if weights:
-        p, negentropy, _ = teacher[1.0]
+        p, negentropy, *_ = teacher[1.0]
         divergence = negentropy - _dot(p, logits) + normaliser.squeeze(-1)
 
     # From here on the block holds log q, then q, then the gradient. It stays as it is where none of them is needed.
     if needs_gradient or uses_alpha or lk_pure:
         logits = logits.sub_(normaliser)
-    q_factor = torch.full_like(loss, ce)  # a
+    ce_gradient = torch.full_like(loss, ce) if ce_factor is None else ce * ce_factor  # c
+    q_factor = ce_gradient  # a
     if lk_pure:
         log_p = teacher[1.0].log_p
         log_alpha = torch.minimum(logits, log_p).logsumexp(-1)
@@ -130,7 +164,8 @@ def loss_and_gradient_(
         logits = logits.exp_()
     alpha = None
     if uses_alpha:
-        alpha = torch.minimum(teacher[1.0].p, logits).sum(-1)
+        whole_p = teacher[1.0].whole_p
+        alpha = torch.minimum(whole_p, logits).sum(-1)
     elif objective.pair_weights:
         alpha = log_target.exp()
     alpha_slope = None  # s
@@ -142,21 +177,22 @@ def loss_and_gradient_(
         loss = loss + kl_weight * divergence
     acceptance = alpha if objective.pair_weights else None
     if not needs_gradient:
-        return BlockLoss(loss, None, acceptance)
+        return BlockLoss(ce_loss, loss, None, acceptance)
 
     if weights:
         q_factor = q_factor + kl_weight
     if alpha_slope is not None:
-        below_base = torch.where(logits < p, logits, 0)  # m
+        below_base = torch.where(logits < whole_p, logits, 0)  # m
         q_factor = q_factor - alpha_slope * below_base.sum(-1)
-    gradient = logits if ce == 1 and not weights and not lk_pure else logits.mul_(q_factor.unsqueeze(-1))
+    is_q = ce == 1 and ce_factor is None and not weights and not lk_pure
+    gradient = logits if is_q else logits.mul_(q_factor.unsqueeze(-1))
     if weights:
         gradient.addcmul_(p, kl_weight.unsqueeze(-1), value=-1)
     if alpha_slope is not None:
         gradient.addcmul_(below_base, alpha_slope.unsqueeze(-1))
     if ce:
-        gradient.scatter_add_(-1, column, gradient.new_full(column.shape, -ce))
-    return BlockLoss(loss, gradient if added_gradient is None else gradient.add_(added_gradient), acceptance)
+        gradient.scatter_add_(-1, column, -ce_gradient.unsqueeze(-1))
+    return BlockLoss(ce_loss, loss, gradient if added_gradient is None else gradient.add_(added_gradient), acceptance)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -167,7 +203,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _softened_kl(
     logits: Tensor, teacher: Distribution, temperature: float, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """[R] T²·KL(p_T ‖ q_T), and its gradient [R, V]."""
+    """[R] T²·KL(p̃_T ‖ q_T), and its gradient [R, V′]."""
     z = logits / temperature
     normaliser = z.logsumexp(-1, keepdim=True)
     value = temperature**2 * (teacher.negentropy - _dot(teacher.p, z) + normaliser.squeeze(-1))
@@ -191,7 +227,12 @@ def _tv_and_lk(
 
 
 def liger_cross_entropy_(
-    logits: Tensor, targets: Tensor, teacher: Teacher, objective: Objective, needs_gradient: bool = True
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Teacher,
+    objective: Objective,
+    needs_gradient: bool = True,
+    ce_factor: Tensor | None = None,
 ) -> BlockLoss:
     """`loss_and_gradient_` for plain cross-entropy, in Liger-Kernel's one Triton kernel."""
     from liger_kernel.ops.cross_entropy import cross_entropy_forward
@@ -209,7 +250,9 @@ def liger_cross_entropy_(
             return_z_loss=False,
         )
     gradient = logits.detach() if needs_gradient else None
-    return BlockLoss(losses, gradient, losses.neg().exp() if objective.pair_weights else None)
+    if gradient is not None and ce_factor is not None:
+        gradient.mul_(ce_factor.unsqueeze(-1))
+    return BlockLoss(losses, torch.zeros_like(losses), gradient, losses.neg().exp() if objective.pair_weights else None)
 
 
 @cache

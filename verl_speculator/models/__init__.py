@@ -24,6 +24,7 @@ def build_speculator(
     *,
     hidden_size: int,
     vocab_size: int,
+    draft_tokens: Sequence[int] | torch.Tensor | None = None,
     block_shapes: Mapping[str, Sequence[int]] | None = None,
     logit_cap: float | None = None,
     seed: int | None = None,
@@ -36,6 +37,8 @@ def build_speculator(
         config: family and widths.
         hidden_size: width D of the base model's hidden states.
         vocab_size: V, the number of rows of the base model's LM head.
+        draft_tokens: the draft vocabulary, `config.draft_vocab_size` ascending token ids. Without it all ids are 0,
+            which is enough for the device "meta" or to load a checkpoint.
         block_shapes: parameter shapes of the decoder layer that an early exit trains a copy of, by name.
         logit_cap: soft cap of the base model's logits; ignored by families without `keeps_head_scale`.
         seed: of the initialisation; None draws from torch's global generator.
@@ -43,7 +46,8 @@ def build_speculator(
         dtype: of the parameters, float32 by default.
 
     Raises:
-        ValueError: if an early exit trains a copy of a decoder layer and `block_shapes` is missing.
+        ValueError: if an early exit trains a copy of a decoder layer and `block_shapes` is missing, or `draft_tokens`
+            are not as the configuration says.
     """
     shapes = {"block_shapes": block_shapes} if block_shapes else {}
     with torch.device("meta"):
@@ -56,7 +60,24 @@ def build_speculator(
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
             setattr(module, name, torch.nn.Parameter(empty, requires_grad=f"{path}.{name}" not in frozen))
+    if speculator.draft_tokens is not None:
+        speculator.draft_tokens = _check_draft_tokens(draft_tokens, speculator).to(device)
     if device.type == "meta":
         return speculator
     speculator.reset_parameters(None if seed is None else torch.Generator().manual_seed(seed))
     return speculator if device.type == "cpu" else speculator.to(device)
+
+
+def _check_draft_tokens(tokens: Sequence[int] | torch.Tensor | None, speculator: Speculator) -> torch.Tensor:
+    """[V′] the draft vocabulary as a tensor."""
+    if tokens is None:
+        return torch.zeros(speculator.head_size, dtype=torch.long)
+    tokens = torch.as_tensor(tokens, dtype=torch.long)
+    if len(tokens) != speculator.head_size or tokens[0] < 0 or tokens[-1] >= speculator.vocab_size:
+        raise ValueError(
+            f"draft_tokens: {len(tokens)} ids from {tokens[0]} to {tokens[-1]}, expected {speculator.head_size} below "
+            f"{speculator.vocab_size}"
+        )
+    if (tokens.diff() <= 0).any():
+        raise ValueError("draft_tokens: expected ascending ids")
+    return tokens

@@ -57,7 +57,7 @@ class EarlyExit(Speculator):
         super().__init__(config, hidden_size=hidden_size, vocab_size=vocab_size)
         self.norm = FrozenNorm(hidden_size)
         # Not `lm_head`: verl makes every module of that name a sharding unit.
-        self.exit_head = OutputHead(vocab_size, hidden_size)
+        self.exit_head = OutputHead(self.head_size, hidden_size)
         self.block = None
         if config.trainable == "head_and_block":
             if not block_shapes:

@@ -33,11 +33,11 @@ class TokenEmbedding(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """The [V, E] weight of one head. It has no forward: losses and verification decide how to multiply with it."""
+    """The [V′, E] weight of one head. It has no forward: losses and verification decide how to multiply with it."""
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.weight = nn.Parameter(torch.empty(size, width))
 
 
 INIT, RANDOM = "model.speculator.init=base", "model.speculator.init=random"
@@ -82,12 +82,17 @@ def start_from_base(speculator: Speculator, base: nn.Module) -> None:
     state = dict(speculator.named_parameters())
     for _, slot, is_embedding in vocabulary_slots(speculator):
         target = slot.of(state)
-        if speculator.keeps_head_scale and not is_embedding:
-            target.copy_(copied_head(base))
+        if speculator.keeps_head_scale:
+            target.copy_(drafted_rows(speculator, copied_head(base)))
             continue
-        source = base.get_input_embeddings() if is_embedding else base.get_output_embeddings()
-        weight = _in_float32(source.weight)
-        target.copy_(weight * (1.0 if speculator.keeps_head_scale else 1 / math.sqrt(min(target.shape)) / weight.std()))
+        weight = _in_float32((base.get_input_embeddings() if is_embedding else base.get_output_embeddings()).weight)
+        scale = 1 / math.sqrt(min(weight.shape)) / weight.std()
+        target.copy_((weight if is_embedding else drafted_rows(speculator, weight)) * scale)
+
+
+def drafted_rows(speculator: Speculator, weight: Tensor) -> Tensor:
+    """[V′, …] the rows of a [V, …] weight that stand for the tokens of the draft vocabulary."""
+    return weight if speculator.draft_tokens is None else weight[speculator.draft_tokens]
 
 
 def copied_head(base: nn.Module, setting: str = INIT, otherwise: str = RANDOM) -> Tensor:

@@ -64,7 +64,7 @@ class Medusa(Speculator):
             head_blocks(hidden_size, config.inner_dim, config.num_layers) for _ in range(config.n_predict)
         )
         heads = config.n_predict if config.head == "copy" else 1
-        self.lm_heads = nn.ModuleList(OutputHead(vocab_size, hidden_size) for _ in range(heads))
+        self.lm_heads = nn.ModuleList(OutputHead(self.head_size, hidden_size) for _ in range(heads))
 
     @property
     def hidden_state_source(self) -> str:

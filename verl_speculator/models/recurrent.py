@@ -139,7 +139,7 @@ class SumRNN(Speculator):
         self.emb = nn.ModuleList(widen(TokenEmbedding(vocab_size, emb[0]), emb) for _ in range(shared))
         self.proj = nn.ModuleList(widen(nn.Linear(before, proj[0], bias=False), proj) for before in inputs)
         self.ln = nn.ModuleList(inner_chain(merge, config.inner_dims) for _ in range(shared))
-        self.heads = nn.ModuleList(OutputHead(vocab_size, width) for _ in range(shared))
+        self.heads = nn.ModuleList(OutputHead(self.head_size, width) for _ in range(shared))
         self.emb_scale = embedding_scale(config.n_predict, merge)
 
     def _layer(self, modules: nn.ModuleList, depth: int) -> nn.Module:
@@ -193,7 +193,7 @@ class SumLSTM(Speculator):
         self.state_ln = nn.ModuleList([RMSNormWithBias(merge)])
         has_chain = config.inner_dims != (merge,)
         self.ln = nn.ModuleList([inner_chain(merge, config.inner_dims)]) if has_chain else None
-        self.heads = nn.ModuleList([OutputHead(vocab_size, width)])
+        self.heads = nn.ModuleList([OutputHead(self.head_size, width)])
         self.emb_scale = embedding_scale(config.n_predict, merge)
         self.merge_width = merge
 

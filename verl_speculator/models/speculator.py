@@ -1,6 +1,7 @@
 """The contract of a speculator family. A model computes hidden states and logits; it never sees a loss or an optimizer.
 
-Shapes: T rows, K depths, D base width, E speculator width, M merge width, V vocabulary.
+Shapes: T rows, K depths, D base width, E speculator width, M merge width, V vocabulary, V′ draft vocabulary: the part
+of the vocabulary that the speculator can draft, V′ = V without one.
 """
 
 from __future__ import annotations
@@ -99,11 +100,6 @@ class DraftState(NamedTuple):
     depth: int
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """[T] the greedy choice from logits [T, V]."""
-    return logits.argmax(-1)
-
-
 class Speculator(nn.Module, abc.ABC):
     """A draft model that predicts tokens from one hidden state of the base model.
 
@@ -111,6 +107,9 @@ class Speculator(nn.Module, abc.ABC):
         config: family and widths.
         hidden_size: D.
         vocab_size: V, the number of rows of the base model's LM head.
+
+    Attributes:
+        draft_tokens: [V′] the token of each row of a head, ascending; None without a draft vocabulary.
     """
 
     method: ClassVar[str]
@@ -131,6 +130,9 @@ class Speculator(nn.Module, abc.ABC):
         self.config, self.hidden_size, self.vocab_size = config, hidden_size, vocab_size
         self.n_predict = config.n_predict  # K, the largest draft length
         self.depths = config.depths  # number of depths that are trained and that `unroll` returns
+        self.head_size = config.draft_vocab_size or vocab_size  # V′
+        tokens = None if config.draft_vocab_size is None else torch.zeros(self.head_size, dtype=torch.long)
+        self.register_buffer("draft_tokens", tokens)
 
     def attach(self, base: nn.Module) -> None:
         """Take what the family needs besides the hidden states of the base model. Called before the first forward."""
@@ -156,11 +158,34 @@ class Speculator(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def head(self, depth: int) -> Tensor:
-        """[V, E] weight of the head; its product with the state of the depth gives the logits before a soft cap."""
+        """[V′, E] weight of the head; its product with the state of the depth gives the logits before a soft cap."""
+
+    def draft_logits(self, depth: int, states: Tensor) -> Tensor:
+        """[..., V′] logits of the draft vocabulary from the states [..., E] of a depth."""
+        return soft_cap(states @ self.head(depth).T, self.logit_cap)
 
     def logits(self, depth: int, states: Tensor) -> Tensor:
-        """[..., V] logits from the states [..., E] of a depth, for decoding and evaluation."""
-        return soft_cap(states @ self.head(depth).T, self.logit_cap)
+        """[..., V] logits of the whole vocabulary, −inf for tokens outside of the draft vocabulary."""
+        logits = self.draft_logits(depth, states)
+        if self.draft_tokens is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        return whole.index_copy_(-1, self.draft_tokens, logits)
+
+    def most_likely(self, depth: int, states: Tensor) -> Tensor:
+        """[...] the token with the largest logit."""
+        return self.tokens_of(self.draft_logits(depth, states).argmax(-1))
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """[...] the token that each row of a head stands for."""
+        return rows if self.draft_tokens is None else self.draft_tokens[rows]
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """[...] the row of a head that stands for each token, −1 for tokens outside of the draft vocabulary."""
+        if self.draft_tokens is None:
+            return tokens
+        rows = torch.searchsorted(self.draft_tokens, tokens).clamp(max=self.head_size - 1)
+        return torch.where(self.draft_tokens[rows] == tokens, rows, -1)
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """All depths at once, for training.
@@ -188,7 +213,7 @@ class Speculator(nn.Module, abc.ABC):
         tokens: Tensor,
         count: int,
         *,
-        choose: Callable[[Tensor], Tensor] = most_likely,
+        choose: Callable[[Tensor], Tensor] | None = None,
         read: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Draft depth by depth: each token is chosen from the logits that follow the token before it.
@@ -197,7 +222,7 @@ class Speculator(nn.Module, abc.ABC):
             hidden: [T, D] hidden states before `tokens`, in the dtype of the parameters.
             tokens: [T] the newest tokens; the base model has not read them yet.
             count: draft length.
-            choose: from logits [T, V] to tokens [T].
+            choose: from logits [T, V] to tokens [T]; by default the most likely ones.
             read: for a family with `shared_layers`, whose every depth starts from a hidden state of its own: reads
                 tokens [T] and returns their hidden states [T, D].
 
@@ -209,7 +234,10 @@ class Speculator(nn.Module, abc.ABC):
             if read is not None:
                 state = self.start(read(tokens))
             state = self.step(state, tokens)
-            tokens = choose(self.logits(depth, state.output))
+            if choose is None:
+                tokens = self.most_likely(depth, state.output)
+            else:
+                tokens = choose(self.logits(depth, state.output))
             drafts.append(tokens)
         return torch.stack(drafts, dim=1)
 

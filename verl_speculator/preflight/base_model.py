@@ -23,6 +23,7 @@ from verl_speculator.checkpoint.format import (
     read_weights,
 )
 from verl_speculator.checkpoint.provenance import weights_fingerprint
+from verl_speculator.config.draft_vocabulary import DraftVocabulary, check_size, vocabulary_digest
 from verl_speculator.config.hydra import RunConfig
 from verl_speculator.config.schema import PREFIX, SpeculatorConfig, SpeculatorSettings
 from verl_speculator.data.run_record import RECORD, compare_records, earlier_record, record_settings
@@ -103,7 +104,11 @@ def check_base(run: RunConfig) -> Base:
     text_config, generation_config = hf_config.get_text_config(), form.read_generation_config(name, hf_config)
     sizes = (text_config.hidden_size, text_config.vocab_size)
     copied = _check_copied_modules(run.speculator, hf_config, **options)
-    return Base(*sizes, tokenizer, end_token_ids(tokenizer, generation_config), *copied)
+    ends = end_token_ids(tokenizer, generation_config)
+    check_size(run.speculator.config.draft_vocab_size, text_config.vocab_size, ends)
+    if file := run.speculator.training.draft_vocab_file:
+        DraftVocabulary.read(file).check(file, text_config.vocab_size, vocabulary_digest(tokenizer), ends)
+    return Base(*sizes, tokenizer, ends, *copied)
 
 
 def _check_copied_modules(

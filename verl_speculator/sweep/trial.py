@@ -170,7 +170,7 @@ def _train(trial: Trial) -> Record:
     from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 
     info = read_checkpoint_info(run_directory)
-    parameters = sum(tensor.numel() for tensor in read_weights(info).values())
+    parameters = sum(tensor.numel() for tensor in read_weights(info).values() if tensor.is_floating_point())
     return {"status": DONE, "checkpoint": str(info.directory), "parameters": parameters} | figures
 
 

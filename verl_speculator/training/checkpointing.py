@@ -52,7 +52,7 @@ State = dict[str, torch.Tensor]
 
 
 def gather_speculator(engine: SpeculatorEngine) -> State:
-    """The speculator's whole parameters under its own names, on rank 0 only. Every rank calls it."""
+    """The speculator's whole state under its own names, on rank 0 only. Every rank calls it."""
     return _strip_prefix(dcp.get_model_state_dict(engine.draft, options=GATHER), SPECULATOR_PREFIX)
 
 

@@ -29,7 +29,7 @@ from verl_speculator.base_model.loading import check_frozen_type
 from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
 from verl_speculator.data.alignment import DraftRows, align, padded_positions, states_read
 from verl_speculator.data.hidden_state_cache import StateCache
-from verl_speculator.losses import DraftLoss
+from verl_speculator.losses import DraftLoss, pair_counts
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.models.layers import block_shapes, copy_norm, start_from_base
 from verl_speculator.models.speculator import logit_transform
@@ -127,6 +127,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             self.model_config.speculator_config,
             hidden_size=base.config.get_text_config().hidden_size,
             vocab_size=head.shape[0],
+            draft_tokens=self.model_config.draft_tokens,
             block_shapes=block_shapes(base, self.model_config.speculator_config),
             # A trained speculator keeps the cap that it was trained with.
             logit_cap=logit_transform(base.config).cap if info is None else info.logit_cap,
@@ -272,9 +273,10 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         # gradient do not depend on the micro-batches. All ranks must agree on skipping the base model's forward pass:
         # it gathers shards.
         is_uncached = self.state_cache is None or "row" not in data or not self.state_cache.has(_row_numbers(data))
-        pairs = self._align(data).valid.sum(1)
-        sums = self._all_reduce_sum(torch.cat([pairs, pairs.new_tensor([is_uncached])]).to(get_device_id()))
-        self._batch_pairs, self._skip_base_forward = sums[:-1], not sums[-1]
+        rows, device = self._align(data), get_device_id()
+        counts = pair_counts(self.speculator, rows.targets.to(device), rows.valid.to(device))
+        sums = self._all_reduce_sum(torch.cat([counts.flatten(), counts.new_tensor([is_uncached])]))
+        self._batch_pairs, self._skip_base_forward = sums[:-1].view_as(counts), not sums[-1]
         output = super().forward_backward_batch(data, loss_function, forward_only)
         for name in (DRAFT_SUMS, BASE_SUMS):
             if name in output["metrics"]:

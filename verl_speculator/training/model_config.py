@@ -9,11 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from verl.workers.config import HFModelConfig
 
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
 from verl_speculator.base_model.loading import BaseModelFormat, check_language_model, supported_attention
-from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.checkpoint.format import DRAFT_TOKENS, read_checkpoint_info, read_weights
+from verl_speculator.config.draft_vocabulary import DraftVocabulary
 from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings, SpeculatorTraining
 from verl_speculator.utils.settings import UserError
 
@@ -38,11 +40,13 @@ class SpeculatorModelConfig(HFModelConfig):
         speculator_config: the shape that `speculator` describes, validated.
         speculator_training: how `speculator` says it is trained, validated.
         end_token_ids: tokens that end an assistant's turn. The trainer sets it to () for plain text.
+        draft_tokens: [V′] the draft vocabulary of `speculator.path` or `speculator.draft_vocab_file`; the trainer sets
+            it if neither is given. None without a draft vocabulary.
     """
 
     _mutable_fields = HFModelConfig._mutable_fields | {
         *("form", "packing_required", "use_remove_padding"),
-        *("speculator_config", "speculator_training", "end_token_ids"),
+        *("speculator_config", "speculator_training", "end_token_ids", "draft_tokens"),
     }
 
     partial_pretrain: str | None = None
@@ -57,6 +61,7 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator_config: SpeculatorConfig | None = None
     speculator_training: SpeculatorTraining | None = None
     end_token_ids: tuple[int, ...] = ()
+    draft_tokens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.form = BaseModelFormat(self.quantization, self.gguf_file)
@@ -71,9 +76,19 @@ class SpeculatorModelConfig(HFModelConfig):
             settings = read_checkpoint_info(path).config.to_dict() | settings
         parsed = SpeculatorSettings.parse(settings)
         self.speculator_config, self.speculator_training = parsed.config, parsed.training
+        self.draft_tokens = self._given_draft_tokens()
         if ensure_chat_template(self.tokenizer):
             logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)
         self.end_token_ids = end_token_ids(self.tokenizer, self.generation_config)
+
+    def _given_draft_tokens(self) -> torch.Tensor | None:
+        if self.speculator_config.draft_vocab_size is None:
+            return None
+        if path := self.speculator_training.path:
+            return read_weights(read_checkpoint_info(path))[DRAFT_TOKENS]
+        if file := self.speculator_training.draft_vocab_file:
+            return torch.tensor(DraftVocabulary.read(file).tokens)
+        return None
 
     def _read_base_config(self) -> None:
         """verl's own reading of configuration and tokenizer, which accepts only directories."""
@@ -120,5 +135,10 @@ class SpeculatorPolicyConfig(SpeculatorModelConfig):
         if not training.path and not training.train:
             raise UserError(
                 "model.speculator.path=null: expected a trained one, or model.speculator.train=true for a fresh one"
+            )
+        if (size := self.speculator_config.draft_vocab_size) is not None and self.draft_tokens is None:
+            raise UserError(
+                f"model.speculator.draft_vocab_size={size}: PPO has no answers to count tokens in; expected "
+                "model.speculator.draft_vocab_file, the draft_vocabulary.json of a run, or model.speculator.path"
             )
         self.speculator_training = replace(training, train=bool(training.train), detach_hidden=True)

@@ -96,7 +96,9 @@ class PolicyEngine(SpeculatorEngine):
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if DRAFT_SUMS in output["metrics"]:
             sums = DraftSums(*torch.tensor(output["metrics"].pop(DRAFT_SUMS), dtype=torch.float64))
-            metrics = sums.metrics(self.model_config.speculator_training.objective)
+            settings = self.model_config
+            has_vocabulary = settings.speculator_config.draft_vocab_size is not None
+            metrics = sums.metrics(settings.speculator_training.objective, draft_vocabulary=has_vocabulary)
             # verl concatenates lists over ranks and takes the mean.
             output["metrics"] |= {f"actor/{name}": [value] for name, value in metrics.items()}
         return output

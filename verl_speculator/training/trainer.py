@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -26,12 +26,15 @@ from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import sft_loss
 
+from verl_speculator.checkpoint.format import DRAFT_TOKENS, find_resume_path, read_checkpoint_info, read_weights
 from verl_speculator.checkpoint.provenance import git_commit, versions, weights_fingerprint
+from verl_speculator.config.draft_vocabulary import VOCABULARY_FILE, DraftVocabulary, most_used, vocabulary_digest
 from verl_speculator.data.dataset import (
     NumberedDataset,
     PaddedDataset,
     ResumableSampler,
     build_dataset,
+    count_answer_tokens,
     count_states,
     is_text,
 )
@@ -43,10 +46,12 @@ from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import RunCheckpoints
 from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
 from verl_speculator.utils.atomic_io import check_metrics_file
+from verl_speculator.utils.process import evenly_spaced
 from verl_speculator.utils.settings import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
+COUNTED_ROWS = 10_000  # rows of the training data in which the tokens of a draft vocabulary are counted
 FILE = "file"  # verl's name of the logger that writes metrics to a file
 
 
@@ -83,14 +88,42 @@ class SpeculatorTrainer(SFTTrainer):
         build = partial(build_dataset, config=data, tokenizer=model.tokenizer, processor=model.processor)
         self.train_dataset = build(data.train_files, max_samples=data.train_max_samples)
         self.val_dataset = build(data.val_files, max_samples=data.val_max_samples) if data.val_files else None
-        if dist.get_rank() == 0:  # the writer; now, since the files may have changed by the first checkpoint
-            self._record = record_settings(self.config, model.speculator_training, model.tokenizer)
+        end_tokens = model.end_token_ids
         if is_text(data.train_files, data):
             model.end_token_ids = ()  # every token is a target
+        if model.speculator_config.draft_vocab_size is not None and model.draft_tokens is None:
+            model.draft_tokens = self._choose_draft_tokens(end_tokens)
+        if dist.get_rank() == 0:  # the writer; now, since the files may have changed by the first checkpoint
+            self._record = record_settings(self.config, model.speculator_training, model.tokenizer)
         self.state_cache = None
         if data.cache_hidden_states:
             self.state_cache = self._open_state_cache()
             self.train_dataset = NumberedDataset(self.train_dataset)
+
+    def _choose_draft_tokens(self, end_tokens: Collection[int]) -> torch.Tensor:
+        """The draft vocabulary: of the checkpoint that is resumed, else the most used tokens of the training answers,
+        counted on a sample of the rows and written to the run's folder."""
+        model, directory = self.model_config, Path(self.config.trainer.default_local_dir)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        folder = from_rank_0(find_resume_path(directory, self.config.trainer) if rank == 0 else None)
+        if folder is not None:
+            info = read_checkpoint_info(folder) if rank == 0 else None
+            tokens = from_rank_0(read_weights(info).get(DRAFT_TOKENS) if rank == 0 else None)
+            if tokens is not None:  # else the checkpoint has no draft vocabulary, which its loading refuses
+                return tokens
+        size, vocab_size = model.speculator_config.draft_vocab_size, model.hf_config.get_text_config().vocab_size
+        rows = evenly_spaced(len(self.train_dataset), COUNTED_ROWS)[rank::ranks]
+        counts = count_answer_tokens(self.train_dataset, rows, self.config.data.num_workers, vocab_size, show=rank == 0)
+        dist.all_reduce(counts)
+        counts = counts.tolist()
+        tokens = most_used(counts, size, end_tokens)
+        coverage = sum(counts[token] for token in tokens) / max(sum(counts), 1)
+        if rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            digest = vocabulary_digest(model.tokenizer)
+            DraftVocabulary(tokens, vocab_size, digest, coverage).write(directory / VOCABULARY_FILE)
+            logger.info("draft vocabulary: %d tokens, %.2f %% of those in the answers", size, 100 * coverage)
+        return torch.tensor(tokens)
 
     def _open_state_cache(self) -> StateCache:
         """The cache that the settings name; rank 0 creates it if it does not exist."""
@@ -203,7 +236,11 @@ class SpeculatorTrainer(SFTTrainer):
             for name in (DRAFT_SUMS, BASE_SUMS)
             if name in batches[0]
         }
-        values = DraftSums(*sums[DRAFT_SUMS]).metrics(self.model_config.speculator_training.objective)
+        model = self.model_config
+        has_vocabulary = model.speculator_config.draft_vocab_size is not None
+        values = DraftSums(*sums[DRAFT_SUMS]).metrics(
+            model.speculator_training.objective, draft_vocabulary=has_vocabulary
+        )
         loss = self.model_config.speculator_loss_coeff * values["speculator_loss"]
         if BASE_SUMS in sums:
             total, tokens = sums[BASE_SUMS].tolist()

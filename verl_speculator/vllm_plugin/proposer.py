@@ -249,7 +249,7 @@ def greedy_drafts(speculator: Speculator, hidden: Tensor, tokens: Tensor) -> Ten
     state, drafts = speculator.start(hidden), []
     for depth in range(speculator.n_predict):
         state = speculator.step(state, tokens)
-        tokens = speculator.logits(depth, state.output).argmax(-1)
+        tokens = speculator.most_likely(depth, state.output)
         drafts.append(tokens)
     return torch.stack(drafts, dim=1)
 

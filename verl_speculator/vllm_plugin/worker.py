@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
+from verl_speculator.checkpoint.format import DRAFT_TOKENS, read_checkpoint_info, read_weights
 from verl_speculator.interop.engine_formats import first_few, shape_faults
 from verl_speculator.models import Speculator
 from verl_speculator.utils.atomic_io import atomic_file
@@ -105,6 +105,9 @@ class SpeculatorWorkerExtension:
                 )
             info.check_base(speculator.hidden_size, speculator.vocab_size)
             source = read_weights(info)
+            tokens = source.pop(DRAFT_TOKENS, None)
+            if tokens is not None and not torch.equal(tokens, speculator.draft_tokens.cpu()):
+                raise UserError(f"update_speculator: {info.directory} has another draft vocabulary than what is served")
         tensors = dict(source)
         update = StreamedUpdate(proposer.speculator, {name: tensor.shape for name, tensor in tensors.items()})
         update.copy(tensors.items())

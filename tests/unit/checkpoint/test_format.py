@@ -41,7 +41,11 @@ def tiny(**settings):
     return build_speculator(config, hidden_size=12, vocab_size=30, seed=0)
 
 
-ARCTIC = {name: config for name, config in configurations().items() if config.method.startswith("sum_")}
+ARCTIC = {
+    name: config
+    for name, config in configurations().items()
+    if config.method.startswith("sum_") and config.draft_vocab_size is None
+}
 
 
 @pytest.mark.parametrize("config", ARCTIC.values(), ids=ARCTIC.keys())
@@ -165,6 +169,30 @@ def test_weights_are_read_without_running_code(tmp_path):
     save_speculator(tiny(), tmp_path)
     torch.save({"head.0.weight": Evil()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="truncated, or not a file of tensors"):
+        load_speculator(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("d2t", None, "missing d2t"),
+        ("d2t", torch.zeros(4, dtype=torch.long), r"d2t is \[4\] of int64, the configuration says \[5\] of int64"),
+        ("d2t", torch.zeros(5, dtype=torch.int32), r"d2t is \[5\] of int32"),
+        ("d2t", torch.tensor([0, -1, 0, 0, 0]), "d2t names no ascending tokens below 30"),
+        ("d2t", torch.tensor([0, 0, 0, 0, 26]), "d2t names no ascending tokens below 30"),
+        ("token_map", torch.tensor([0, 1, 2, 3, 5]), "token_map names other tokens than d2t"),
+    ],
+)
+def test_a_faulty_draft_vocabulary_is_refused(tmp_path, name, tensor, words):
+    config = SpeculatorConfig(method="medusa", n_predict=2, draft_vocab_size=5)
+    tokens = [0, 1, 2, 3, 29]
+    speculator = build_speculator(config, hidden_size=12, vocab_size=30, draft_tokens=tokens, seed=0)
+    save_speculator(speculator, tmp_path)
+    assert load_speculator(tmp_path).draft_tokens.tolist() == tokens
+    tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    changed = {key: value for key, value in tensors.items() if key != name}
+    torch.save(changed if tensor is None else changed | {name: tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=words):
         load_speculator(tmp_path)
 
 

@@ -78,7 +78,7 @@ OTHER_SETTINGS = {
 
 @pytest.mark.parametrize("method", OTHER_SETTINGS)
 def test_generate_every_family_gives_the_greedy_text(model, text, method):
-    for settings in ({}, OTHER_SETTINGS[method]):
+    for settings in ({}, OTHER_SETTINGS[method], {"draft_vocab_size": 100}):
         speculator = untrained_speculator(model, 4, method=method, **settings)
         result = speculative_generate(model, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=())
         assert result.tokens == text
@@ -264,11 +264,13 @@ def test_target_roll_back_equals_never_having_read(bases, architecture):
     torch.testing.assert_close(again, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("draft_vocab_size", [None, 150])
 @pytest.mark.parametrize("sampled_drafts", [True, False])
-def test_generate_sampled_text_has_the_base_models_distribution(model, sampled_drafts):
+def test_generate_sampled_text_has_the_base_models_distribution(model, sampled_drafts, draft_vocab_size):
+    """Also where the draft knows half of the tokens only."""
     assert_third_token_has_base_distribution(
         model,
-        untrained_speculator(model, 3),
+        untrained_speculator(model, 3, draft_vocab_size=draft_vocab_size),
         PROMPT,
         SamplingPolicy(1.3, top_k=4),
         draws=600,

@@ -192,10 +192,11 @@ def test_target_keep_leaves_the_accepted_branch_in_the_cache(bases, architecture
 # Drafting.
 
 
+@pytest.mark.parametrize("draft_vocab_size", [None, 100])
 @pytest.mark.parametrize("method", ["sum_rnn", "sum_lstm", "medusa"])
-def test_tree_drafter_drafts_each_node_by_its_path(model, method):
+def test_tree_drafter_drafts_each_node_by_its_path(model, method, draft_vocab_size):
     """Against the speculator stepped along each path alone."""
-    speculator = untrained_speculator(model, 4, method=method)
+    speculator = untrained_speculator(model, 4, method=method, draft_vocab_size=draft_vocab_size)
     hidden, token = torch.randn(1, speculator.hidden_size, dtype=torch.float64), torch.tensor([9])
     with torch.no_grad():
         drafts = TreeDrafter(speculator, TREE).propose(hidden, token).tokens
@@ -204,6 +205,7 @@ def test_tree_drafter_drafts_each_node_by_its_path(model, method):
             for depth, rank in enumerate(path):
                 state = speculator.step(state, newest)
                 newest = (state.output @ speculator.head(depth).T).argsort(descending=True)[:, rank]
+                newest = newest if draft_vocab_size is None else 2 * newest + 1
             assert node == int(newest)
 
 

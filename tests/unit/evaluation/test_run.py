@@ -133,7 +133,7 @@ def test_measure_equals_training_loss_and_definition_of_kl(base, rows):
         states = speculator.unroll(hidden[draft.positions], draft.tokens)
     assert result["pairs"] == sums.pairs.tolist() and sum(result["pairs"]) > 0
     assert result["top1"] == sums.correct.tolist()
-    assert result["ce"] == pytest.approx(sums.loss.tolist(), rel=1e-5)
+    assert result["ce"] == pytest.approx(sums.ce.tolist(), rel=1e-5)
     for name, temperature in (("kl", 1.0), ("kl_training_temperature", 2.0)):
         expected = [0.0] * 3
         for k in range(3):

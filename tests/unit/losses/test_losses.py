@@ -69,31 +69,59 @@ def test_every_loss_is_least_where_the_draft_is_the_base():
     teacher = rand(5, V, seed=1)
     for name in ("kl", "tv", "lk", "lk_pure"):
         objective = OBJECTIVES[name]
-        assert row_losses(objective, teacher, None, teacher).abs().max() < 1e-12
-        assert row_losses(objective, rand(5, V, seed=2), None, teacher).min() > 0.01
+        assert row_losses(objective, teacher, None, teacher)[1].abs().max() < 1e-12
+        assert row_losses(objective, rand(5, V, seed=2), None, teacher)[1].min() > 0.01
 
 
 def test_teachers_carry_no_gradient():
     z, t = rand(4, V, seed=1).requires_grad_(), rand(4, V, seed=2).requires_grad_()
     for name, objective in OBJECTIVES.items():
-        row_losses(objective, z, torch.arange(4), t).sum().backward()
+        sum(row_losses(objective, z, torch.arange(4), t)).sum().backward()
         assert t.grad is None and z.grad is not None, name
 
 
+@pytest.mark.parametrize("vocabulary", [None, torch.tensor([2, 3, 5, 8, 13, 21, 34, 55, 60])], ids=["all", "some"])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
-def test_closed_forms(objective):
-    z, t, targets = rand(9, V, seed=3).requires_grad_(), rand(9, V, seed=4), torch.arange(9)
-    expected = row_losses(objective, z, targets, t)
-    (gradient,) = torch.autograd.grad(expected.sum(), z)
+def test_closed_forms(objective, vocabulary):
+    size = V if vocabulary is None else len(vocabulary)
+    z, t, targets = rand(9, size, seed=3).requires_grad_(), rand(9, V, seed=4), torch.arange(9)
+    factor = None if vocabulary is None else rand(9, seed=5).abs()
+    expected = row_losses(objective, z, targets, t, vocabulary)
+    ((1.0 if factor is None else factor) * expected[0] + expected[1]).sum().backward()
     block = z.detach().clone()
-    loss, found, acceptance = loss_and_gradient_(block, targets, teacher_distribution(t, objective), objective)
+    teacher = teacher_distribution(t, objective, vocabulary)
+    *losses, found, acceptance = loss_and_gradient_(block, targets, teacher, objective, ce_factor=factor)
     if objective.pair_weights:
         q = z.detach().softmax(-1)
-        alpha = reference.acceptance(z.detach(), t) if objective.needs_teacher else q.gather(-1, targets[:, None])[:, 0]
+        of_target = q.gather(-1, targets[:, None])[:, 0]
+        alpha = reference.acceptance(z.detach(), t, vocabulary) if objective.needs_teacher else of_target
         torch.testing.assert_close(acceptance, alpha, rtol=0, atol=1e-12)
-    torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found, gradient, rtol=0, atol=1e-12)
+    for loss, wanted in zip(losses, expected, strict=True):
+        torch.testing.assert_close(loss, wanted.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, z.grad, rtol=0, atol=1e-12)
     assert found.data_ptr() == block.data_ptr()
+
+
+def test_the_losses_of_a_draft_vocabulary_by_hand():
+    """p = (1/2, 1/4, 1/8, 1/8) over four tokens, of which the draft has the first and the third: q = (3/4, 1/4)."""
+    teacher, logits = torch.tensor([[4.0, 2, 1, 1]]).log(), torch.tensor([[3.0, 1]]).log()
+    vocabulary = torch.tensor([0, 2])
+    assert float(reference.acceptance(logits, teacher, vocabulary)) == pytest.approx(1 / 2 + 1 / 8)
+    # The definition over all tokens, where q is 0 outside: half the sum of |p - q|.
+    p, q = torch.tensor([4.0, 2, 1, 1]) / 8, torch.tensor([3 / 4, 0, 1 / 4, 0])
+    assert float(reference.tv(logits, teacher, vocabulary)) == pytest.approx(float((p - q).abs().sum() / 2))
+    assert float(reference.lk_pure(logits, teacher, vocabulary)) == pytest.approx(-math.log(5 / 8))
+    # p restricted and normalised is (4/5, 1/5).
+    divergence = 0.8 * math.log(0.8 / 0.75) + 0.2 * math.log(0.2 / 0.25)
+    assert float(reference.kl(logits, teacher, vocabulary=vocabulary)) == pytest.approx(divergence, abs=1e-7)
+    assert float(reference.cross_entropy(logits, torch.tensor([1]))) == pytest.approx(math.log(4))
+
+
+def test_no_draft_continues_a_token_that_cannot_be_drafted():
+    valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0]]).bool()
+    covered = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1]]).bool()
+    expected = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
+    assert torch.equal(reference.drafted_pairs(valid, covered), expected)
 
 
 @pytest.mark.parametrize("loss", ["lk_pure", {"ce": 0.5, "lk_pure": 2, "lk": 1}])
@@ -111,13 +139,13 @@ def test_loss_where_acceptance_underflows_is_finite(loss):
     assert alpha.min() > 0
     weights = dict(objective.weights)
     other = Objective.parse({"ce": 1e-30} | {name: w for name, w in weights.items() if name != "lk_pure"})
-    wanted = row_losses(other, exact, targets, t) - weights["lk_pure"] * alpha.log()
+    wanted = sum(row_losses(other, exact, targets, t)) - weights["lk_pure"] * alpha.log()
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
     x, narrow = z.float().requires_grad_(), t.float()
-    value = row_losses(objective, x, targets, narrow)
+    value = sum(row_losses(objective, x, targets, narrow))
     (gradient,) = torch.autograd.grad(value.sum(), x)
     fast = loss_and_gradient_(z.float(), targets, teacher_distribution(narrow, objective), objective)
-    for found, slope in ((value.detach(), gradient), (fast.loss, fast.gradient)):
+    for found, slope in ((value.detach(), gradient), (fast.ce + fast.compared, fast.gradient)):
         torch.testing.assert_close(found, wanted.detach().float(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(slope, wanted_gradient.float(), rtol=1e-4, atol=1e-5)
 
@@ -148,18 +176,23 @@ class Batch:
 
 def plain(speculator, batch, objective, counts=None):
     """All K blocks of logits at once, all rows, through autograd: the definition."""
-    counts = batch.valid.sum(0) if counts is None else counts
-    weights = torch.tensor(objective.depths(batch.valid.shape[1])) * (counts > 0)
+    vocabulary, rows = speculator.draft_tokens, speculator.rows_of(batch.targets)
+    valid = reference.drafted_pairs(batch.valid.T, rows.T >= 0)
+    covered = valid & (rows.T >= 0)
+    counts = torch.stack([covered.sum(1), valid.sum(1)]) if counts is None else counts
+    weights = torch.tensor(objective.depths(batch.valid.shape[1]), dtype=torch.float64) * (counts > 0)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9) / counts.clamp(min=1)
     states = speculator.unroll(batch.hidden, batch.tokens)
     wide = torch.float32 if states.dtype == torch.bfloat16 else states.dtype
-    logits = torch.stack([speculator.logits(k, state) for k, state in enumerate(states)]).to(wide)
+    logits = torch.stack([speculator.draft_logits(k, state) for k, state in enumerate(states)]).to(wide)
     teacher = (batch.teacher_hidden[batch.teacher_rows.T] @ batch.base_head.T).to(wide)
-    share = reference.pair_weights(objective, logits, batch.targets.T, teacher, batch.valid.T)
+    share = reference.pair_weights(objective, logits, rows.T, teacher, valid, vocabulary)
     total = 0.0
     for k in range(len(states)):
-        losses = share[k] * row_losses(objective, logits[k], batch.targets[:, k], teacher[k])
-        total = total + weights[k] * torch.where(batch.valid[:, k], losses, 0).sum() / max(int(counts[k]), 1)
-    return total / weights.sum()
+        parts = row_losses(objective, logits[k], rows[:, k], teacher[k], vocabulary)
+        for weight, part, pairs in zip(weights[:, k], parts, (covered, valid), strict=True):
+            total = total + weight * torch.where(pairs[k], share[k] * part, 0).sum()
+    return total
 
 
 def gradients(speculator, loss, hidden):
@@ -171,6 +204,9 @@ def gradients(speculator, loss, hidden):
 
 def assert_same_as_plain_loop(config, batch, objective, *, logit_cap=None, **options):
     shape = {"hidden_size": D, "vocab_size": V, "logit_cap": logit_cap}
+    if config.draft_vocab_size is not None:
+        shape["draft_tokens"] = torch.randperm(V, generator=torch.Generator().manual_seed(9))[: config.draft_vocab_size]
+        shape["draft_tokens"] = shape["draft_tokens"].sort().values
     speculator = build_speculator(config, **shape, seed=0, dtype=torch.float64)
     batch.hidden.requires_grad_()
     expected = plain(speculator, batch, objective, options.get("counts"))
@@ -189,6 +225,15 @@ def assert_same_as_plain_loop(config, batch, objective, *, logit_cap=None, **opt
 def test_chunks_give_the_plain_loss_and_every_gradient(objective, chunk_rows):
     config = SpeculatorConfig(method="sum_lstm", n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
     assert_same_as_plain_loop(config, Batch(), objective, chunk_rows=chunk_rows)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_a_draft_vocabulary_gives_the_plain_loss_and_every_gradient(objective, chunk_rows):
+    config = SpeculatorConfig(n_predict=K, draft_vocab_size=40, inner_dim=24, emb_dim=24, proj_dim=24)
+    batch = Batch(rows=40)
+    sums = assert_same_as_plain_loop(config, batch, objective, chunk_rows=chunk_rows)
+    assert sums["covered"].sum() < sums["pairs"].sum() < batch.valid.sum()  # some targets are outside
 
 
 UNROLLED = {name: config for name, config in configurations().items() if config.trainable == "head"}
@@ -258,15 +303,16 @@ def test_weighing_by_reach_keeps_the_sums_of_the_plain_loss():
     batch = Batch()
     plain_sums = assert_same_as_plain_loop(config, batch, Objective.parse("kl"), chunk_rows=4)
     sums = assert_same_as_plain_loop(config, batch, OBJECTIVES["kl_by_reach"], chunk_rows=4)
-    torch.testing.assert_close(sums["loss"], plain_sums["loss"], rtol=0, atol=1e-12)
-    torch.testing.assert_close(plain_sums["weighted"], plain_sums["loss"], rtol=0, atol=0)
-    assert sums["weighted"][0] == sums["loss"][0] and (sums["weighted"][1:] < 0.9 * sums["loss"][1:]).all()
+    torch.testing.assert_close(sums["compared"], plain_sums["compared"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(plain_sums["weighted_compared"], plain_sums["compared"], rtol=0, atol=0)
+    loss, weighted = sums["compared"], sums["weighted_compared"]
+    assert weighted[0] == loss[0] and (weighted[1:] < 0.9 * loss[1:]).all()
 
 
 def test_depth_weights_and_counts_of_a_larger_batch():
     config = SpeculatorConfig(n_predict=K, inner_dim=24, emb_dim=24, proj_dim=24)
     objective = Objective.parse({"ce": 1, "kl": 2}, depth_weights=[1.0, 0.5, 0.0])
-    assert_same_as_plain_loop(config, Batch(), objective, chunk_rows=5, counts=torch.tensor([100, 70, 9]))
+    assert_same_as_plain_loop(config, Batch(), objective, chunk_rows=5, counts=torch.tensor([[100, 70, 9]] * 2))
 
 
 def test_a_depth_without_a_valid_row_and_no_row_at_all():
@@ -420,7 +466,7 @@ def test_loss_without_gradients_writes_no_block_of_them(pair_weights):
     found = loss_and_gradient_(block, targets, {}, objective, needs_gradient=False)
     expected = loss_and_gradient_(z.clone(), targets, {}, objective)
     assert found.gradient is None
-    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
+    torch.testing.assert_close(found.ce, expected.ce, rtol=0, atol=0)
     torch.testing.assert_close(found.acceptance, expected.acceptance, rtol=0, atol=1e-15)
     assert torch.equal(block, z)
 

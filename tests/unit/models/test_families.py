@@ -51,7 +51,7 @@ def test_family_shapes(config):
     width = D if speculator.keeps_head_scale else config.inner_dims[-1]
     assert states.shape == (config.depths, T, width)
     for k in range(config.depths):
-        assert speculator.head(k).shape == (V, width)
+        assert speculator.head(k).shape == (config.draft_vocab_size or V, width)
 
 
 def test_family_unroll_equals_repeated_step(config):
