@@ -1,6 +1,10 @@
 """Shapes of every family that the contract suite runs over. A family without a row here fails the suite."""
 
+import torch
+from torch import nn
+
 from verl_speculator.config.schema import SpeculatorConfig
+from verl_speculator.models import Speculator, build_speculator
 
 VARIANTS = {
     "sum_rnn": [
@@ -10,6 +14,9 @@ VARIANTS = {
         {"inner_dim": "24.32"},
         {"inner_dim": "20.24", "emb_dim": "16.24", "proj_dim": "40.32.24", "tie_weights": False},
         {"draft_vocab_size": 50},
+        {"embedding": "base", "head": "base", "draft_vocab_size": 50},
+        {"embedding": "base_frozen", "head": "base_frozen", "inner_dim": 20, "emb_dim": 20, "proj_dim": 20},
+        {"embedding": "base_frozen", "head": "base_frozen", "draft_vocab_size": 50},
     ],
     "sum_lstm": [
         {},
@@ -18,6 +25,8 @@ VARIANTS = {
         {"inner_dim": 20, "emb_dim": "16.24", "proj_dim": "32.24", "tie_lstm_embs": True},
         {"inner_dim": "16.24", "emb_dim": "16.24", "proj_dim": "16.24"},
         {"draft_vocab_size": 50, "tie_lstm_embs": True},
+        {"embedding": "base", "head": "base_frozen", "tie_lstm_embs": True, "emb_dim": "16.24", "proj_dim": "16.24"},
+        {"embedding": "base_frozen", "head": "base", "tie_lstm_embs": True, "inner_dim": "24.32"},
     ],
     "medusa": [
         {"inner_dim": None},
@@ -45,6 +54,31 @@ def shape_of(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> dic
     size = config.draft_vocab_size
     tokens = None if size is None else [*range(size - 1), vocab_size - 1]  # ids differ from rows at the last one
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "draft_tokens": tokens, "block_shapes": block}
+
+
+class Tables(nn.Module):
+    """An embedding and an LM head, as far as a speculator sees a base model."""
+
+    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        weights = torch.randn(2, vocab_size, width, generator=generator, dtype=torch.float64).to(dtype)
+        self.embedding, self.head = nn.Embedding(1, 1), nn.Linear(1, 1, bias=False)
+        self.embedding.weight, self.head.weight = (nn.Parameter(w, requires_grad=False) for w in weights)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def build_attached(config: SpeculatorConfig, hidden_size: int, vocab_size: int, **options) -> Speculator:
+    """A speculator with what it needs to run: a draft vocabulary, and the tables of a base model."""
+    speculator = build_speculator(config, **shape_of(config, hidden_size, vocab_size), **options)
+    if config.frozen_tables:
+        speculator.attach(Tables(vocab_size, hidden_size, options.get("dtype", torch.float32)))
+    return speculator
 
 
 def configurations() -> dict[str, SpeculatorConfig]:

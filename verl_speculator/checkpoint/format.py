@@ -428,7 +428,9 @@ def load_speculator(
     Args:
         path: a checkpoint's directory, or a run's for its latest step.
         base: the base model, its configuration, directory or hub name. If given, its width and vocabulary must be those
-            of the speculator, and its weights, where they can be read, those that it was trained for.
+            of the speculator, and its weights, where they can be read, those that it was trained for. A speculator that
+            uses the base model's tables (`embedding` or `head`=base_frozen) takes them from a model given here, or from
+            the one that it decodes with.
         device: of the parameters.
         dtype: of the parameters; the one on disk by default.
         allow_other_base: log a warning for a base model with other weights, such as a fine-tuned one.
@@ -437,6 +439,7 @@ def load_speculator(
         UserError: if there is no checkpoint, it is incomplete, or it is for another base model.
     """
     import torch
+    from torch import nn
 
     from verl_speculator.models import build_speculator
 
@@ -449,4 +452,7 @@ def load_speculator(
     speculator = build_speculator(info.config, **info.shape, device="meta")
     state = {name: tensor.clone() for name, tensor in read_weights(info).items()}
     speculator.load_state_dict(state, assign=True)
-    return speculator.to(device=device, dtype=dtype or getattr(torch, info.dtype))
+    speculator = speculator.to(device=device, dtype=dtype or getattr(torch, info.dtype))
+    if isinstance(base, nn.Module):
+        speculator.attach(base)
+    return speculator

@@ -102,7 +102,9 @@ def export(
     format: Annotated[str, Option(", ".join(FORMATS))],
     out: Annotated[Path, Option("directory to write")],
     dtype: Annotated[str, Option("of the tensors: auto (as they are), fp32, bf16, fp16")] = "auto",
-    base: Annotated[str | None, Option("base model, if the checkpoint does not say which")] = None,
+    base: Annotated[
+        str | None, Option("base model, if the checkpoint does not say which, or uses its embedding or LM head")
+    ] = None,
     results: Annotated[Path | None, Option("results.csv of an evaluation, for the model card")] = None,
     push_to_hub: Annotated[str | None, Option("owner/name of a repository to upload to")] = None,
     private: Annotated[bool, Option("make the repository a private one", flag="--private")] = False,
@@ -122,7 +124,7 @@ def export(
     )
 
     info = read_checkpoint_info(checkpoint)
-    check_export(info, format, out, dtype, overwrite or dry_run)
+    check_export(info, format, out, dtype, overwrite or dry_run, base)
     check_writable(f"--out {out}", out)
     if push_to_hub is not None:
         check_repo(push_to_hub)
@@ -139,7 +141,8 @@ def export(
 
         info.check_base(*base_shape(base))
         architectures = tuple(read_config(base).architectures or ())
-    export_speculator(info, format, out, dtype=dtype, card=card, base_architectures=architectures, overwrite=overwrite)
+    options = {"base_architectures": architectures, "base": base, "overwrite": overwrite}
+    export_speculator(info, format, out, dtype=dtype, card=card, **options)
     typer.echo(f"{out}: {format}, for {FORMATS[format].engine}")
     if push_to_hub is not None:
         typer.echo(push(out, push_to_hub, private=private))

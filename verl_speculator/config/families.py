@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Where an embedding or a head of sum_rnn and sum_lstm comes from, and what Medusa's heads are: the values of
+# `embedding` and `head`. base corresponds to shared, base_frozen to frozen_shared (docs/training.md).
+TABLES = OWN, BASE, BASE_FROZEN = ("own", "base", "base_frozen")
 HEADS = ("copy", "shared", "frozen_shared")
 HIDDEN_STATES = ("post_norm", "pre_norm")
 TRAINABLE = ("head", "head_and_block")
@@ -52,6 +55,7 @@ class Family:
         summary: one line for `inspect`, the model card and the docs.
         settings: the fields of `SpeculatorConfig` that it reads besides `method` and `n_predict`; others are ignored.
         defaults: the values of the settings that are null by default. A width of None means no such layer.
+        choices: the values of a setting that it accepts, where they differ from those of other families.
         single_widths: whether each width must be a single number.
         merges_widths: whether `emb_dim` and `proj_dim` are summed, and so must end in the same width.
         requires: settings that must have one particular value, for example `{"tie_weights": True}`.
@@ -66,6 +70,7 @@ class Family:
     summary: str
     settings: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     single_widths: bool = False
     merges_widths: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
@@ -74,10 +79,11 @@ class Family:
     serving_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda content: {}
 
 
-_MLP_SETTINGS = ("inner_dim", "emb_dim", "proj_dim", "scale_input", "tie_weights")
+_MLP_SETTINGS = ("inner_dim", "emb_dim", "proj_dim", "embedding", "head", "scale_input", "tie_weights")
 _MLP = {
     # η of the hybrid loss: 3 for speculators that read tokens, 10 for Medusa heads (arXiv 2602.23881).
-    "defaults": {"inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024, "init": "random", "lk_eta": 3.0},
+    "defaults": {"inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024, "head": OWN, "init": "random", "lk_eta": 3.0},
+    "choices": {"head": TABLES},
     "merges_widths": True,
     "serving_keys": _arctic_keys,
 }
@@ -99,7 +105,8 @@ FAMILIES: Mapping[str, Family] = {
         target="verl_speculator.models.medusa:Medusa",
         summary="Medusa heads: one residual head for each draft token (Cai et al.)",
         settings=("num_layers", "head", "hidden_state", "inner_dim"),
-        defaults={"inner_dim": None, "init": "base", "lk_eta": 10.0},
+        defaults={"inner_dim": None, "head": "copy", "init": "base", "lk_eta": 10.0},
+        choices={"head": HEADS},
         single_widths=True,
         serving_keys=_vllm_medusa_keys,
     ),

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pydantic
 
 from verl_speculator.config.draft_vocabulary import DraftVocabulary
-from verl_speculator.config.families import FAMILIES, HEADS, HIDDEN_STATES, TRAINABLE
+from verl_speculator.config.families import BASE, FAMILIES, HEADS, HIDDEN_STATES, OWN, TABLES, TRAINABLE
 from verl_speculator.config.objective import LOSS_FORMS, Objective
 from verl_speculator.utils.settings import UserError, nearest
 
@@ -34,8 +34,8 @@ Loss = Annotated[Any, pydantic.Field(description=LOSS_FORMS)]
 DepthWeights = Annotated[Any, pydantic.Field(description="a list of numbers, reach, gain")]
 
 
-# Settings that a checkpoint's config.json has only where they are set: engines may refuse a key that they do not know.
-OPTIONAL = ("draft_vocab_size",)
+# Settings that config.json has only where they have another value: engines may refuse a key that they do not know.
+OPTIONAL = {"draft_vocab_size": None, "embedding": OWN, "head": OWN}
 BOUNDS = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
 
 
@@ -142,6 +142,11 @@ class SpeculatorConfig:
     proj_dim: Annotated[Width | None, "width of the projection of the state, ending in the last width of emb_dim"] = (
         None
     )
+    embedding: Annotated[
+        Literal[*TABLES],
+        "token embedding: own has weights of its own, base starts as the base model's and is trained, base_frozen is "
+        "the base model's and not saved; a projection follows where the first width of emb_dim is not the base model's",
+    ] = OWN
     scale_input: Annotated[bool, "normalise the base model's hidden state and divide it by √2 at the first depth"] = (
         False
     )
@@ -149,10 +154,10 @@ class SpeculatorConfig:
     tie_lstm_embs: Annotated[bool, "use one embedding for all four gates"] = False
     num_layers: Annotated[Count, "number of residual blocks of each head"] = 1
     head: Annotated[
-        Literal[*HEADS],
-        "LM heads, which start as the base model's: copy has one for each depth, shared one for all, frozen_shared one "
-        "that is never trained",
-    ] = "copy"
+        Literal[*TABLES, *HEADS] | None,
+        "LM head; sum_rnn, sum_lstm: own, base, base_frozen, as for embedding; medusa, whose heads start as the base "
+        "model's: copy has one for each depth, shared one for all, frozen_shared one that is never trained",
+    ] = None
     hidden_state: Annotated[
         Literal[*HIDDEN_STATES],
         "hidden state of the base model to read: after the final norm, or before it and through a frozen copy of the "
@@ -170,7 +175,15 @@ class SpeculatorConfig:
         for setting in fields(self):
             if setting.name not in names:
                 object.__setattr__(self, setting.name, setting.default)
+        for name, choices in family.choices.items():
+            value = family.defaults[name] if getattr(self, name) is None else getattr(self, name)
+            try:
+                check_value(PREFIX + name, value, Literal[choices])
+            except UserError as error:
+                raise UserError(f"{error}, with {PREFIX}method={self.method}") from None
+            object.__setattr__(self, name, value)
         _check_fields(self, names)
+        self._check_tables()
         if "exit_layer" in names and self.exit_layer is None:
             raise UserError(f"{PREFIX}exit_layer=None: expected a block of the base, an integer of at least 0")
         for name in DIM_KEYS:
@@ -190,6 +203,25 @@ class SpeculatorConfig:
             if getattr(self, name) != value:
                 setting = f"{PREFIX}{name}={as_written(getattr(self, name))}"
                 raise UserError(f"{setting}: {PREFIX}method={self.method} needs {PREFIX}{name}={as_written(value)}")
+
+    def _check_tables(self) -> None:
+        """Refuse tables of the base model where each depth or gate has a table of its own."""
+        for name in self.base_tables:
+            setting = f"{PREFIX}{name}={getattr(self, name)}"
+            if not self.tie_weights:
+                raise UserError(f"{setting}: one table for all depths; expected {PREFIX}tie_weights=true")
+            if name == "embedding" and self.method == "sum_lstm" and not self.tie_lstm_embs:
+                raise UserError(f"{setting}: one table for all gates; expected {PREFIX}tie_lstm_embs=true")
+
+    @property
+    def base_tables(self) -> list[str]:
+        """Which of the settings `embedding` and `head` take the base model's table: base or base_frozen."""
+        return [name for name in ("embedding", "head") if getattr(self, name) in TABLES[1:]]
+
+    @property
+    def frozen_tables(self) -> list[str]:
+        """Which of them use it as it is: base_frozen."""
+        return [name for name in self.base_tables if getattr(self, name) != BASE]
 
     @property
     def inner_dims(self) -> tuple[int, ...]:
@@ -245,7 +277,7 @@ class SpeculatorConfig:
         """The settings that the family reads: a single width as an integer, several as dotted text. Those that are not
         part of every checkpoint are left out at their default."""
         values = {name: getattr(self, name) for name in self.read_settings(self.method)}
-        return {name: value for name, value in values.items() if name not in OPTIONAL or value is not None}
+        return {name: value for name, value in values.items() if name not in OPTIONAL or value != OPTIONAL[name]}
 
     def differences(self, other: SpeculatorConfig) -> list[str]:
         """Settings in which two configurations differ, as `name (self's value, other's value)`."""
@@ -325,7 +357,12 @@ class SpeculatorSettings:
         check_setting_names(values)
         values = _with_file_size(values)
         config = SpeculatorConfig(**_select(SpeculatorConfig, values))
-        defaults = FAMILIES[config.method].defaults
+        defaults = dict(FAMILIES[config.method].defaults)
+        for name in config.base_tables:
+            if values.get("init") == "random":
+                setting = f"{PREFIX}{name}={getattr(config, name)}"
+                raise UserError(f"{PREFIX}init=random: {setting} starts as the base model's; expected init=null")
+            defaults.pop("init", None)
         values = {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
         training = SpeculatorTraining(**_select(SpeculatorTraining, values))
         training.objective.depths(config.depths, prefix=PREFIX)

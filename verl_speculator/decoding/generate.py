@@ -185,6 +185,7 @@ def make_decoder(base: nn.Module, speculator: Speculator | None, options: Genera
     """Target and drafter: the one place that knows that a draft may be a part of the target."""
     if speculator is None:
         return DraftAndVerify(Target(base), None, options)
+    speculator.attach(base)
     if speculator.shared_layers is not None:
         shared = SelfSpeculativeTarget(base, speculator)
         drafter = SpeculatorDrafter(speculator, options, sampled=options.sampled_drafts, read=shared.read_ahead)

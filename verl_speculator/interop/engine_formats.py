@@ -88,6 +88,11 @@ def proposer_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why this package's drafter for vLLM cannot serve a speculator, None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
         return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
+    for name in config.frozen_tables:
+        return (
+            f"{name}=base_frozen: vLLM gives drafters no weights of the base model; train with another setting, or "
+            "export it with --format safetensors, which writes them out"
+        )
     if config.hidden_state == "post_norm":
         return None
     return (

@@ -9,16 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.base_model.loading import DTYPES
+from verl_speculator.base_model.loading import DTYPES, load_base
 from verl_speculator.checkpoint.format import (
     CONFIG_FILE,
     DRAFT_TOKENS,
     PROVENANCE_KEY,
     CheckpointInfo,
+    load_speculator,
     read_weights,
     vocabulary_tensors,
 )
-from verl_speculator.config.families import FAMILIES
+from verl_speculator.config.families import FAMILIES, OWN
+from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.interop.engine_formats import (
     FORMATS,
     KEY,
@@ -51,16 +53,19 @@ COLUMNS = {
 BASELINES = ("none", "prompt_lookup", "random", "generate")
 
 
-def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwrite: bool) -> None:
+def check_export(
+    info: CheckpointInfo, name: str, out: Path, dtype: str, overwrite: bool, base: str | None = None
+) -> None:
     """Check the arguments of `export_speculator`. Reads no weights. Raises UserError for an unknown format, one that
-    cannot hold the speculator (with what to train instead), an unknown dtype, or an output directory that exists."""
+    cannot hold the speculator (with what to train instead), an unknown dtype, no base model to take tables from, or an
+    output directory that exists."""
     for option, value, known in (("format", name, FORMATS), ("dtype", dtype, EXPORT_DTYPES)):
         if value not in known and (option, value) != ("format", VLLM):
             raise UserError(f"--{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
     if name == VLLM:
         engine, reason = PROPOSER_ENGINE, proposer_unsupported_reason(info.config)
     else:
-        engine, reason = FORMATS[name].engine, FORMATS[name].unsupported_reason(info.config)
+        engine, reason = FORMATS[name].engine, FORMATS[name].unsupported_reason(_own_config(info.config))
     if reason is not None:
         raise UserError(f"--format {name}: {engine} cannot load {info.directory}: {reason}")
     if name == VLLM:
@@ -69,6 +74,12 @@ def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwri
             "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of "
             f"{', '.join(FORMATS)}"
         )
+    if info.config.frozen_tables and base is None:
+        named = ", ".join(f"{table}=base_frozen" for table in info.config.frozen_tables)
+        raise UserError(
+            f"--format {name}: {info.directory} has {named}, and an export writes the base model's weights out; "
+            f"expected --base, the directory or hub name of {info.base_name}"
+        )
     checkpoint = info.directory.resolve()
     if out.resolve() in (checkpoint, *checkpoint.parents):
         raise UserError(f"--out {out}: the checkpoint itself lies there; expected another directory")
@@ -76,11 +87,55 @@ def check_export(info: CheckpointInfo, name: str, out: Path, dtype: str, overwri
         raise UserError(f"--out {out}: is there already; expected a new directory, or --overwrite")
 
 
-def exported_tensors(info: CheckpointInfo, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every tensor of an export in `dtype`, by its name in the format; tied tensors share their memory."""
+def _own_config(config: SpeculatorConfig) -> SpeculatorConfig:
+    """The configuration of the same speculator with tables of its own."""
+    return replace(config, embedding=OWN, head=OWN) if config.base_tables else config
+
+
+def own_state(info: CheckpointInfo, base: str | None) -> dict[str, torch.Tensor]:
+    """The state of the same speculator with tables of its own (`_own_config`): the base model's tables are written out,
+    and a projection is multiplied into its table, since both are linear.
+
+    Args:
+        info: the checkpoint.
+        base: where to take the tables of base_frozen from.
+
+    Raises:
+        UserError: if its weights are not those that the speculator was trained for.
+    """
+    if not info.config.base_tables:
+        return read_weights(info)
+    import torch
+
+    from verl_speculator.models.layers import Table
+
+    speculator = load_speculator(info.directory, base=base if info.config.frozen_tables else None)
+    if info.config.frozen_tables:
+        speculator.attach(load_base(base, device="cpu", dtype=torch.float32))
+    state = speculator.state_dict()
+    for name, table in speculator.named_modules():
+        if isinstance(table, Table):
+            weight, projection = table.weight.detach(), state.pop(f"{name}.projection.weight", None)
+            if projection is not None:
+                weight = weight @ (projection.T if table.embeds else projection)
+            state[f"{name}.weight"] = weight
+    return state
+
+
+def exported_tensors(
+    info: CheckpointInfo, state: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Every tensor of an export in `dtype`, by its name in the format; tied tensors share their memory.
+
+    Args:
+        info: describes the speculator.
+        state: of the module.
+        name: a key of `FORMATS`.
+        dtype: of the tensors.
+    """
     from verl_speculator.models import build_speculator
 
-    state = read_weights(info)
+    state = dict(state)
     vocabulary = vocabulary_tensors(info.config, state.pop(DRAFT_TOKENS, None))
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
     slots = build_speculator(info.config, **info.shape, device="meta").checkpoint_slots()
@@ -96,6 +151,7 @@ def export_speculator(
     dtype: str = AUTO,
     card: str | None = None,
     base_architectures: Sequence[str] = (),
+    base: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint in another format, completely or not at all.
@@ -107,6 +163,7 @@ def export_speculator(
         dtype: of the tensors: auto (the checkpoint's), fp32, bf16 or fp16.
         card: content of `README.md`; no such file by default.
         base_architectures: those of the base model; the checkpoint's record by default.
+        base: the base model, whose tables are written out where the speculator uses them.
         overwrite: replace an existing directory.
 
     Returns:
@@ -118,17 +175,20 @@ def export_speculator(
     """
     import torch
 
-    check_export(info, name, out, dtype, overwrite)
+    check_export(info, name, out, dtype, overwrite, base)
     form = FORMATS[name]
     exported = replace(
-        info, dtype=DTYPES.get(dtype, info.dtype), base_architectures=base_architectures or info.base_architectures
+        info,
+        config=_own_config(info.config),
+        dtype=DTYPES.get(dtype, info.dtype),
+        base_architectures=base_architectures or info.base_architectures,
     )
     content = exported.content()
     del content[PROVENANCE_KEY]
     content = form.content(content)
-    tensors = exported_tensors(info, name, getattr(torch, exported.dtype))
+    tensors = exported_tensors(exported, own_state(info, base), name, getattr(torch, exported.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if faults := contract_faults(name, info.config, info.hidden_size, info.vocab_size, shapes, content):
+    if faults := contract_faults(name, exported.config, info.hidden_size, info.vocab_size, shapes, content):
         raise RuntimeError(f"export to {name} departs from its contract: {first_few(faults)}")
     with atomic_directory(out) as directory:
         write_tensors = write_safetensors if form.weights_file.endswith(".safetensors") else torch.save

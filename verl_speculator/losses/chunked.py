@@ -20,7 +20,7 @@ of the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,10 +33,11 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from verl_speculator.config.families import BASE_FROZEN
 from verl_speculator.config.objective import Objective
 from verl_speculator.losses.closed_form import Kernel, Teacher, choose_kernel, compile_once, teacher_distribution
 from verl_speculator.losses.reference import drafted_pairs
-from verl_speculator.models.layers import OutputHead, TokenEmbedding
+from verl_speculator.models.layers import OutputHead, Table, TokenEmbedding
 from verl_speculator.models.speculator import Speculator
 
 # Numbers in one block of logits: 256 MiB in float32. The same on every machine, so that sums are too.
@@ -132,6 +133,7 @@ def speculator_loss(
     teacher_hidden: Tensor | None = None,
     teacher_rows: Tensor | None = None,
     base_head: Tensor | Head | None = None,
+    tables: Mapping[str, Tensor] | None = None,
     counts: Tensor | None = None,
     loss: str | dict[str, float] | Objective = "ce",
     chunk_rows: int | None = None,
@@ -151,6 +153,8 @@ def speculator_loss(
             receive no gradient.
         teacher_rows: [T, K] the row of `teacher_hidden` at which the base model predicts the same token.
         base_head: the base model's LM head: its weight [V, D], or a function from states [n, D] to logits [n, V].
+        tables: the base model's tables that the speculator uses, `Speculator.frozen_tables`; by default those that it
+            was attached to. They receive no gradient.
         counts: [2, K] `pair_counts` of the global batch, of which these rows may be a part; by default those of these
             rows.
         loss: a name, weights by name, or an `Objective`.
@@ -204,6 +208,7 @@ def speculator_loss(
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
+        tables=_frozen_buffers(speculator) if tables is None else tables,
         # Asked here: inside an autograd function gradients are always off, and `needs_input_grad` ignores no_grad.
         needs_grad=torch.is_grad_enabled(),
         unroll=compile_once(_unroll) if compiled else _unroll,
@@ -253,7 +258,7 @@ class DraftLoss(nn.Module):
             tokens, targets, valid: [R, K], [K, R] and [K, R], as in `DraftRows`.
             rows: [R] their indices in the flattened batch; None if `hidden` already holds these rows.
             teacher_rows: [K, R] the row of `teacher_hidden` that predicts each target.
-            more: `counts`, `teacher_hidden` and `base_head` of `speculator_loss`.
+            more: `counts`, `teacher_hidden`, `base_head` and `tables` of `speculator_loss`.
 
         Returns:
             `total`, which carries the gradient, and `sums` [9, K] for `DraftSums`. A dictionary, because sharding
@@ -284,6 +289,12 @@ def _without_parameter_views(module: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, tensor in removed:
             attributes[name] = tensor
+
+
+def _frozen_buffers(speculator: Speculator) -> dict[str, Tensor]:
+    """The base model's tables that a speculator is attached to, by the names of their buffers."""
+    tables = {f"{name}.weight": m for name, m in speculator.named_modules() if isinstance(m, Table)}
+    return {name: m.weight for name, m in tables.items() if m.source == BASE_FROZEN}
 
 
 def _unroll(speculator: Speculator, parameters: dict[str, Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -353,6 +364,7 @@ class _ChunkedPass:
     teacher_hidden: Tensor | None
     teacher_rows: Tensor | None
     base_head: Head | None
+    tables: Mapping[str, Tensor]
     needs_grad: bool
     unroll: Callable[..., Tensor]
     kernel: Kernel
@@ -370,7 +382,6 @@ class _ChunkedPass:
         """
         needed = [self.needs_grad and each for each in needed]
         self.needs_grad, self.hidden = any(needed), hidden
-        self.parameters = [parameter.detach().to(compute_dtype) for parameter in parameters]
         self.hidden_gradient = torch.zeros_like(hidden) if needed[0] else None
         dtype = torch.float32 if compute_dtype in (torch.bfloat16, torch.float16) else compute_dtype
         self.gradients = [
@@ -379,12 +390,23 @@ class _ChunkedPass:
         ]
         rows, depths = self.valid.shape
         self.sums = hidden.new_zeros(len(DraftSums._fields), depths, dtype=dtype)
-        self.names, originals = zip(*self.speculator.unroll_parameters().items(), strict=True)
-        layers = (m for m in self.speculator.modules() if isinstance(m, (TokenEmbedding, OutputHead)))
-        layer_types = {id(layer.weight): type(layer) for layer in layers}
-        self.layer_types = [layer_types.get(id(parameter)) for parameter in originals]
+        # After the parameters the base model's tables, which have no gradient, and of which an embedding is not cast:
+        # only the rows that are looked up are.
+        self.names = [*self.speculator.unroll_parameters(), *self.tables]
+        layers = {
+            f"{name}.weight": layer for name, layer in self.speculator.named_modules() if isinstance(layer, Table)
+        }
+        self.layer_types = [type(layers[name]) if name in layers else None for name in self.names]
+        self.gradients += [None] * len(self.tables)
+        self.compute_dtype = compute_dtype
+        self.parameters = [
+            tensor.detach() if name in self.tables and layer is TokenEmbedding else tensor.detach().to(compute_dtype)
+            for name, tensor, layer in zip(
+                self.names, [*parameters, *self.tables.values()], self.layer_types, strict=True
+            )
+        ]
         # Consecutive depths with the same head are one product: (index of the parameter, slice of depths) each.
-        indices = {id(parameter): i for i, parameter in enumerate(originals)}
+        indices = {id(layers[name].weight): i for i, name in enumerate(self.names) if name in layers}
         runs = groupby(range(depths), key=lambda k: indices[id(self.speculator.head(k))])
         runs = [(index, list(ks)) for index, ks in runs]
         self.heads = [(index, slice(ks[0], ks[-1] + 1)) for index, ks in runs]
@@ -397,7 +419,7 @@ class _ChunkedPass:
         tokens = self.tokens[chunk]
         leaves, leaf_tokens = self._leaves(tokens)
         # A copy: torch.compile would compile once more for a view of a tensor of another size.
-        hidden = self.hidden[chunk].to(self.parameters[0].dtype, copy=True)
+        hidden = self.hidden[chunk].to(self.compute_dtype, copy=True)
         hidden.requires_grad_(self.hidden_gradient is not None)
         with torch.set_grad_enabled(self.needs_grad):
             states = self.unroll(self.speculator, dict(zip(self.names, leaves, strict=True)), hidden, leaf_tokens)
@@ -425,7 +447,8 @@ class _ChunkedPass:
         """
         rows, leaves = tokens.flatten(), []
         for parameter, layer_type, gradient in zip(self.parameters, self.layer_types, self.gradients, strict=True):
-            leaf = F.embedding(rows, parameter) if layer_type is TokenEmbedding else parameter.detach()
+            is_table = layer_type is TokenEmbedding
+            leaf = F.embedding(rows, parameter).to(self.compute_dtype) if is_table else parameter.detach()
             leaves.append(leaf.requires_grad_(gradient is not None and layer_type is not OutputHead))
         return leaves, torch.arange(rows.shape[0], device=rows.device).view_as(tokens)
 

@@ -74,7 +74,7 @@ class EarlyExit(Speculator):
     def shared_layers(self) -> int:
         return self.config.exit_layer + (self.block is None)
 
-    def attach(self, base: nn.Module) -> None:
+    def attach(self, base: nn.Module, *, tables: bool = True) -> None:
         """Take the decoder layer's code from a base model.
 
         Raises:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.base_model.hidden_states import FrozenNorm, block_of, final_norm
+from verl_speculator.config.families import BASE, BASE_FROZEN, OWN
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.speculator import Slot, Speculator, logit_transform
 from verl_speculator.utils.settings import UserError
@@ -20,54 +22,106 @@ EPS = 1e-6
 NORM_CONSTANTS: Mapping[str, float] = MappingProxyType({"norm.weight": 1.0, "norm.eps": EPS})
 
 
-class TokenEmbedding(nn.Module):
-    """A [V, E] embedding. Not an `nn.Embedding`: sharding wrappers make each of those a unit of its own, whose weight
-    is complete only inside its own forward."""
+class Table(nn.Module):
+    """A weight with a row for each token, of the speculator's own or taken from the base model.
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    Args:
+        rows: V for an embedding, V′ for a head.
+        width: of the weight, that of the base model where it is the base model's.
+        outside: width on the other side of the projection; a table without one has the same width there.
+        source: one of `config.families.TABLES`.
+
+    Attributes:
+        weight: [rows, width] a parameter. With `base_frozen` a buffer that no checkpoint holds, empty until
+            `Speculator.attach`.
+        projection: linear, or None where both widths are the same.
+    """
+
+    def __init__(self, rows: int, width: int, outside: int | None = None, source: str = OWN) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.source, outside = source, width if outside is None else outside
+        if source == BASE_FROZEN:
+            # On the CPU wherever the module is built: no tensor of a checkpoint would take the place of a meta tensor.
+            self.register_buffer("weight", torch.empty(0, width, device="cpu"), persistent=False)
+        else:
+            self.weight = nn.Parameter(torch.empty(rows, width))
+        inputs, outputs = (width, outside) if self.embeds else (outside, width)
+        self.projection = nn.Linear(inputs, outputs, bias=False) if width != outside else None
+
+    embeds: ClassVar[bool]
+
+    def project(self, x: Tensor) -> Tensor:
+        """[..., outside] rows of an embedding, or [..., width] what a head is multiplied with."""
+        return x if self.projection is None else self.projection(x)
+
+
+class TokenEmbedding(Table):
+    """An embedding. Not an `nn.Embedding`: sharding wrappers make each of those a unit of its own, whose weight is
+    complete only inside its own forward."""
+
+    embeds = True
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        """[..., outside] of tokens [...]."""
+        if not len(self.weight):
+            raise RuntimeError(
+                "the embedding is the base model's: call speculator.attach(base), or load_speculator(…, base=model)"
+            )
+        return self.project(F.embedding(tokens, self.weight))
 
 
-class OutputHead(nn.Module):
-    """The [V′, E] weight of one head. It has no forward: losses and verification decide how to multiply with it."""
+class OutputHead(Table):
+    """One head. It has no forward: `project` is part of the step, and losses and verification decide how to multiply
+    its result with the weight."""
 
-    def __init__(self, size: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, width))
+    embeds = False
+
+
+def base_table(table: Table, speculator: Speculator, base: nn.Module) -> Tensor:
+    """[rows, D] the table of a Hugging Face causal language model that this one is or starts as."""
+    if table.embeds:
+        return base.get_input_embeddings().weight.detach()
+    return drafted_rows(speculator, base.get_output_embeddings().weight.detach())
 
 
 INIT, RANDOM = "model.speculator.init=base", "model.speculator.init=random"
 
 
 def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]:
-    """Checkpoint name and slot of every token embedding and head, and whether it is an embedding.
+    """Checkpoint name and slot of every token embedding and head of its own, and whether it is an embedding.
 
     Raises:
         UserError: for one whose width is not the base model's.
     """
-    kinds = {name: type(m) for name, m in speculator.named_modules() if isinstance(m, (TokenEmbedding, OutputHead))}
+    tables = {f"{name}.weight": m for name, m in speculator.named_modules() if isinstance(m, Table)}
     state = dict(speculator.named_parameters())
     for name, slot in speculator.checkpoint_slots().items():
-        kind = kinds.get(slot.parameter.removesuffix(".weight"))
-        if kind is None:
+        table = tables.get(slot.parameter)
+        if table is None or table.source != OWN:
             continue
         width = slot.of(state).shape[1]
         if width != speculator.hidden_size:
-            setting = "the first of emb_dim" if kind is TokenEmbedding else "the last of inner_dim"
+            setting = "the first of emb_dim" if table.embeds else "the last of inner_dim"
             raise UserError(
                 f"model.speculator.init=base: {name} is {width} wide, the base {speculator.hidden_size}; "
                 f"expected {setting} to be {speculator.hidden_size}"
             )
-        yield name, slot, kind is TokenEmbedding
+        yield name, slot, table.embeds
+
+
+@torch.no_grad()
+def copy_base_tables(speculator: Speculator, base: nn.Module) -> None:
+    """Copy the base model's tables, as they are, into those that start as the base model's (`embedding` or
+    `head`=base)."""
+    for table in speculator.modules():
+        if isinstance(table, Table) and table.source == BASE:
+            table.weight.copy_(base_table(table, speculator, base))
 
 
 @torch.no_grad()
 def start_from_base(speculator: Speculator, base: nn.Module) -> None:
-    """Copy the base model's token embedding into every token embedding, and its LM head into every head.
+    """Copy the base model's token embedding into every token embedding of the speculator's own, and its LM head into
+    every such head.
 
     Both are scaled to the standard deviation of `reset_parameters`. With `keeps_head_scale` they are not, and a head
     is the LM head times the base model's logit scale.

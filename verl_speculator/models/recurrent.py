@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from verl_speculator.config.families import BASE_FROZEN, OWN
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.layers import EPS, OutputHead, TokenEmbedding
+from verl_speculator.models.layers import EPS, OutputHead, Table, TokenEmbedding, base_table
 from verl_speculator.models.speculator import DraftState, Slot, Speculator
 
 
@@ -87,7 +89,11 @@ class GateChains(nn.Module):
         single, slots = self.rest is None, {}
         for i, name in enumerate(names):
             part = (axis, i * self.dims[0], self.dims[0]) if self.gates > 1 else None
-            slots[f"{name}.weight" if single else f"{name}.0.weight"] = Slot(f"{prefix}.first.weight", part)
+            for (
+                key,
+                _,
+            ) in self.first.named_parameters():  # one, or two where a projection follows the base model's table
+                slots[f"{name}.{key}" if single else f"{name}.0.{key}"] = Slot(f"{prefix}.first.{key}", part)
             for key, _ in [] if single else self.rest[i].named_parameters():
                 slots[f"{name}.{key}"] = Slot(f"{prefix}.rest.{i}.{key}")
         return slots
@@ -116,10 +122,54 @@ def scaled_sum(projected: Tensor, embedded: Tensor, scale: float) -> Tensor:
 def with_head_names(slots: dict[str, Slot], n_predict: int, *, tied: bool) -> dict[str, Slot]:
     """Rename `heads.{k}` to the checkpoint's `head.{k}`, one name per depth even if all depths share a head."""
     named = {key: slot for key, slot in slots.items() if not key.startswith("heads.")}
-    return named | {f"head.{k}.weight": Slot(f"heads.{0 if tied else k}.weight") for k in range(n_predict)}
+    for k in range(n_predict):
+        prefix = f"heads.{0 if tied else k}."
+        keys = (key.removeprefix(prefix) for key in slots if key.startswith(prefix))
+        named |= {f"head.{k}.{key}": Slot(prefix + key) for key in keys}
+    return named
 
 
-class SumRNN(Speculator):
+class RecurrentSpeculator(Speculator):
+    """What sum_rnn and sum_lstm share: tables of their own or of the base model, with projections."""
+
+    _attached: list[Any] | None = None  # which tables of the base model were taken
+
+    def _embedding(self, width: int) -> TokenEmbedding:
+        """The token embedding, whose output has `width`."""
+        source = self.config.embedding
+        return TokenEmbedding(self.vocab_size, width if source == OWN else self.hidden_size, width, source)
+
+    def _head(self, width: int) -> OutputHead:
+        """A head that reads states of `width`."""
+        source = self.config.head
+        return OutputHead(self.head_size, width if source == OWN else self.hidden_size, width, source)
+
+    def _after(self, state: DraftState, output: Tensor, cell: Tensor | None, head: OutputHead) -> DraftState:
+        """The state after a step that computed `output`, which the next step reads; the head reads its projection."""
+        if head.projection is None:
+            return DraftState(output, cell, state.depth + 1)
+        return DraftState(head.project(output), cell, state.depth + 1, output)
+
+    def attach(self, base: nn.Module, *, tables: bool = True) -> None:
+        """Take the tables without a copy where device and dtype are the speculator's and there is no draft vocabulary.
+        They are taken again only if the base model's have changed."""
+        if not (tables and self.config.frozen_tables):
+            return
+        sources = [m.weight for m in (base.get_input_embeddings(), base.get_output_embeddings())]
+        own = next(self.parameters())
+        state = [(w.data_ptr(), None if w.is_inference() else w._version, own.device, own.dtype) for w in sources]
+        if state != self._attached:
+            for name, table in self.frozen_tables(base).items():
+                module = self.get_submodule(name.removesuffix(".weight"))
+                module.weight = table.to(device=own.device, dtype=own.dtype)
+            self._attached = state
+
+    def frozen_tables(self, base: nn.Module) -> dict[str, Tensor]:
+        tables = ((f"{name}.weight", m) for name, m in self.named_modules() if isinstance(m, Table))
+        return {name: base_table(m, self, base) for name, m in tables if m.source == BASE_FROZEN}
+
+
+class SumRNN(RecurrentSpeculator):
     """Snowflake's variant of IBM's MLP speculator (Wertheimer et al. 2024, arXiv 2404.19124).
 
     The sum of the projected state and the newest token's embedding, after a norm and GELU, is the next state.
@@ -136,10 +186,10 @@ class SumRNN(Speculator):
         emb, proj, merge, width = config.emb_dims, config.proj_dims, config.emb_dims[-1], config.inner_dims[-1]
         shared = 1 if config.tie_weights else config.n_predict
         inputs = [hidden_size, *[width] * (config.n_predict - 1)][: shared + 1]
-        self.emb = nn.ModuleList(widen(TokenEmbedding(vocab_size, emb[0]), emb) for _ in range(shared))
+        self.emb = nn.ModuleList(widen(self._embedding(emb[0]), emb) for _ in range(shared))
         self.proj = nn.ModuleList(widen(nn.Linear(before, proj[0], bias=False), proj) for before in inputs)
         self.ln = nn.ModuleList(inner_chain(merge, config.inner_dims) for _ in range(shared))
-        self.heads = nn.ModuleList(OutputHead(self.head_size, width) for _ in range(shared))
+        self.heads = nn.ModuleList(self._head(width) for _ in range(shared))
         self.emb_scale = embedding_scale(config.n_predict, merge)
 
     def _layer(self, modules: nn.ModuleList, depth: int) -> nn.Module:
@@ -150,9 +200,10 @@ class SumRNN(Speculator):
         return DraftState(scale_hidden(hidden) if self.config.scale_input else hidden, None, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        projected = self._layer(self.proj, state.depth)(state.output)
+        projected = self._layer(self.proj, state.depth)(state.output if state.recurrent is None else state.recurrent)
         merged = scaled_sum(projected, self._layer(self.emb, state.depth)(token), self.emb_scale)
-        return DraftState(F.gelu(self._layer(self.ln, state.depth)(merged)), None, state.depth + 1)
+        output = F.gelu(self._layer(self.ln, state.depth)(merged))
+        return self._after(state, output, None, self._layer(self.heads, state.depth))
 
     def head(self, depth: int) -> Tensor:
         return self._layer(self.heads, depth).weight
@@ -164,7 +215,7 @@ class SumRNN(Speculator):
 GATES = ("forget", "input", "output", "cell")
 
 
-class SumLSTM(Speculator):
+class SumLSTM(RecurrentSpeculator):
     """Snowflake's Arctic LSTM speculator.
 
     An LSTM whose gates are sums of the projected state and the newest token's embedding; all depths share weights.
@@ -188,12 +239,12 @@ class SumLSTM(Speculator):
             for before in [hidden_size, width][: config.n_predict]
         )
         tables = 1 if config.tie_lstm_embs else gates
-        self.emb = GateChains(TokenEmbedding(vocab_size, tables * config.emb_dims[0]), config.emb_dims, tables)
+        self.emb = GateChains(self._embedding(tables * config.emb_dims[0]), config.emb_dims, tables)
         self.cell_ln = nn.ModuleList([RMSNormWithBias(merge)])
         self.state_ln = nn.ModuleList([RMSNormWithBias(merge)])
         has_chain = config.inner_dims != (merge,)
         self.ln = nn.ModuleList([inner_chain(merge, config.inner_dims)]) if has_chain else None
-        self.heads = nn.ModuleList([OutputHead(self.head_size, width)])
+        self.heads = nn.ModuleList([self._head(width)])
         self.emb_scale = embedding_scale(config.n_predict, merge)
         self.merge_width = merge
 
@@ -202,11 +253,13 @@ class SumLSTM(Speculator):
         return DraftState(scale_hidden(hidden) if self.config.scale_input else hidden, cell, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        projected, embedded = self.proj[min(state.depth, 1)](state.output), self.emb(token)
+        source = state.output if state.recurrent is None else state.recurrent
+        projected, embedded = self.proj[min(state.depth, 1)](source), self.emb(token)
         forget, admit, release, candidate = scaled_sum(projected, embedded, self.emb_scale).unbind(-2)
         cell = state.cell * torch.sigmoid(forget) + F.gelu(self.cell_ln[0](candidate)) * torch.sigmoid(admit)
         output = F.gelu(self.state_ln[0](cell)) * torch.sigmoid(release)
-        return DraftState(output if self.ln is None else self.ln[0](output), cell, state.depth + 1)
+        output = output if self.ln is None else self.ln[0](output)
+        return self._after(state, output, cell, self.heads[0])
 
     def head(self, depth: int) -> Tensor:
         return self.heads[0].weight

@@ -90,14 +90,17 @@ class DraftState(NamedTuple):
     """What a draft carries from one depth to the next.
 
     Attributes:
-        output: [T, E] the state that the head of the depth reads; before the first step the hidden state [T, D].
+        output: [T, E] the state that the head of the depth is multiplied with; before the first step the hidden state
+            [T, D].
         cell: [T, M] further state of the family (an LSTM's cell, the hidden state itself), or None.
         depth: the depth that the next step computes.
+        recurrent: [T, E] the state that the next step reads, where it is not `output`.
     """
 
     output: Tensor
     cell: Tensor | None
     depth: int
+    recurrent: Tensor | None = None
 
 
 class Speculator(nn.Module, abc.ABC):
@@ -134,8 +137,18 @@ class Speculator(nn.Module, abc.ABC):
         tokens = None if config.draft_vocab_size is None else torch.zeros(self.head_size, dtype=torch.long)
         self.register_buffer("draft_tokens", tokens)
 
-    def attach(self, base: nn.Module) -> None:
-        """Take what the family needs besides the hidden states of the base model. Called before the first forward."""
+    def attach(self, base: nn.Module, *, tables: bool = True) -> None:
+        """Take what the speculator needs of the base model besides its hidden states. Called before the first forward.
+
+        Args:
+            base: a Hugging Face causal language model.
+            tables: whether to take the tables of `embedding` or `head`=base_frozen. In training each call of the loss
+                gets them: they may be sharded, or change.
+        """
+
+    def frozen_tables(self, base: nn.Module) -> dict[str, Tensor]:
+        """The base model's tables that the speculator uses as they are, by the names of the buffers that they fill."""
+        return {}
 
     def copy_block(self, base: nn.Module) -> None:
         """Initialise the trained decoder layer, if there is one, from the base model's."""

@@ -122,7 +122,7 @@ def _check_copied_modules(
     keeps_head_scale = family_class(config.method).keeps_head_scale
     logit_cap = logit_transform(hf_config).cap if keeps_head_scale else None
     copies_head = training.path is None and training.init == "base" and keeps_head_scale
-    if not (config.needs_base_modules or copies_head):
+    if not (config.needs_base_modules or config.base_tables or copies_head):
         return {}, logit_cap
     if layers := getattr(hf_config.get_text_config(), "num_hidden_layers", None):
         config.check_blocks(layers)
@@ -136,6 +136,8 @@ def _check_copied_modules(
         model = AutoModelForCausalLM.from_config(hf_config, **options)
     if copies_head:
         check_copied_head(model)
+    if "head" in config.base_tables:
+        check_copied_head(model, f"{PREFIX}head={config.head}", f"{PREFIX}head=own")
     if config.needs_base_modules:
         final_norm(model)
     if config.exit_layer is not None:

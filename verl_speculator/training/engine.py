@@ -31,7 +31,7 @@ from verl_speculator.data.alignment import DraftRows, align, padded_positions, s
 from verl_speculator.data.hidden_state_cache import StateCache
 from verl_speculator.losses import DraftLoss, pair_counts
 from verl_speculator.models import Speculator, build_speculator
-from verl_speculator.models.layers import block_shapes, copy_norm, start_from_base
+from verl_speculator.models.layers import block_shapes, copy_base_tables, copy_norm, start_from_base
 from verl_speculator.models.speculator import logit_transform
 from verl_speculator.training import MODEL_TYPE
 from verl_speculator.training.base_model import (
@@ -140,6 +140,7 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
             speculator.load_state_dict(read_weights(info))
             logger.info("speculator starts from %s", info.directory)
         elif not head.is_meta:
+            copy_base_tables(speculator, base)
             if training.init == "base":
                 start_from_base(speculator, base)
             copy_norm(speculator, base)

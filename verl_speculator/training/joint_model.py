@@ -41,23 +41,6 @@ class BaseHead:
         products = F.linear(states.to(weight.dtype), weight, None if head.bias is None else head.bias.detach())
         return self.transform(products)
 
-    @contextmanager
-    def gathered(self) -> Iterator[BaseHead]:
-        """Holds the whole weight if the head is a sharding unit of its own (verl makes one of an untied head).
-
-        Gathered once for all calls: the number of calls depends on a rank's number of rows, and a collective in each
-        call would deadlock.
-        """
-        head = self.base.get_output_embeddings()
-        is_unit = isinstance(head, FSDPModule)
-        if is_unit:
-            head.unshard()
-        try:
-            yield self
-        finally:
-            if is_unit:
-                head.reshard()
-
     @torch.no_grad()
     def check(self, states: Tensor, logits: Tensor, expected: str = "model.speculator.loss=ce") -> None:
         """Compare the head's logits with those of the base model.
@@ -76,6 +59,24 @@ class BaseHead:
                 f"model.partial_pretrain: {type(self.base).__name__} does something to its logits that is not known "
                 f"here, so its distribution can be neither compared with nor copied; expected {expected} for this base"
             )
+
+
+@contextmanager
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Holds the whole weights of those modules that are sharding units of their own (verl makes one of an untied LM
+    head, and of its embedding).
+
+    Once for all chunks of a loss: their number depends on a rank's number of rows, and a collective in each would
+    deadlock.
+    """
+    units = [module for module in dict.fromkeys(modules) if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
 
 
 class ModelWithSpeculator(nn.Module):
@@ -107,7 +108,13 @@ class ModelWithSpeculator(nn.Module):
         self._unchecked = [setting for setting, used in uses.items() if used]
         self.freeze_base, self.detach_hidden = settings.freeze_base_model, training.detach_hidden
         self.hidden_state_source = draft.speculator.hidden_state_source
-        draft.speculator.attach(base)
+        draft.speculator.attach(base, tables=False)
+        # Which of the base model's modules each call of the draft needs whole.
+        frozen, self.shared = draft.speculator.config.frozen_tables, []
+        if "embedding" in frozen:
+            self.shared.append(base.get_input_embeddings)
+        if "head" in frozen or self.head is not None:
+            self.shared.append(base.get_output_embeddings)
         self.config = base.config  # read by verl
         if self.freeze_base:
             base.requires_grad_(False)
@@ -146,16 +153,17 @@ class ModelWithSpeculator(nn.Module):
             hidden, teacher_hidden = hidden.flatten(0, 1).to(torch.bfloat16), None
             to_cache["states_to_cache"] = hidden[draft.pop("cache_positions")]
         self._check_head(base_inputs)
-        if self.head is None:
-            return self.draft(hidden, **draft) | to_cache, base_output
-        if teacher_hidden is None:
-            teacher_hidden = hidden.detach()
-            if self.hidden_state_source == PRE_NORM:
-                with torch.no_grad():
-                    teacher_hidden = final_norm(self.base)(teacher_hidden)
-        with self.head.gathered() as head:
-            teacher = {"teacher_hidden": teacher_hidden.flatten(0, -2), "base_head": head}
-            return self.draft(hidden, **draft, **teacher) | to_cache, base_output
+        teacher = {}
+        if self.head is not None:
+            if teacher_hidden is None:
+                teacher_hidden = hidden.detach()
+                if self.hidden_state_source == PRE_NORM:
+                    with torch.no_grad():
+                        teacher_hidden = final_norm(self.base)(teacher_hidden)
+            teacher = {"teacher_hidden": teacher_hidden.flatten(0, -2), "base_head": self.head}
+        with gathered(*(module() for module in self.shared)):
+            tables = self.draft.speculator.frozen_tables(self.base)
+            return self.draft(hidden, **draft, **teacher, tables=tables) | to_cache, base_output
 
     def _base_autocast(self, base_inputs: dict[str, Any]) -> AbstractContextManager:
         """No autocast for a frozen base model: its own code chooses the dtype of each product, fp32 for some."""
@@ -193,6 +201,6 @@ class ModelWithSpeculator(nn.Module):
         with torch.no_grad(), self._base_autocast(inputs):
             hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state
             logits = self.base(**inputs, use_cache=False).logits
-            with (self.head or BaseHead(self.base)).gathered() as head:
-                head.check(hidden.flatten(0, 1), logits.flatten(0, 1), expected)
+            with gathered(self.base.get_output_embeddings()):
+                (self.head or BaseHead(self.base)).check(hidden.flatten(0, 1), logits.flatten(0, 1), expected)
         self.base.train(training)

@@ -71,6 +71,7 @@ CASES = [
     ("qwen2_untied", {"loss": "kl"}),
     ("qwen2_untied", {"loss": "kl", "method": "medusa", "hidden_state": "pre_norm", "inner_dim": None}),
     ("qwen2_untied", {"loss": "kl", "method": "early_exit", "exit_layer": 0, "trainable": "head_and_block"}),
+    ("qwen2_untied", {"loss": "tv", "embedding": "base_frozen", "head": "base_frozen"}),
 ]
 
 
@@ -86,7 +87,7 @@ def gradients_of_two_ranks(bases, chat, tmp_path_factory):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["sum_rnn", "untied", "medusa", "early_exit"])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["sum_rnn", "untied", "medusa", "early_exit", "tables"])
 def test_gradients_do_not_depend_on_the_ranks(bases, rows, gradients_of_two_ranks, case):
     """An untied head is a sharding unit of its own, and the teacher needs it whole on every rank."""
     name, settings = CASES[case]

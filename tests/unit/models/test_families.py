@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.family_variants import VARIANTS, configurations, shape_of
-from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
+from helpers.family_variants import VARIANTS, build_attached, configurations
+from verl_speculator import SpeculatorConfig, load_speculator, save_speculator
 from verl_speculator.config.families import FAMILIES
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models import family_class
@@ -17,7 +17,7 @@ CONFIGS = configurations()
 
 
 def build(config, **options):
-    return build_speculator(config, **shape_of(config, D, V), **({"seed": 0, "dtype": torch.float64} | options))
+    return build_attached(config, D, V, **({"seed": 0, "dtype": torch.float64} | options))
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def config(request):
 def test_family_shapes(config):
     speculator = build(config)
     states = speculator.unroll(*inputs(config))
-    width = D if speculator.keeps_head_scale else config.inner_dims[-1]
+    width = D if speculator.keeps_head_scale or config.head != "own" else config.inner_dims[-1]
     assert states.shape == (config.depths, T, width)
     for k in range(config.depths):
         assert speculator.head(k).shape == (config.draft_vocab_size or V, width)
@@ -147,10 +147,16 @@ def test_family_checkpoint_holds_tied_tensors_under_every_name(config, tmp_path)
     if config.method == "early_exit":
         assert {n for n in tensors if "head" in n} == {"exit_head.weight"}
         return
-    heads = [tensors[f"head.{k}.weight"] for k in range(config.n_predict)]
-    if config.tie_weights:
-        assert all(torch.equal(head, heads[0]) for head in heads)
-    if config.tie_lstm_embs:
+    if config.head == "base_frozen":
+        assert not {f"head.{k}.weight" for k in range(config.n_predict)} & set(tensors)
+        has_projection = config.inner_dims[-1] != D
+        assert {n for n in tensors if n.startswith("head.")} == {
+            f"head.{k}.projection.weight" for k in range(config.n_predict) if has_projection
+        }
+    else:
+        heads = [tensors[f"head.{k}.weight"] for k in range(config.n_predict)]
+        assert not config.tie_weights or all(torch.equal(head, heads[0]) for head in heads)
+    if config.tie_lstm_embs and config.embedding != "base_frozen":
         assert sum(name.endswith("_emb.0.weight") or name.endswith("_emb.0.0.weight") for name in tensors) == 4
 
 
@@ -169,7 +175,12 @@ def test_family_load_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
         tensors[key] = tensors[key][:-1]
     else:
         key = f"head.{config.n_predict - 1}.weight"
-        if config.method in ("medusa", "early_exit") or not config.tie_weights or config.n_predict == 1:
+        if (
+            config.method in ("medusa", "early_exit")
+            or not config.tie_weights
+            or key not in tensors
+            or key == "head.0.weight"
+        ):
             pytest.skip("nothing is tied here")
         tensors[key] = tensors[key] + 1
     torch.save(tensors, file)
