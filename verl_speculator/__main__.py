@@ -44,8 +44,8 @@ def commands(
 def main() -> None:
     """Run a command; a `UserError` is one line on standard error and exit code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Names the tokens that end a turn.
-    logging.getLogger("verl_speculator.base_model.chat_template").setLevel(logging.INFO)
+    for name in ("chat_template", "loading"):  # the tokens that end a turn, and the dtype on a CPU
+        logging.getLogger(f"verl_speculator.base_model.{name}").setLevel(logging.INFO)
     silence_import_warnings()
     try:
         app()

@@ -29,6 +29,7 @@ def overrides(base: Path, train: Path, **settings: Any) -> list[str]:
         "data__train_batch_size": 8,
         "data__num_workers": 0,
         "trainer__device": "cpu",
+        "engine__mixed_precision__param_dtype": "fp32",  # the same numbers on every CPU
         "model__speculator__n_predict": 3,
         "model__speculator__inner_dim": 16,
         "model__speculator__emb_dim": 16,

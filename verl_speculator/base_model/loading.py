@@ -6,6 +6,7 @@ The module imports neither torch nor transformers before a function needs them.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
+from verl_speculator.utils.process import cpu_computes_bf16
 from verl_speculator.utils.settings import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 # Layer types of transformers' configurations that keep keys and values, or nothing; every other one has a state.
@@ -243,11 +247,15 @@ def choose_device(device: str) -> str:
 
 
 def choose_dtype(dtype: str, device: str) -> torch.dtype:
-    """Resolve a key of DTYPES, and `auto` to fp32 on a CPU and bf16 elsewhere. Raises UserError for another name."""
+    """Resolve a key of DTYPES, and `auto` to bf16, or fp32 on a CPU without instructions for bf16. Raises UserError for
+    another name."""
     import torch
 
     if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16"
+        dtype = "fp32" if device == "cpu" and not cpu_computes_bf16() else "bf16"
+        if device == "cpu":
+            has_bf16 = "this CPU computes it faster than fp32 (--dtype fp32)"
+            logger.info("dtype %s: %s", dtype, has_bf16 if dtype == "bf16" else "this CPU has no instructions for bf16")
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: expected auto, {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     return getattr(torch, DTYPES[dtype])

@@ -108,6 +108,13 @@ class CheckpointInfo:
                 raise UserError(f"{self.directory}: trained for a base of {name} {expected}, this base has {actual}")
 
     @property
+    def data_share(self) -> float | None:
+        """The share of the training rows that training has seen, 1 after an epoch; None if it is not known."""
+        training, data = (self.provenance.get(section, {}) for section in ("training", "data"))
+        step, batch, rows = training.get("step"), training.get("train_batch_size"), data.get("train_rows")
+        return min(1.0, step * batch / rows) if step and batch and rows else None
+
+    @property
     def trained_base(self) -> Path | None:
         """The directory of the base model that was trained jointly, None if the base model was frozen."""
         directory = self.directory / BASE_DIRECTORY

@@ -24,6 +24,7 @@ from verl_speculator.utils.settings import BaseModel, Option, UserError
 
 if TYPE_CHECKING:
     from verl_speculator.decoding import Generation
+    from verl_speculator.decoding.generate import Difference
 
 
 def generate(
@@ -70,7 +71,15 @@ def generate(
             typer.echo("\n— with the speculator —\n")
         name = "with speculator" if tree is None else f"with a tree of {len(tree.paths)}"
         generations[name] = _stream(models.base, models.speculator, settings)
-    _report(generations, greedy=options.temperature == 0)
+    difference = None
+    if compare and options.temperature == 0:
+        from verl_speculator.decoding.generate import first_difference
+
+        alone, drafted = (generation.tokens for generation in generations.values())
+        difference = first_difference(models.base, settings["input_ids"], alone, drafted)
+    _report(generations, difference, greedy=options.temperature == 0)
+    if compare:
+        _print_verdict(speculator, *generations.values())
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str, system: str | None, chat: bool) -> list[int]:
@@ -108,7 +117,7 @@ def _stream(base: Any, speculator: Any, settings: dict[str, Any]) -> Generation:
     return stream.generation
 
 
-def _report(generations: dict[str, Generation], *, greedy: bool) -> None:
+def _report(generations: dict[str, Generation], difference: Difference | None, *, greedy: bool) -> None:
     """Print speed and acceptance of each run to standard error."""
     from rich.console import Console
     from rich.table import Table
@@ -133,11 +142,24 @@ def _report(generations: dict[str, Generation], *, greedy: bool) -> None:
     console.print()
     console.print(table)
     if len(generations) == 2:
-        alone, drafted = (generation.tokens for generation in generations.values())
-        same_text = (
-            f", the {'same' if alone == drafted else 'NOT the same'} text" if greedy else ", of texts drawn apart"
-        )
-        console.print(f"speedup {rates[1] / rates[0]:.2f}{same_text}")
+        text = "the same text" if greedy else "of texts drawn apart"
+        if difference is not None:
+            text = (
+                f"NOT the same text: at token {difference.position + 1} the logits of the two are {difference.gap:.3g} "
+                "apart"
+            )
+        console.print(f"speedup {rates[1] / rates[0]:.2f}, {text}")
+
+
+def _print_verdict(speculator: str, alone: Generation, drafted: Generation) -> None:
+    """Print whether the speculator pays, by the speed of the rounds."""
+    from verl_speculator.checkpoint.format import read_checkpoint_info
+    from verl_speculator.evaluation.metrics import verdict
+
+    rates = alone.decode_tokens_per_second, drafted.decode_tokens_per_second
+    if drafted.accepted is not None and all(rates):
+        share = read_checkpoint_info(speculator).data_share
+        typer.echo(f"decoding is {verdict(drafted.accepted + 1, rates[1] / rates[0], share)}", err=True)
 
 
 def serve(settings: ServeSettings, loading: LoadingOptions) -> None:

@@ -23,6 +23,7 @@ from verl_speculator.config.schema import (
     known_settings,
     summarise_setting,
 )
+from verl_speculator.utils.process import cpu_computes_bf16
 from verl_speculator.utils.settings import UserError, nearest
 
 CONFIG_NAME = "speculator_sft"
@@ -189,7 +190,9 @@ def _resolve_device_and_types(config: DictConfig) -> None:
     elif device not in DEVICES:
         raise UserError(f"trainer.device={device}: expected auto, {', '.join(DEVICES)}")
     if compute_dtype(config) == "auto":
-        config.engine.mixed_precision.param_dtype = "fp32" if config.trainer.device == "cpu" else "bf16"
+        on_cpu, frozen = config.trainer.device == "cpu", config.model.freeze_base_model
+        is_fp32 = on_cpu and not (frozen and cpu_computes_bf16())
+        config.engine.mixed_precision.param_dtype = "fp32" if is_fp32 else "bf16"
     if config.engine.model_dtype == "auto":
         config.engine.model_dtype = compute_dtype(config) if config.model.freeze_base_model else "fp32"
 

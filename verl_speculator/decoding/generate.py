@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,38 @@ class Generation:
     def decode_tokens_per_second(self) -> float | None:
         """Tokens after the first over the time of the rounds, None if there was no round."""
         return (len(self.tokens) - 1) / self.seconds.decode if len(self.rounds) > 1 else None
+
+
+class Difference(NamedTuple):
+    """Where two texts part.
+
+    Attributes:
+        position: index of the first token that differs.
+        gap: between the logits of the two tokens, as the base model computes them in one pass. Where it is within the
+            rounding of the dtype, the two are a tie that rounding decides.
+    """
+
+    position: int
+    gap: float
+
+
+@torch.inference_mode()
+def first_difference(
+    base: nn.Module, prompt: Sequence[int], left: Sequence[int], right: Sequence[int]
+) -> Difference | None:
+    """Where two greedy texts after the same prompt part, None if they are equal.
+
+    Args:
+        base: the base model of both.
+        prompt: its tokens.
+        left, right: the new tokens of each.
+    """
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            ids = torch.tensor([[*prompt, *left[:position]]], device=base.device)
+            logits = base(input_ids=ids, use_cache=False).logits[0, -1].float()
+            return Difference(position, float((logits[a] - logits[b]).abs()))
+    return None if len(left) == len(right) else Difference(min(len(left), len(right)), float("nan"))
 
 
 class StopRule:

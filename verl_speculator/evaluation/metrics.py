@@ -120,6 +120,23 @@ def speed(vanilla: np.ndarray, speculative: np.ndarray, weights: np.ndarray) -> 
     }
 
 
+def verdict(tau: float, speedup: float, data_share: float | None = None) -> str:
+    """In words, whether a speculator pays.
+
+    A round takes τ / speedup times as long as a step of the base model alone, so that is the τ from which it pays.
+
+    Args:
+        tau: tokens per pass of the base model.
+        speedup: over the base model alone, in the same runs.
+        data_share: of the training rows that training has seen.
+    """
+    faster = "times as fast as" if speedup >= 1 else "times as fast, so slower than"
+    text = f"{speedup:.2f} {faster} the base model alone: τ {tau:.2f}, break-even here {tau / speedup:.2f}"
+    if speedup >= 1 or data_share is None or data_share >= 1:
+        return text
+    return f"{text}; trained on {data_share:.0%} of its data"
+
+
 class Document:
     """A text with the base model's logits and hidden states, on which every speculator is measured.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_speculator.evaluation.metrics import QUALITY_METRICS, Figures, acceptance, bootstrap, quality, speed
+from verl_speculator.evaluation.metrics import QUALITY_METRICS, Figures, acceptance, bootstrap, quality, speed, verdict
 from verl_speculator.evaluation.plot_data import CATEGORIES, RESULTS
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.settings import UserError
@@ -164,6 +164,7 @@ def _behaviour_figures(records: Sequence[Record], seed: int) -> Record:
 
     histogram = tables[0].sum(0).astype(int)
     rounds, runs = int(histogram.sum()), [run for record in records for run in record["own"]]
+    gaps = np.array([record.get("difference_gap", np.nan) for record in records], dtype=float)
     tokens, decode, draft, target = (sum(run[name] for run in runs) for name in ("tokens", "decode", "draft", "target"))
     speedups = _rates(records, "own", decode_only=True) / _rates(records, "alone", decode_only=True)
     return {
@@ -174,6 +175,7 @@ def _behaviour_figures(records: Sequence[Record], seed: int) -> Record:
         "tokens": tokens,
         "identical": sum(record["identical"] for record in records),
         "runs": len(runs),
+        "difference_gap": float(np.nanmax(gaps)) if np.isfinite(gaps).any() else np.nan,
         "prefill_s": float(np.median([run["prefill"] for run in runs])),
         "decode_s": float(np.median([run["decode"] for run in runs])),
         "decode_speedup": float(np.nanmedian(speedups)) if np.isfinite(speedups).any() else np.nan,
@@ -245,9 +247,26 @@ def print_results(out: Path, console: Any) -> None:
         for row in cells.to_numpy():
             table.add_row(*row)
         console.print(table)
+        for row in rows.to_dict("records"):
+            if row["speculator"] not in BASELINE_ORDER and row["speedup"] > 0:
+                share = row.get("data_share")
+                text = verdict(row["tau"], row["speedup"], None if share is None or np.isnan(share) else share)
+                shape = "" if row["draft_shape"] == "chain" else f" ({row['draft_shape']})"
+                console.print(f"{row['speculator']}{shape}: {text}", markup=False, highlight=False, soft_wrap=True)
+            if row["temperature"] == 0 and row["identical"] < row["runs"]:
+                console.print(_difference_text(row), markup=False, highlight=False, soft_wrap=True)
     for prompts, rows in skipped.groupby("prompts", sort=False):
         text = f"{prompts}: {len(rows)} prompts left out, wholly or from one turn on ({SKIPPED} says why): "
         console.print(text + ", ".join(map(str, rows["index"])))
+
+
+def _difference_text(row: dict[str, Any]) -> str:
+    """Greedy texts that are not the base model's, and how far from a tie."""
+    different = int(row["runs"] - row["identical"])
+    return (
+        f"{row['speculator']}: {different} of {int(row['runs'])} greedy texts are not the base model's; where they "
+        f"part, the logits of the two tokens are at most {row['difference_gap']:.3g} apart ({row['dtype']})"
+    )
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:

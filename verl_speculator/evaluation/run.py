@@ -22,7 +22,7 @@ from verl_speculator.base_model.loading import BaseModelLoader, base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.decoding import DraftTree, SamplingPolicy, speculative_generate
-from verl_speculator.decoding.generate import generation_settings
+from verl_speculator.decoding.generate import first_difference, generation_settings
 from verl_speculator.decoding.options import AUTO, DraftLength, most_drafts
 from verl_speculator.decoding.target import position_limit, windows
 from verl_speculator.evaluation.metrics import Document
@@ -267,7 +267,9 @@ class Evaluator:
             untrained = build_speculator(first.config, **first.shape, **options).requires_grad_(False).eval()
             rows.append(self._speculator_row("random", untrained, {"shape_of": str(first.directory)}))
         for (name, speculator), (path, tree) in product(self.speculators.items(), {None: None, **trees}.items()):
-            rows.append(self._speculator_row(name, speculator, self.weights[name], path, tree))
+            row = self._speculator_row(name, speculator, self.weights[name], path, tree)
+            row.columns["data_share"] = self.infos[name].data_share
+            rows.append(row)
         return rows
 
     def _speculator_row(
@@ -355,16 +357,28 @@ class Evaluator:
         trial_texts = [{m: [run.tokens for run in runs] for m, runs in trial.items()} for trial in trials]
         # A greedy text is the same in every trial: its rounds count once.
         counted = trials[:1] if self.policy.greedy else trials
+        gaps = {
+            row.method: self._largest_gap(turns, trial_texts[0][self.vanilla], trial_texts[0][row.method])
+            for row in rows
+        }
         return {
             row: {
                 "alone": [_times(runs[self.vanilla]) for runs in trials],
                 "own": [_times(runs[row.method]) for runs in trials],
                 "identical": sum(texts[row.method] == texts[self.vanilla] for texts in trial_texts),
+                "difference_gap": gaps[row.method],
                 "peak_mb": peaks[row.method],
                 **_sum_counts([run.counts for runs in counted for run in runs[row.method]]),
             }
             for row in rows
         }
+
+    def _largest_gap(self, turns: list[list[int]], alone: list[list[int]], own: list[list[int]]) -> float:
+        """The largest `Difference.gap` over the turns whose greedy texts differ, NaN if none does."""
+        if not self.policy.greedy:
+            return NAN
+        found = (first_difference(self.base, *texts) for texts in zip(turns, alone, own, strict=True))
+        return max((difference.gap for difference in found if difference is not None), default=NAN)
 
     def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
         """Measure every checkpoint on the texts of one file that its log does not have yet."""

@@ -39,6 +39,9 @@ def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why ArcticInference 0.3.0 cannot serve a speculator, and what to train instead; None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm"):
         return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these"
+    for name in config.base_tables:
+        setting = f"{name}={getattr(config, name)}"
+        return f"{setting}: it reads weights of the speculator's own; export it with --format arctic, which writes them"
     if config.draft_vocab_size is not None:
         return _VOCABULARY.format(config.draft_vocab_size)
     for name, dims in (("emb_dim", config.emb_dims), ("proj_dim", config.proj_dims)):

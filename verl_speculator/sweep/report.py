@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verl_speculator.config.schema import DIM_KEYS
+from verl_speculator.evaluation.metrics import verdict
 from verl_speculator.evaluation.plot_data import COLOURS, MARKERS, PlotStyle, read_tables
 from verl_speculator.evaluation.plots import (
     AXIS,
@@ -89,6 +90,8 @@ def recommendations(rows: Sequence[Row]) -> list[tuple[str, Row]]:
             best = max(known, key=lambda row: number(row, name))
             close = [row for row in known if number(row, name) >= (1 - TOLERANCE) * number(best, name)]
             smallest = min(close, key=lambda row: (number(row, "parameters"), -number(row, name)))
+            slower = name == "speedup" and number(best, name) < 1
+            symbol += " (slower than the base model alone)" if slower else ""
             recommended += [(f"best {symbol}", best), (f"smallest within {TOLERANCE:.0%} of it", smallest)]
     return recommended
 
@@ -131,6 +134,10 @@ def print_results(rows: Sequence[Row], console: Any) -> None:
         print_table("Points", ("point",), [((row[FIRST],), row) for row in done])
         lines = [((reason, row[FIRST]), row) for reason, row in recommendations(done)]
         print_table("Which one to train", ("", "point"), lines)
+        for reason, row in recommendations(done):
+            if reason.startswith("best speedup"):
+                line = f"{row[FIRST]}: {verdict(number(row, 'tau'), number(row, 'speedup'))}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     for row in rows:
         if row["status"] not in (DONE, WAITING):
             line = f"{row['status']}: {row[FIRST]}: {row['reason']} ({row['log']})"

@@ -41,6 +41,15 @@ def restart_with_allocator() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | CPU_ALLOCATOR)
 
 
+def cpu_computes_bf16() -> bool:
+    """Whether this machine's processor has instructions for bf16 (AVX512-BF16 or AMX), which are faster than those for
+    float32; without them bf16 is emulated and slower."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def end_with_parent() -> None:
     """Ask the kernel for a SIGTERM to this process when its parent ends."""
     if sys.platform == "linux":

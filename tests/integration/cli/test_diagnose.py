@@ -181,7 +181,8 @@ def test_solo_vs_pair_and_bisect_commands_overwritten_buffer_is_found(tmp_path):
         buffered_moe.write(tmp_path / n, s, i) for n, s, i in (("draft", DRAFT, 0), ("target", TARGET, 100))
     )
     BufferedMoE.buffers.clear()
-    asked = ("--tokens", "5,9,23,4,77,31,8,100", "--external-lib", buffered_moe.__file__)
+    # Its buffers are in float32.
+    asked = ("--tokens", "5,9,23,4,77,31,8,100", "--external-lib", buffered_moe.__file__, "--dtype", "fp32")
     code, shown = run_command("solo-vs-pair", "--draft", draft, "--target", target, "--out", tmp_path / "out", *asked)
     assert code == 1 and shown.startswith(
         "After target has run the draft is not the same; after own it is. model.layers.0.mlp (call 0) is the first "

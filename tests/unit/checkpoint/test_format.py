@@ -44,7 +44,7 @@ def tiny(**settings):
 ARCTIC = {
     name: config
     for name, config in configurations().items()
-    if config.method.startswith("sum_") and config.draft_vocab_size is None
+    if config.method.startswith("sum_") and config.draft_vocab_size is None and not config.base_tables
 }
 
 

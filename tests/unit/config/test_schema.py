@@ -283,12 +283,19 @@ def test_load_settings_path_and_partial_pretrain_are_one():
         load_settings(["trainer.default_local_dir=x", "model.path=a/b", "model.partial_pretrain=c/d"])
 
 
-def test_load_settings_dtypes_follow_device_and_freezing():
-    for frozen, model_dtype in (("true", "fp32"), ("false", "fp32")):
+def test_load_settings_dtypes_follow_device_and_freezing(monkeypatch):
+    """A frozen base model computes in bf16 on a CPU that has it; one that is trained in fp32 on any CPU."""
+    for has_bf16, frozen, dtype in (
+        (1, "true", "bf16"),
+        (0, "true", "fp32"),
+        (1, "false", "fp32"),
+        (0, "false", "fp32"),
+    ):
+        monkeypatch.setattr("verl_speculator.config.hydra.cpu_computes_bf16", lambda has_bf16=has_bf16: bool(has_bf16))
         config = load_settings(
             ["trainer.default_local_dir=x", "trainer.device=cpu", f"model.freeze_base_model={frozen}"]
         )
-        assert (config.engine.mixed_precision.param_dtype, config.engine.model_dtype) == ("fp32", model_dtype)
+        assert (config.engine.mixed_precision.param_dtype, config.engine.model_dtype) == (dtype, dtype)
     config = load_settings(["trainer.default_local_dir=x", "trainer.device=cuda"])
     assert (config.engine.mixed_precision.param_dtype, config.engine.model_dtype) == ("bf16", "bf16")
     config = load_settings(["trainer.default_local_dir=x", "trainer.device=cuda", "model.freeze_base_model=false"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from helpers.drafters import (
 )
 from helpers.tiny_models import ARCHITECTURES
 from verl_speculator.decoding import Round, SamplingPolicy, speculative_generate, speculative_stream
-from verl_speculator.decoding.generate import StopRule
+from verl_speculator.decoding.generate import StopRule, first_difference
 from verl_speculator.decoding.target import Target
 from verl_speculator.utils.settings import UserError
 
@@ -285,6 +287,18 @@ def test_generate_bf16_base_with_float32_speculator_gives_the_greedy_text(bases,
     speculator = untrained_speculator(base, 3).float()
     result = speculative_generate(base, speculator, PROMPT, max_new_tokens=COUNT, eos_token_id=(), **policy)
     assert result.tokens == alone(base, PROMPT, COUNT, eos_token_id=None)
+
+
+def test_first_difference_names_the_token_and_the_gap_of_the_logits(model, text):
+    other = (text[5] + 1) % model.config.vocab_size
+    changed = [*text[:5], other, *text[6:]]
+    assert first_difference(model, PROMPT, text, text) is None
+    found = first_difference(model, PROMPT, text, changed)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*PROMPT, *text[:5]]])).logits[0, -1]
+    assert found.position == 5 and found.gap == pytest.approx(float(logits[text[5]] - logits[other]), rel=1e-5)
+    shorter = first_difference(model, PROMPT, text, text[:9])
+    assert shorter.position == 9 and math.isnan(shorter.gap)
 
 
 @pytest.mark.parametrize(

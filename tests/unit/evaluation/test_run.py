@@ -24,7 +24,7 @@ from verl_speculator.base_model.chat_template import end_token_ids
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.data.alignment import align
 from verl_speculator.decoding.options import SamplingPolicy
-from verl_speculator.evaluation.metrics import Document, acceptance, bootstrap, quality, speed, weighted_median
+from verl_speculator.evaluation.metrics import Document, acceptance, bootstrap, quality, speed, verdict, weighted_median
 from verl_speculator.evaluation.report import ResultsLog
 from verl_speculator.evaluation.run import HuggingFaceMethod, SpeculativeMethod, evaluate
 from verl_speculator.evaluation.settings import EvaluationSettings
@@ -87,6 +87,13 @@ def test_speed_returns_medians_over_pairs():
     assert result["vanilla_tokens_per_s"] == pytest.approx(100)
     # With the first prompt alone in the sample, the second one's pairs are gone.
     assert speed(alone, own, np.array([[2, 0]]))["speedup"] == pytest.approx(1.75)
+
+
+def test_verdict_names_the_tau_from_which_it_pays():
+    assert verdict(1.8, 1.5, 0.1) == "1.50 times as fast as the base model alone: τ 1.80, break-even here 1.20"
+    slow = "0.55 times as fast, so slower than the base model alone: τ 1.14, break-even here 2.07"
+    assert verdict(1.14, 0.55) == verdict(1.14, 0.55, 1.0) == slow
+    assert verdict(1.14, 0.55, 0.05) == f"{slow}; trained on 5% of its data"
 
 
 def test_bootstrap_intervals_contain_the_figure_and_narrow_with_more_prompts():

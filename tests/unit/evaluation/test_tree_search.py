@@ -196,6 +196,7 @@ def test_evaluate_compares_chain_and_trees(chosen, world, base, tmp_path):
             texts=folder / "prompts.parquet",
             max_new_tokens=24,
             warmup_steps=1,
+            dtype="fp32",
             **more,
         )
 

@@ -19,7 +19,9 @@ from verl_speculator.utils.settings import UserError
 
 D, V = 20, 61
 READERS = {"arctic": readings.arctic, "arctic-mlp": readings.arctic_mlp, "vllm-medusa": readings.vllm_medusa}
-CONFIGURATIONS = configurations() | {
+# Of those that use the base model's tables the exports are in tests/unit/models/test_base_tables.py.
+OWN_TABLES = {name: config for name, config in configurations().items() if not config.base_tables}
+CONFIGURATIONS = OWN_TABLES | {
     "lstm_for_arctic": SpeculatorConfig(
         method="sum_lstm", n_predict=3, inner_dim=16, emb_dim=16, proj_dim=16, tie_lstm_embs=True, scale_input=True
     ),

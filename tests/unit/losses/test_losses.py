@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import verl_speculator.losses.closed_form as kernels
-from helpers.family_variants import configurations
+from helpers.family_variants import Tables, build_attached, configurations
 from verl_speculator import SpeculatorConfig, build_speculator
 from verl_speculator.config.objective import Objective
 from verl_speculator.losses import DraftLoss, reference, speculator_loss
@@ -208,6 +208,8 @@ def assert_same_as_plain_loop(config, batch, objective, *, logit_cap=None, **opt
         shape["draft_tokens"] = torch.randperm(V, generator=torch.Generator().manual_seed(9))[: config.draft_vocab_size]
         shape["draft_tokens"] = shape["draft_tokens"].sort().values
     speculator = build_speculator(config, **shape, seed=0, dtype=torch.float64)
+    if config.frozen_tables:
+        speculator.attach(Tables(V, D, torch.float64))
     batch.hidden.requires_grad_()
     expected = plain(speculator, batch, objective, options.get("counts"))
     wanted = gradients(speculator, expected, batch.hidden)
@@ -260,7 +262,7 @@ def test_every_family_under_fsdp1(config, compiled, gloo):
     hidden.requires_grad_()
     found = []
     for shard in (None, ShardingStrategy.FULL_SHARD):
-        speculator = build_speculator(config, hidden_size=D, vocab_size=V, seed=0, dtype=torch.float64)
+        speculator = build_attached(config, D, V, seed=0, dtype=torch.float64)
         draft = DraftLoss(speculator, OBJECTIVES["mix"], compiled=compiled)
         names = list(dict(speculator.named_parameters()))
         if shard is not None:
