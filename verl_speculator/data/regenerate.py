@@ -12,13 +12,12 @@ from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from verl_speculator.base_model.chat_template import tokenize_prompt
 from verl_speculator.base_model.loading import BaseModelLoader
 from verl_speculator.checkpoint.provenance import file_digest, git_commit, hardware, versions, weights_fingerprint
 from verl_speculator.data.conversations import Conversation, PromptFile
-from verl_speculator.data.generation_backends import Backend, HuggingFaceBackend, VllmBackend
 from verl_speculator.decoding.options import SamplingPolicy
 from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable, fsync
 from verl_speculator.utils.process import evenly_spaced, progress_bar
@@ -35,6 +34,9 @@ from verl_speculator.utils.settings import (
     check_minimums,
     nearest,
 )
+
+if TYPE_CHECKING:
+    from verl_speculator.data.generation_backends import Backend
 
 BACKENDS = ("hf", "vllm")
 METADATA_KEY = b"verl_speculator"
@@ -73,7 +75,7 @@ class RegenerateSettings:
         bool, Option("keep rows whose answer did not end; training sees an end there", flag="--keep-unfinished")
     ] = False
     num_rows: Annotated[int, Option("rows of the file, at even distances; 0 for all", minimum=0)] = 0
-    batch_size: Annotated[int, Option("prompts at a time (hf)", minimum=1)] = 16
+    batch_size: Annotated[int, Option("texts at a time (hf)", minimum=1)] = 32
     shard_rows: Annotated[int, Option("rows that a kill costs at most", minimum=1)] = 512
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -215,6 +217,8 @@ class _Run:
             )
 
     def load_backend(self) -> Backend:
+        from verl_speculator.data.generation_backends import HuggingFaceBackend, VllmBackend
+
         if self.settings.backend == "vllm":
             return VllmBackend(self.settings, self.dtype, self.end_tokens)
         pad_token = self.tokenizer.pad_token_id
@@ -280,9 +284,7 @@ class _Run:
             "end_tokens": list(self.end_tokens),
         }
         del identity["out"], identity["overwrite"]
-        # Greedily a batch decides nothing but rounding, and a smaller one may let a run finish; vLLM uses none.
-        if settings.policy.greedy or settings.backend == "vllm":
-            del identity["batch_size"]
+        del identity["batch_size"]  # it decides nothing but rounding, and a smaller one may let a run finish
         return identity
 
     def provenance(self, counts: AnswerCounts) -> dict[str, Any]:

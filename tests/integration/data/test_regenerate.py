@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from helpers.drafters import load_base
+from helpers.drafters import alone, load_base
 from helpers.engine_harness import load_rows
 from helpers.tiny_models import make_base, make_chat_rows, make_tokenizer, write_parquet
 from verl_speculator.base_model.chat_template import end_token_ids, tokenize_prompt
@@ -202,6 +202,47 @@ def test_absolute_positions(tokenizer, tmp_path):
             for _ in range(size):
                 alone.append(int(many.base(input_ids=torch.tensor([alone])).logits[0, -1].argmax()))
         assert answer[1:] == cut_at_end(alone[len(prompt) :], ends)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "gemma2", "llama"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_rows_that_replace_others_change_no_text(bases, architecture, batch_size):
+    """Prompts of many lengths and answers of many lengths: rows end, others take their places, caches are cut."""
+    base = load_base(bases[architecture])
+    settings = make_settings(bases[architecture], Path(), Path(), batch_size=batch_size, max_new_tokens=25)
+    prompts = [[(13 * i + 7 * j) % 290 + 5 for j in range(3 + (11 * i) % 40)] for i in range(17)]
+    texts = [alone(base, prompt, 25, eos_token_id=None) for prompt in prompts]
+    ends = sorted({text[(5 * i) % 23] for i, text in enumerate(texts)})[::2]  # end tokens at different places
+    backend = HuggingFaceBackend(settings, "cpu", torch.float64, ends, None)
+    answers = sorted(backend.generate(prompts, range(17)))
+    assert [answer[1:] for answer in answers] == [cut_at_end(text, ends) for text in texts]
+    assert len({len(answer.tokens) for answer in answers}) > 2 and not all(a.finished for a in answers)
+
+
+def test_a_sampled_text_does_not_depend_on_the_batch(small):
+    prompts = [[5, 17, 40], list(range(10, 40)), [7] * 9, [100, 200], [3, 4, 5, 6]]
+    found = []
+    for batch_size in (1, 2, 5):
+        settings = make_settings(small, Path(), Path(), batch_size=batch_size, temperature=0.9, max_new_tokens=12)
+        found.append(sorted(HuggingFaceBackend(settings, "cpu", torch.float64, (2,), None).generate(prompts, range(5))))
+    assert found[0] == found[1] == found[2]
+    settings = make_settings(small, Path(), Path(), temperature=0.9, max_new_tokens=12)
+    assert (
+        sorted(HuggingFaceBackend(settings, "cpu", torch.float64, (2,), None).generate(prompts, range(1, 6)))
+        != found[0]
+    )
+
+
+def test_a_base_with_a_recurrent_state_runs_by_generate(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    base = MambaForCausalLM(MambaConfig(vocab_size=330, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    base.save_pretrained(tmp_path)
+    settings = make_settings(tmp_path, Path(), Path(), batch_size=2, max_new_tokens=5)
+    backend = HuggingFaceBackend(settings, "cpu", torch.float32, (2,), None)
+    answers = sorted(backend.generate([[5, 6, 7], [9, 10, 11], [40, 41, 42]], [0] * 3))
+    assert [answer.index for answer in answers] == [0, 1, 2] and all(answer.tokens for answer in answers)
 
 
 def test_sampling_follows_the_seed_wherever_it_was_interrupted(small, chat, tmp_path, monkeypatch):
