@@ -242,7 +242,7 @@ def serving(context: DiagnosisContext) -> Finding | None:
         return None
     if not trace.weights:
         return "its trace holds no weights (trace(…, weights=True))", None
-    modules, loaded, count = _modules_with_weights(trace, context.speculator, context.base)
+    modules, loaded, count = _modules_with_weights(trace, context)
     if not loaded:
         known = f"the {len(trace.weights)} weights of {trace.path.name}"
         advice = "have the engine load this checkpoint: it runs with other weights"
@@ -258,10 +258,11 @@ def serving(context: DiagnosisContext) -> Finding | None:
     return evidence, "have the engine hand over the state that produced the newest token" if distance_back else ""
 
 
-def _modules_with_weights(trace: Trace, speculator: Speculator, base: nn.Module) -> tuple[set[str], int, int]:
+def _modules_with_weights(trace: Trace, context: DiagnosisContext) -> tuple[set[str], int, int]:
     """Modules of the trace that hold a tensor of the checkpoint; how many tensors they hold, of how many. Tensors that
     are the base model's own are not counted: the engine holds them anyway."""
-    state = dict(speculator.named_parameters())
+    speculator, base = context.speculator, context.base
+    state = read_weights(context.info)  # as on disk: what was loaded here may be rounded otherwise than in the engine
     of_base = {stats_of(m.weight).hash for m in (base.get_input_embeddings(), base.get_output_embeddings())}
     slots = [slot for slot in dict.fromkeys(speculator.checkpoint_slots().values()) if slot.of(state).dim() > 1]
     slots = [slot for slot in slots if stats_of(slot.of(state)).hash not in of_base]
