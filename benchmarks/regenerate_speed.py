@@ -1,6 +1,6 @@
 """Tokens per second of `regenerate`'s loop and of transformers' `generate` over the same prompts, run in turn.
 
-    python benchmarks/regenerate_speed.py --base BASE --data prompts.parquet [--prompts 64] [--batch-size 32] [--trials 3]
+    python benchmarks/regenerate_speed.py --base BASE --data prompts.parquet [--prompts 64] [--batch-size 32]
 
 Both take the same batches' worth of rows at a time, sorted by length; `generate` waits for the longest answer of a
 batch, `regenerate` puts the next prompt in the place of an answer that has ended. A row holds the median over trials of

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from verl_speculator.config.hydra import common_overrides, compute_dtype, load_settings
-from verl_speculator.utils.process import end_with_parent
+from verl_speculator.utils.process import INTERRUPTED, StopRequest, end_with_parent, quiet_prints
 from verl_speculator.utils.settings import UserError
 
 # Read by verl, before it looks for a device; the second because verl would use flash-attn's loss if it is installed.
@@ -28,14 +30,28 @@ def torchrun() -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # A worker that is asked to end saves a checkpoint first, for which it may need longer than the 30 seconds after
+    # which torchrun would kill it: this process passes the signal on, and waits.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
+    for number in StopRequest.SIGNALS:
+        signal.signal(number, _pass_on)
     # This logger repeats what the worker or the report of ChildFailedError says.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.main()
     except ChildFailedError as error:
-        if error.get_first_failure()[1].exitcode == 2:
-            sys.exit(2)
+        if (code := error.get_first_failure()[1].exitcode) in (2, INTERRUPTED, -signal.SIGTERM):
+            sys.exit(2 if code == 2 else INTERRUPTED)
         raise
+
+
+def _pass_on(number: int, frame: object) -> None:
+    """Send SIGTERM to the workers."""
+    import psutil
+
+    for worker in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGTERM)
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -64,7 +80,9 @@ def train(overrides: Sequence[str]) -> None:
         compute_dtype(config),
         config.model.override_config.attn_implementation,
     )
-    SpeculatorTrainer(config).fit()
+    with quiet_prints():
+        trainer = SpeculatorTrainer(config)
+    trainer.fit()
     destroy_global_process_group()
 
 

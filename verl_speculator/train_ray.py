@@ -20,6 +20,7 @@ from verl_speculator.preflight.launch import check_run, worker_environment
 from verl_speculator.preflight.settings import check_settings
 from verl_speculator.train import CPU_ENVIRONMENT, run_command
 from verl_speculator.utils.atomic_io import check_writable
+from verl_speculator.utils.process import quiet_prints
 from verl_speculator.utils.settings import UserError
 
 
@@ -57,7 +58,9 @@ def train(overrides: Sequence[str]) -> None:
     # The trainer's own group, of one process.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        RaySpeculatorTrainer(run.tree).fit()
+        with quiet_prints():
+            trainer = RaySpeculatorTrainer(run.tree)
+        trainer.fit()
     finally:
         dist.destroy_process_group()
         ray.shutdown()

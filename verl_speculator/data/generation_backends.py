@@ -149,7 +149,11 @@ class HuggingFaceBackend(Backend):
         super().__init__(settings, end_tokens)
         self.base = load_base(settings.base, device=device, dtype=dtype)
         self.limit = position_limit(self.base)
-        if device == "cpu" and self.base.config._attn_implementation == "sdpa" and self.base._supports_attention_backend:
+        if (
+            device == "cpu"
+            and self.base.config._attn_implementation == "sdpa"
+            and self.base._supports_attention_backend
+        ):
             self.base.set_attn_implementation(GROUPED)
         # The last states of a batch are a slice, for each row of which torch would copy the LM head's weight.
         self.base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))

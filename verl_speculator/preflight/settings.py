@@ -65,6 +65,7 @@ SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("trainer.total_epochs", "trainer.nnodes", "trainer.n_gpus_per_node"), Count),
     **dict.fromkeys(("trainer.total_training_steps", "trainer.max_ckpt_to_keep"), Count | None),
     **dict.fromkeys(("trainer.save_freq", "trainer.test_freq"), CountOrAll | Literal["after_each_epoch"]),
+    "trainer.save_minutes": PositiveNumber | None,
     **dict.fromkeys(("trainer.project_name", "trainer.experiment_name"), Name),
     **dict.fromkeys(("optim.lr", "optim.clip_grad"), PositiveNumber),
     **dict.fromkeys(("optim.weight_decay", "optim.num_cycles"), NonNegativeNumber),

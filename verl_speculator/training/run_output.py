@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-
 from verl_speculator.utils.atomic_io import atomic_file
 
 METRICS_FILE, PLOT_FILE, TENSORBOARD = "metrics.jsonl", "training.png", "tensorboard"
@@ -89,6 +88,21 @@ def plot_metrics(directory: Path, records: Sequence[Mapping[str, float]]) -> Non
         FigureCanvasAgg(figure).print_png(path)
 
 
+def console_line(step: int, last: int, metrics: Mapping[str, float]) -> str:
+    """The metrics of a step in a line of at most four digits each."""
+    parts = [f"step {step}/{last}"]
+    for split, name in (("train", ""), ("val", "validation ")):
+        if f"{split}/loss" not in metrics:
+            continue
+        accuracy = [metrics[key] for k in range(len(metrics)) if (key := f"{split}/depth{k}_accuracy") in metrics]
+        parts.append(f"{name}loss {metrics[f'{split}/loss']:.4g}")
+        parts.append(f"accuracy {' '.join(f'{value:.0%}' for value in accuracy)}")
+        parts.append(f"expected τ {metrics[f'{split}/expected_accept_length']:.3g}")
+    parts.append(f"lr {metrics['train/lr']:.3g}")
+    parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
 def summarise_run(
     records: Sequence[Mapping[str, float]], checkpoint: Path, *, rows_seen: int, rows: int, base: str, prompts: str
 ) -> dict[str, str]:
@@ -111,9 +125,9 @@ def summarise_run(
     kind = "validation" if split == "val" else "training"
     lines = {
         "checkpoint": str(checkpoint),
-        "loss": f"{first:.4g} → {last:.4g}",
+        "speculator loss": f"{first:.4g} → {last:.4g}",
         "accuracy": f"{' '.join(f'{value:.0%}' for value in depths)} by depth ({kind})",
-        "acceptance": f"{end[f'{split}/expected_accept_length']:.4g} tokens per pass expected of greedy drafts ({kind})",
+        "acceptance": f"{end[f'{split}/expected_accept_length']:.4g} tokens per pass expected, greedy ({kind})",
         "data": f"{rows_seen:,} rows read, {_share(rows_seen / rows)} of the data ({rows:,} rows)",
     }
     if f"{split}/coverage" in end:
@@ -146,5 +160,3 @@ def print_summary(lines: Mapping[str, str]) -> None:
     console.print(Panel(table, title="speculator trained", expand=False))
     for title in commands:
         console.print(lines[title], markup=False, soft_wrap=True)
-
-

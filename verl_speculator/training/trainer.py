@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Collection, Iterable
 from functools import cached_property, partial
@@ -45,14 +46,15 @@ from verl_speculator.training import MODEL_TYPE
 from verl_speculator.training.base_model import from_rank_0
 from verl_speculator.training.checkpointing import RunCheckpoints
 from verl_speculator.training.engine import BASE_SUMS, DRAFT_SUMS
+from verl_speculator.training.run_output import RunOutput, console_line, print_summary, summarise_run
 from verl_speculator.utils.atomic_io import check_metrics_file
-from verl_speculator.utils.process import evenly_spaced
+from verl_speculator.utils.process import INTERRUPTED, StopRequest, evenly_spaced
 from verl_speculator.utils.settings import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
 COUNTED_ROWS = 10_000  # rows of the training data in which the tokens of a draft vocabulary are counted
-FILE = "file"  # verl's name of the logger that writes metrics to a file
+FILE, CONSOLE = "file", "console"  # verl's names of the loggers that write metrics to a file and to the terminal
 
 
 class SpeculatorTrainer(SFTTrainer):
@@ -73,6 +75,8 @@ class SpeculatorTrainer(SFTTrainer):
         verl's file logger truncates its file, so it is only checked here and started by `fit`."""
         settings = self.config.trainer
         names = [settings.logger] if isinstance(settings.logger, str) else list(settings.logger)
+        self._prints = CONSOLE in names  # verl prints all digits of all metrics
+        names = [name for name in names if name != CONSOLE]
         self._logs_to_file = FILE in names
         if self._logs_to_file:
             check_metrics_file(f"trainer.logger={FILE}", settings.project_name, settings.experiment_name)
@@ -279,7 +283,8 @@ class SpeculatorTrainer(SFTTrainer):
 
     def validate(self) -> dict[str, float]:
         """Metrics over the validation files, every row counted once."""
-        batches = (tu.get_tensordict(batch, self._batch_settings) for batch in self.val_dataloader)
+        rows = tqdm(self.val_dataloader, desc="Validation", leave=False, disable=self.tracking is None)
+        batches = (tu.get_tensordict(batch, self._batch_settings) for batch in rows)
         return self._metrics(map(self.training_client.infer_batch, batches), "val")
 
     def fit(self) -> None:
@@ -291,7 +296,22 @@ class SpeculatorTrainer(SFTTrainer):
         if self.tracking is not None and self._logs_to_file:
             settings = self.config.trainer
             self.tracking.logger[FILE] = FileLogger(settings.project_name, settings.experiment_name)
-        total_epochs = -(-last // self.steps_per_epoch)
+        directory = Path(self.config.trainer.default_local_dir)
+        self.output = RunOutput(directory, step) if self.tracking is not None else None
+        with StopRequest() as stop:
+            saved = self._run_steps(step, last, stop)
+        if self.output is not None:
+            self.output.close()
+            if stop.made:
+                sys.stderr.write(f"interrupted after step {saved}: saved; the same command goes on\n")
+            else:
+                self._print_summary(directory / f"global_step_{saved}", saved)
+        if stop.made:
+            raise SystemExit(INTERRUPTED)
+
+    def _run_steps(self, step: int, last: int, stop: StopRequest) -> int:
+        """Train from a step to the last one, or until a signal; the step of the newest checkpoint."""
+        total_epochs, saved_at = -(-last // self.steps_per_epoch), time.monotonic()
         while step < last:
             epoch, done = divmod(step, self.steps_per_epoch)
             self.train_sampler.set_position(epoch, skip=done * self.batch_size_per_rank)
@@ -311,14 +331,47 @@ class SpeculatorTrainer(SFTTrainer):
                 metrics = self.train_step(batch)
                 if step == self.end_profile_step:
                     self.training_client.stop_profile()
-                if _is_due(step, last, self.save_freq):  # before a validation, whose failure then costs no training
+                is_stopped, is_late = self._agree(stop.made, self._is_late(saved_at))
+                # Before a validation, whose failure then costs no training.
+                if is_stopped or is_late or _is_due(step, last, self.save_freq):
                     aggressive_empty_cache(force_sync=True)
                     provenance = self._provenance(step) if self.tracking is not None else {}  # rank 0 writes it
                     self.ckpt_handler.save_checkpoint(step, provenance)
-                if self.val_dataloader is not None and _is_due(step, last, self.test_freq):
+                    saved_at = time.monotonic()
+                if self.val_dataloader is not None and not is_stopped and _is_due(step, last, self.test_freq):
                     metrics |= self.validate()
-                if self.tracking is not None:
+                if self.output is not None:
                     self.tracking.log(data=metrics, step=step)
+                    self.output.log(step, metrics)
+                    if self._prints:
+                        progress.write(console_line(step, last, metrics))
+                if is_stopped:
+                    return step
+        return last
+
+    def _is_late(self, saved_at: float) -> bool:
+        """Whether the newest checkpoint is older than `trainer.save_minutes`, by this process's clock."""
+        minutes = self.config.trainer.save_minutes
+        return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true on all ranks if it is on any."""
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return [bool(value) for value in values]
+
+    def _print_summary(self, checkpoint: Path, step: int) -> None:
+        data, rows = self.config.data, len(self.train_dataset)
+        print_summary(
+            summarise_run(
+                self.output.records,
+                checkpoint,
+                rows_seen=step * self.global_batch_size,
+                rows=rows,
+                base=self.model_config.path,
+                prompts=(list(data.val_files) or list(data.train_files))[0],
+            )
+        )
 
     def _init_engine(self) -> None:
         super()._init_engine()

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 # glibc returns large tensors to the kernel at every step and faults them in again; 32 MiB is the largest threshold that
 # it accepts. docs/results.md has the measured effect.
 CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 PR_SET_PDEATHSIG = 1
+INTERRUPTED = 130  # exit code after Ctrl-C, as of a shell
 
 # By logger, how the messages begin that say nothing to the user of a speculator.
 UNWANTED_MESSAGES = {
@@ -48,6 +55,45 @@ def cpu_computes_bf16() -> bool:
 
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def quiet_prints() -> Iterator[None]:
+    """Log at DEBUG what libraries print to standard output, such as the whole configuration, memory, and patches."""
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            yield
+        finally:
+            for line in printed.getvalue().splitlines():
+                logger.debug("%s", line)
+
+
+class StopRequest:
+    """Whether SIGINT (Ctrl-C) or SIGTERM asked this process to end, within the context. A second one ends it at once.
+
+    Attributes:
+        made: whether there was a signal.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.made = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handler
+            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.made:
+            raise SystemExit(INTERRUPTED)
+        self.made = True
 
 
 def end_with_parent() -> None:
