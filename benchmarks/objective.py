@@ -14,7 +14,7 @@ A row of the CSV is one training run, through the launcher, and its evaluation. 
     scale      model.speculator.scale_input=true
     beta0.95   Adam's second beta
 
-`recommended` is examples/recipes/acceptance.txt, on the base model's answers.
+`recommended` is verl_speculator/config/recipes/acceptance.txt, on the base model's answers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 5
-RECOMMENDED = ROOT / "examples" / "recipes" / "acceptance.txt"
+RECOMMENDED = ROOT / "verl_speculator" / "config" / "recipes" / "acceptance.txt"
 LOCK = threading.Lock()
 
 

@@ -26,6 +26,14 @@ for function in (
 app.add_typer(diagnose, name="diagnose")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train a speculator: PROCESSES SAVE_PATH [hydra overrides…]; `train --help` shows all of it."""
+    from verl_speculator.preflight.launch import launch
+
+    launch(context.args)
+
+
 def _show_version(is_given: bool) -> None:
     if is_given:
         typer.echo(f"verl_speculator {verl_speculator.__version__}")
@@ -38,7 +46,7 @@ def commands(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")
     ] = False,
 ) -> None:
-    """Speculators for language models. Training has a launcher of its own: run_speculator_training.sh"""
+    """Speculators for language models."""
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ IMPORTS = {
     "train": {"utils", "config", "training"},
     "train_ray": {"utils", "config", "training", "preflight", "train"},
     "train_ppo": {"utils", "config", "rl", "train"},
-    "__main__": {"utils", "cli"},
+    "__main__": {"utils", "cli", "preflight"},
     "__init__": {"config", "models", "checkpoint"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 import textwrap
@@ -88,8 +89,7 @@ def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig
     from hydra.errors import HydraException
 
     for override in overrides:
-        if _OVERRIDE.match(override) is None and not override.startswith("~"):
-            raise UserError(f"{override!r} is not an override: expected key=value")
+        _check_syntax(override)
     search = f"hydra.searchpath=['file://{_verl_config_directory()}']"
     with initialize_config_dir(str(directory), version_base=None):
         try:
@@ -98,9 +98,67 @@ def _compose(directory: Path, name: str, overrides: Sequence[str]) -> DictConfig
             text = str(error).split("\n")[0].strip()
             if unknown := re.search(r"Could not (?:override|delete|append)[^']*'([^'@]+)", text):
                 known = dict(walk_settings(OmegaConf.to_container(hydra_compose(name, overrides=[search]))))
-                key = unknown[1]
-                text = f"{key} is not a setting{nearest(key, known)}; a new key is added with +{key}=…"
+                text = f"{unknown[1]} is not a setting{_nearest_setting(unknown[1], known)}"
             raise UserError(text) from None
+
+
+def _check_syntax(override: str) -> None:
+    """Refuse an override that Hydra's grammar cannot read, in words."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    match = _OVERRIDE.match(override)
+    if match is None and not override.startswith("~"):
+        raise UserError(f"{override!r} is not an override: expected key=value")
+    try:
+        sweeps = OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:
+        sweeps = None
+    if sweeps is False:
+        return
+    key, value = (match["key"], match["value"]) if match else (override, "")
+    problem = "several values" if sweeps else "its value cannot be read"
+    quoted = value.replace("'", "").replace('"', "")
+    raise UserError(
+        f"{key}={value}: {problem}; expected a list as [a,b], a mapping as {{a:1,b:2}}, and a text that holds one of "
+        f"=,[]{{}}() or a quote in quotes of its own: \"{key}='{quoted}'\""
+    )
+
+
+def _nearest_setting(key: str, known: Mapping[str, Any]) -> str:
+    """A hint at the setting that was meant, as `nearest`: one of the same name in any section, else a similar one."""
+    parent, _, last = key.rpartition(".")
+    if known.get(parent, "") in ({}, None):  # a section for keys of others
+        return f" of verl's own; expected +{key}=…, with the plus"
+    named = sorted((name for name in known if name.rpartition(".")[2] == last), key=lambda name: name.count("."))
+    if named:
+        return f" (did you mean {named[0]!r}?)"
+    if hint := nearest(key, known):
+        return hint
+    by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    return f" (did you mean {by_last[close[0]]!r}?)" if close else "; docs/configuration.md lists them"
+
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.txt"))
+
+
+def read_recipe(name: str) -> list[str]:
+    """The overrides of a recipe, a file of `recipes/`.
+
+    Raises:
+        UserError: for a name that no recipe has.
+    """
+    known = recipe_names()
+    if name not in known:
+        raise UserError(f"--recipe {name}: expected one of {', '.join(known)}{nearest(name, known)}")
+    lines = (RECIPES / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

@@ -10,7 +10,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_texts
-from verl_speculator.data.conversations import check_messages, check_text, open_parquet, read_parquet
+from verl_speculator.data.conversations import (
+    check_messages,
+    check_text,
+    find_suffix,
+    open_parquet,
+    open_rows,
+    read_parquet,
+)
+from verl_speculator.data.formats import CONVERSATION_FORMATS, TEXT, columns_read, recognise
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
 from verl_speculator.preflight.base_model import Base
 from verl_speculator.utils.process import evenly_spaced
@@ -50,13 +58,15 @@ def _open_rows(config: DictConfig, split: str) -> Rows:
         raise UserError(f"{setting} is not set: expected one parquet file or a list of them")
     count, text_flags = 0, set()
     for file in files:
+        if Path(file).is_file() and find_suffix(file, hub=False) != ".parquet":
+            raise UserError(f"{setting}={file}: expected parquet; {_how_to_convert(config, file, [])}")
         with open_parquet(file, f"{setting}={file}") as parquet:
             count += parquet.metadata.num_rows
             names = parquet.schema_arrow.names
         if data.messages_key not in names and data.text_key not in names:
             raise UserError(
                 f"{setting}={file}: no column {data.messages_key!r} (conversations) and none {data.text_key!r} (plain "
-                f"text); it has {', '.join(names)}; set data.messages_key or data.text_key"
+                f"text); it has {', '.join(names)}; {_how_to_convert(config, file, names)}"
             )
         text_flags.add(data.messages_key not in names)
     if len(text_flags) > 1:
@@ -64,6 +74,20 @@ def _open_rows(config: DictConfig, split: str) -> Rows:
     (is_text,) = text_flags
     column = data.text_key if is_text else data.messages_key
     return Rows(setting, files, column, is_text, min(count, max_samples) if max_samples > 0 else count)
+
+
+def _how_to_convert(config: DictConfig, file: str, names: list[str]) -> str:
+    """The command that makes training data of a file in another format."""
+    path = Path(file)
+    _, rows = open_rows(file, columns_read(), find_suffix(file, hub=False))
+    row = next(rows, {})
+    if recognise(row, [*CONVERSATION_FORMATS, TEXT]) is not None:
+        out = path.with_suffix("")
+        return f"`verl-speculator prepare {file} --out {out}` makes {out}/train.parquet of it"
+    if isinstance(row.get("prompt"), (str, list)) or isinstance(row.get("turns"), list):
+        out = path.with_suffix(".answers.parquet")
+        return f"`verl-speculator regenerate --base {config.model.path} --data {file} --out {out}` answers its prompts"
+    return "set data.messages_key or data.text_key" if names else "see docs/data.md for the formats that prepare reads"
 
 
 def check_data(config: DictConfig) -> tuple[Rows, Rows | None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 import verl_speculator
-from verl_speculator.config.hydra import RunConfig, common_overrides, compose, resolve
+from verl_speculator.config.hydra import RunConfig, common_overrides, compose, read_recipe, recipe_names, resolve
 from verl_speculator.config.schema import ignored_settings
 from verl_speculator.preflight.base_model import check_base, check_checkpoints
 from verl_speculator.preflight.data import check_cache, check_data, check_rows
@@ -25,10 +25,12 @@ from verl_speculator.utils.process import CPU_ALLOCATOR
 from verl_speculator.utils.settings import UserError
 
 USAGE = f"""usage: run_speculator_training.sh <nproc_per_node> <save_path> [hydra overrides...]
+       verl-speculator train <nproc_per_node> <save_path> [hydra overrides...]
 
   nproc_per_node   processes on this machine: one per GPU
   save_path        where checkpoints go: <save_path>/global_step_N
 
+  --recipe NAME    overrides that come with the package ({", ".join(recipe_names())}); your own take precedence
   --cfg job        print the resolved configuration and stop
   --version        print the version and stop
   -h, --help       print this and stop
@@ -127,6 +129,19 @@ def parse_arguments(argv: Sequence[str]) -> tuple[int, Path, list[str]]:
     return int(argv[0]), save_path, list(argv[2:])
 
 
+def _take_option(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The other arguments, and the values of an option, `--option VALUE` or `--option=VALUE`."""
+    others, values, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if argument == option:
+            values.append(next(arguments, ""))
+        elif argument.startswith(f"{option}="):
+            values.append(argument.removeprefix(f"{option}="))
+        else:
+            others.append(argument)
+    return others, values
+
+
 def launch(argv: Sequence[str]) -> None:
     """Check the run and replace this process by torchrun."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -135,9 +150,10 @@ def launch(argv: Sequence[str]) -> None:
     if argv[0] == "--version":
         sys.stdout.write(f"verl_speculator {verl_speculator.__version__}\n")
         return
-    show = [i for i, argument in enumerate(argv) if argument == "--cfg"]
-    arguments = [a for i, a in enumerate(argv) if not show or i not in (show[0], show[0] + 1)]
+    arguments, show = _take_option(argv, "--cfg")
+    arguments, recipes = _take_option(arguments, "--recipe")
     processes, save_path, overrides = parse_arguments(arguments)
+    overrides = [override for name in recipes for override in read_recipe(name)] + overrides
     if any(override.lstrip("+").startswith("trainer.default_local_dir=") for override in overrides):
         raise UserError("trainer.default_local_dir: this is <save_path>, the second argument")
     quoted = str(save_path.absolute()).replace("\\", "\\\\").replace("'", "\\'")

@@ -8,7 +8,7 @@ from helpers.training_runs import ROOT
 from verl_speculator.config.hydra import load_run_config, load_settings
 from verl_speculator.sweep.settings import read_settings
 
-RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.txt"))
+RECIPES = sorted((ROOT / "verl_speculator" / "config" / "recipes").glob("*.txt"))
 
 
 def test_recipes_are_overrides_without_blanks():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 import verl_speculator.preflight.launch as launch
 from helpers.tiny_models import VISION, make_chat_rows, make_vision_base, write_parquet
-from helpers.training_runs import SCRIPT, overrides, script
+from helpers.training_runs import SCRIPT, environment, overrides, script
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.checkpoint.format import STATE_FILES
 from verl_speculator.config.hydra import flash_attention_installed, load_run_config, load_settings
@@ -83,6 +84,17 @@ def test_launch_several_machines_passes_rendezvous_options(attempt, monkeypatch)
         attempt()
 
 
+def test_launch_recipe_comes_before_the_users_own_settings(attempt):
+    with pytest.raises(Started) as started:
+        attempt("--recipe", "acceptance", "model.speculator.loss=tv")
+    command = started.value.args[0]
+    losses = [argument for argument in command if argument.startswith("model.speculator.loss=")]
+    assert losses == ["model.speculator.loss={kl:1.0,tv:1.0}", "model.speculator.loss=tv"]
+    assert "optim.betas=[0.9,0.95]" in command and not any(argument.startswith("--recipe") for argument in command)
+    with pytest.raises(UserError, match=r"--recipe acceptence: expected one of acceptance, medusa \(did you mean"):
+        attempt("--recipe=acceptence")
+
+
 @pytest.mark.parametrize("more", [{}, {"PET_LOG_DIR": "log", "PET_NPROC_PER_NODE": "2"}, {"PET_NNODES": "1"}], ids=str)
 def test_launch_one_machine_ignores_master_address(attempt, monkeypatch, more):
     """Also with other variables of torchrun in the environment."""
@@ -111,6 +123,14 @@ def test_launch_one_machine_keeps_rendezvous_variables(attempt, monkeypatch, nam
     ("more", "words"),
     [
         ("model.speculator.n_predct=3", "did you mean 'n_predict'"),
+        ("n_predict=3", "n_predict is not a setting (did you mean 'model.speculator.n_predict'?)"),
+        ("lr=3", "lr is not a setting (did you mean 'optim.lr'?)"),
+        ("train_files=a", "train_files is not a setting (did you mean 'data.train_files'?)"),
+        ("save_frq=3", "save_frq is not a setting (did you mean 'trainer.save_freq'?)"),
+        ("no.such=3", "no.such is not a setting; docs/configuration.md lists them"),
+        ("model.override_config.x=3", "x is not a setting of verl's own; expected +model.override_config.x=…"),
+        ("model.speculator.loss={kl:1", "model.speculator.loss={kl:1: its value cannot be read; expected a list as"),
+        ("data.val_files=a,b", "data.val_files=a,b: several values; expected a list as [a,b]"),
         ("model.speculator.n_predict=0", "n_predict=0: expected an integer of at least 1"),
         ("model.speculator.n_predict=2.5", "n_predict=2.5: expected an integer"),
         ("model.speculator.n_predict=many", "n_predict=many: expected an integer"),
@@ -375,6 +395,35 @@ def test_data_refused(attempt, tmp_path):
     assert_refused(attempt, "data.max_token_len_per_gpu=64: must hold a whole row", tmp_path, *short)
 
 
+@pytest.mark.parametrize(
+    ("row", "command"),
+    [
+        (
+            {"prompt": "one", "response": "two"},
+            "`verl-speculator prepare {file} --out {stem}` makes {stem}/train.parquet",
+        ),
+        ({"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]}, "prepare {file}"),
+        (
+            {"prompt": [{"role": "user", "content": "one"}], "reward_model": {"ground_truth": "4"}},
+            "`verl-speculator regenerate --base {base} --data {file} --out {stem}.answers.parquet` answers its prompts",
+        ),
+        ({"other": "one"}, "set data.messages_key or data.text_key"),
+    ],
+    ids=["pairs", "sharegpt", "rl", "unknown"],
+)
+def test_data_in_another_format_names_the_command_that_converts_it(attempt, base, tmp_path, row, command):
+    file = write_parquet(tmp_path / "other.parquet", [row] * 9)
+    words = command.format(file=file, stem=file.with_suffix(""), base=base)
+    assert_refused(attempt, words, tmp_path, data__train_files=file)
+
+
+def test_data_that_is_no_parquet_names_the_command_that_converts_it(attempt, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 9)
+    words = f"expected parquet; `verl-speculator prepare {file} --out {tmp_path / 'chats'}` makes"
+    assert_refused(attempt, words, tmp_path, data__train_files=file)
+
+
 def test_row_over_max_length_refused(attempt, tmp_path):
     rows = make_chat_rows(9)
     rows[7]["messages"][-1]["content"] = "one two " * 600
@@ -595,3 +644,35 @@ def test_script_shows_help_and_configuration(tmp_path):
     assert "inner_dim: '8.16'" in shown.stdout or "inner_dim: 8.16" in shown.stdout
     assert not (tmp_path / "out").exists()
     assert Path(SCRIPT).stat().st_mode & 0o111
+
+
+def test_script_runs_by_sh_and_through_a_symlink(tmp_path):
+    link = tmp_path / "train.sh"
+    link.symlink_to(SCRIPT)
+    for command in (["sh", str(SCRIPT)], [str(link)], ["bash", str(SCRIPT)]):
+        shown = subprocess.run([*command, "--version"], env=environment(), capture_output=True, text=True)
+        assert shown.returncode == 0 and shown.stdout.startswith("verl_speculator "), shown.stderr
+
+
+def test_script_without_an_environment_says_what_to_do(tmp_path):
+    """A copy without a .venv, and a python3 that has no package."""
+    script = tmp_path / "run.sh"
+    script.write_text(SCRIPT.read_text())
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    shown = subprocess.run(
+        ["sh", str(script), "--help"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert shown.stderr.startswith("error: python3 has no verl") and shown.stderr.count("\n") == 1
+
+
+def test_train_command_is_the_launcher(tmp_path):
+    command = [sys.executable, "-m", "verl_speculator", "train"]
+    helped = subprocess.run([*command, "--help"], env=environment(), capture_output=True, text=True)
+    assert helped.returncode == 0 and "--recipe NAME" in helped.stdout and "n_predict=5" in helped.stdout
+    wrong = subprocess.run(
+        [*command, "1", str(tmp_path / "out"), "lr=3"], env=environment(), capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1] == "error: lr is not a setting (did you mean 'optim.lr'?)"

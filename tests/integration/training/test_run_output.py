@@ -115,7 +115,10 @@ def test_a_summary_averages_the_first_and_last_steps(tmp_path):
     ]
     named = {"base": "my base", "prompts": "p.parquet"}
     lines = summarise_run(records, tmp_path / "global_step_30", rows_seen=240, rows=100, **named)
-    assert lines["speculator loss"] == "5.5 → -14.5" and lines["data"] == "240 rows read, 2.4 times all of the data (100 rows)"
+    assert (
+        lines["speculator loss"] == "5.5 → -14.5"
+        and lines["data"] == "240 rows read, 2.4 times all of the data (100 rows)"
+    )
     assert lines["accuracy"] == "40% by depth (training)" and "'my base'" in lines["evaluate"]
     assert "coverage" not in lines
 
