@@ -2,6 +2,7 @@
 
     python benchmarks/training_memory.py [--setting 8b|long|all] [--impl ours|plain|both] [--out FILE.csv]
     python benchmarks/training_memory.py --growth            # K = 1 … 8 and V = 32k … 256k
+    python benchmarks/training_memory.py --heads --impl ours --loss kl     # draft vocabularies, the base model's tables
     python benchmarks/training_memory.py --by cuda           # on a GPU, from CUDA's allocator
 
 Counted on fake tensors: every allocation and release is counted and none is made, so no GPU is needed. The gradients of
@@ -86,7 +87,8 @@ def run(
     """Allocate the inputs and return a function that runs the loss forward and backward."""
     rows, depths, vocab, width = (shape[name] for name in ("rows", "depths", "vocab", "width"))
     widths = {"inner_dim": width, "emb_dim": width, "proj_dim": width}
-    config = SpeculatorConfig(method="sum_lstm", n_predict=depths, tie_lstm_embs=True, **widths)
+    heads = {name: shape[name] for name in ("draft_vocab_size", "embedding", "head") if name in shape}
+    config = SpeculatorConfig(method="sum_lstm", n_predict=depths, tie_lstm_embs=True, **widths, **heads)
     half = {"dtype": torch.bfloat16, "device": device}
     speculator = build_speculator(config, hidden_size=width, vocab_size=vocab, **half)
     hidden, head = torch.randn(rows, width, **half), torch.randn(vocab, width, **half)
@@ -94,6 +96,9 @@ def run(
     valid = torch.ones(rows, depths, dtype=torch.bool, device=device)
     later = torch.arange(rows, device=device)[:, None] + torch.arange(depths, device=device)
     teacher = {"teacher_hidden": hidden, "teacher_rows": later.clamp(max=rows - 1), "base_head": head}
+    if config.frozen_tables:
+        part = head if config.draft_vocab_size is None else torch.randn(config.draft_vocab_size, width, **half)
+        teacher["tables"] = {"emb.first.weight": head, "heads.0.weight": part}
     if allocations is not None:
         for tensor in (hidden, head, tokens, targets, valid, teacher["teacher_rows"], *speculator.parameters()):
             allocations.tracked[tensor.untyped_storage()._cdata] = None  # allocated before: not counted
@@ -133,17 +138,24 @@ def main() -> None:
     parser.add_argument("--by", choices=["fake", "cuda"], default="fake", help="cuda needs a GPU with enough memory")
     parser.add_argument("--growth", action="store_true", help="vary K and V around the first setting")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "training_memory.csv")
+    parser.add_argument("--heads", action="store_true", help="smaller heads and the base model's tables, first setting")
     args = parser.parse_args()
     chosen = SETTINGS if args.setting == "all" else {args.setting: SETTINGS[args.setting]}
     if args.growth:
         base = SETTINGS["8b"]
         chosen = {f"8b, K={k}": base | {"depths": k} for k in (1, 3, 5, 8)}
         chosen |= {f"8b, V={v // 1000}k": base | {"vocab": v} for v in (32_000, 64_000, 128_000, 256_000)}
+    if args.heads:
+        base, frozen = SETTINGS["8b"], {"embedding": "base_frozen", "head": "base_frozen"}
+        chosen = {"8b": base, "8b, V'=32000": base | {"draft_vocab_size": 32_000}}
+        chosen |= {"8b, V'=8192": base | {"draft_vocab_size": 8192}, "8b, base_frozen": base | frozen}
+        chosen["8b, base_frozen, V'=8192"] = base | frozen | {"draft_vocab_size": 8192}
     where, console = environment(), Console()
     for name, shape in chosen.items():
         for impl in ("ours", "plain") if args.impl == "both" else (args.impl,):
             peak = round(measure(impl, args.loss, shape, args.by), 3)
-            row = {"setting": name, "impl": impl, "loss": args.loss if impl == "ours" else "ce", **shape}
+            numbers = {name: shape[name] for name in ("rows", "depths", "vocab", "width")}
+            row = {"setting": name, "impl": impl, "loss": args.loss if impl == "ours" else "ce", **numbers}
             row |= {"dtype": "bfloat16", "by": args.by, "peak_gb": peak}
             append_rows(args.out, [row | where])
             console.print(f"{name}: {impl} {peak:.2f} GB")

@@ -8,11 +8,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
 from verl_speculator.utils.process import cpu_computes_bf16
@@ -270,10 +273,37 @@ def check_base_name(base: str | Path) -> None:
         raise UserError(f"base={base}: no such directory; expected one, or a hub name such as Qwen/Qwen2.5-0.5B")
 
 
+def check_hub(setting: str, name: str, file: str = "config.json") -> None:
+    """Refuse a hub name that can neither be read from this machine's cache nor be downloaded, at once: the hub's own
+    library tries for half a minute. Where a proxy is set, the library itself has to find out.
+
+    Raises:
+        UserError: beginning with `setting`.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(name).exists() or isinstance(try_to_load_from_cache(name, file), str):
+        return
+    missing = f"{setting}: no such directory, and not in the hub's cache on this machine"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{missing}, while HF_HUB_OFFLINE forbids to download it; expected a directory, or to unset that"
+        )
+    if getproxies():
+        return
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError as error:
+        reason = f"{url.hostname} cannot be reached ({error.strerror or error})"
+        raise UserError(f"{missing}, and {reason}; expected a directory, or a connection") from None
+
+
 def read_config(base: str | Path, form: BaseModelFormat = UNQUANTIZED) -> Any:
     """Read the Hugging Face configuration of a directory or hub name. Raises UserError if there is none."""
     check_base_name(base)
     form.check_file(base)
+    check_hub(f"base={base}", str(base), form.gguf_file or "config.json")
     from transformers import AutoConfig
 
     try:

@@ -44,6 +44,7 @@ from verl_speculator.models.speculator import Speculator
 # next chunk instead of being returned to the kernel. The same on every machine, so that sums are too.
 BLOCK_NUMBERS, CPU_BLOCK_NUMBERS = 2**26, 2**23
 MIN_CHUNK_ROWS = 16
+STATE_TENSORS = 16  # about as many tensors [K · r, E] as unroll keeps for its gradient
 
 Head = Callable[[Tensor], Tensor]
 
@@ -194,6 +195,8 @@ def speculator_loss(
         numbers = blocks * depths * speculator.head_size  # of a row
         if vocabulary is not None and objective.needs_teacher:
             numbers += speculator.vocab_size  # the teacher's logits before they are restricted
+        # With few rows in a head the states and activations of unroll are the larger part.
+        numbers = max(numbers, STATE_TENSORS * depths * speculator.head(0).shape[1])
         on_cpu = hidden.device.type == "cpu" and not isinstance(hidden, FakeTensor)
         chunk_rows = max(MIN_CHUNK_ROWS, (CPU_BLOCK_NUMBERS if on_cpu else BLOCK_NUMBERS) // numbers)
     if isinstance(base_head, Tensor):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template
-from verl_speculator.base_model.loading import BaseModelFormat, check_language_model
+from verl_speculator.base_model.loading import BaseModelFormat, check_hub, check_language_model
 from verl_speculator.checkpoint.format import (
     BASE_DIRECTORY,
     CONFIG_FILE,
@@ -67,6 +67,7 @@ def _check_files(setting: str, name: str, form: BaseModelFormat) -> None:
     if not path.exists() and not HUB_NAME.match(name):
         raise UserError(f"{setting}: no such directory")
     form.check_file(name, "model.")
+    check_hub(setting, name, form.gguf_file or "config.json")
     if not path.exists() or form.gguf_file is not None:
         return
     if not (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""`dtype=auto` on a CPU."""
+"""`dtype=auto` on a CPU, and hub names without a hub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from verl_speculator.base_model.loading import choose_dtype
+from verl_speculator.base_model.loading import check_hub, choose_dtype
 from verl_speculator.utils.process import cpu_computes_bf16
+from verl_speculator.utils.settings import UserError
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -33,3 +34,21 @@ def test_a_cpu_computes_bf16_with_either_instruction_set(monkeypatch, capabiliti
 def test_a_torch_that_names_no_capabilities_computes_none(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert cpu_computes_bf16() is False
+
+
+def test_a_hub_name_without_a_hub_is_refused_at_once(monkeypatch, tmp_path):
+    """Nothing is asked of the network where the name cannot be resolved, or where the user forbids it."""
+    from huggingface_hub import constants
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    check_hub("base=x", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^base=no/model: no such directory, .* while HF_HUB_OFFLINE forbids"):
+        check_hub("base=no/model", "no/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1 cannot be reached \(Connection refused\); expected a directory"):
+        check_hub("base=no/model", "no/model")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
+    check_hub("base=no/model", "no/model")
