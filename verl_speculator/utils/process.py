@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 CPU_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130  # exit code after Ctrl-C, as of a shell
+SAME_REQUEST = 3.0  # seconds
 
 # By logger, how the messages begin that say nothing to the user of a speculator.
 UNWANTED_MESSAGES = {
@@ -69,7 +71,8 @@ def quiet_prints() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether SIGINT (Ctrl-C) or SIGTERM asked this process to end, within the context. A second one ends it at once.
+    """Whether SIGINT (Ctrl-C) or SIGTERM asked this process to end, within the context. Another one some seconds later
+    ends it at once; earlier ones are the same request, which a scheduler sends to every process and torchrun passes on.
 
     Attributes:
         made: whether there was a signal.
@@ -78,7 +81,7 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.made = False
+        self.made, self._at = False, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -91,9 +94,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.made:
+        if self.made and time.monotonic() - self._at > SAME_REQUEST:
             raise SystemExit(INTERRUPTED)
-        self.made = True
+        self.made, self._at = True, time.monotonic()
 
 
 def end_with_parent() -> None:

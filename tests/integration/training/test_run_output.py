@@ -123,10 +123,13 @@ def test_a_summary_averages_the_first_and_last_steps(tmp_path):
     assert "coverage" not in lines
 
 
-def test_a_second_signal_ends_at_once():
+def test_a_second_signal_ends_at_once(monkeypatch):
+    """But not the same one that came twice: from a scheduler, and passed on by torchrun."""
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
         assert stop.made
+        monkeypatch.setattr("verl_speculator.utils.process.SAME_REQUEST", -1.0)
         with pytest.raises(SystemExit) as error:
             signal.raise_signal(signal.SIGTERM)
     assert error.value.code == 130 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
