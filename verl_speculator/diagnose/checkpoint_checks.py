@@ -57,6 +57,8 @@ DEPTH_DROP = 0.5
 NORM_DIFFERENCE = 0.02
 # Hidden states closer than this are the same, in any type; unrelated ones are about √2 apart.
 SAME_STATE = 0.1
+# A draft vocabulary that lacks more than this share of what is written costs more drafts than its smaller head saves.
+COVERAGE = 0.9
 # What engines call the number of heads: a number, or a list with an entry for each.
 HEAD_COUNTS = ("num_heads", "top_k_tokens_per_head")
 
@@ -454,6 +456,18 @@ def heads(context: DiagnosisContext) -> Finding:
     return f"{evidence}; {num_draft} tokens are drafted a round", advice if num_draft > count else ""
 
 
+def draft_vocabulary(context: DiagnosisContext) -> Finding | None:
+    """The share of the answers' tokens that the speculator can draft."""
+    tokens = context.speculator.draft_tokens
+    if tokens is None:
+        return None
+    answers = [t for ids, mask in context.answers.texts for t, is_answer in zip(ids, mask, strict=True) if is_answer]
+    covered = sum(map(set(tokens.tolist()).__contains__, answers)) / max(len(answers), 1)
+    evidence = f"{covered:.1%} of the answers' tokens are among the {len(tokens)} that can be drafted"
+    advice = "train with a larger model.speculator.draft_vocab_size, counted on answers like these"
+    return evidence, advice if covered < COVERAGE else ""
+
+
 CHECKS: dict[str, Callable[[DiagnosisContext], Finding | None]] = {
     "trained at all": trained_at_all,
     "trained for this base": trained_for_this_base,
@@ -466,6 +480,7 @@ CHECKS: dict[str, Callable[[DiagnosisContext], Finding | None]] = {
     "data": data,
     "depths": depths,
     HEADS: heads,
+    "draft vocabulary": draft_vocabulary,
 }
 
 

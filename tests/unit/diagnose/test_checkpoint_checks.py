@@ -372,3 +372,14 @@ def test_diagnose_bad_option_is_refused(good, base, files, tmp_path, options, me
     ]
     result = CliRunner().invoke(app, [*arguments, *options])
     assert isinstance(result.exception, UserError) and message in str(result.exception), result.exception
+
+
+def test_a_draft_vocabulary_that_lacks_the_answers_tokens_is_a_fault(answers, base, files, tmp_path):
+    written = sorted({token for ids, mask in answers.texts for token, a in zip(ids, mask, strict=True) if a})
+    others = [token for token in range(answers.base.config.vocab_size) if token not in written]
+    shape = {"hidden_size": 32, "vocab_size": answers.base.config.vocab_size}
+    for name, tokens, status in (("all", written, "fine"), ("few", sorted([*others[:60], *written[:2]]), "fault")):
+        config = SpeculatorConfig(n_predict=2, inner_dim=8, emb_dim=8, proj_dim=8, draft_vocab_size=len(tokens))
+        speculator = build_speculator(config, **shape, draft_tokens=tokens, seed=0)
+        _, found, _ = assert_diagnosis(saved(speculator, base, tmp_path / name), base, files["seen"])
+        assert found["draft vocabulary"] == status
