@@ -24,7 +24,7 @@ stage "the speculator"
     model.speculator.inner_dim=576 model.speculator.emb_dim=576 model.speculator.proj_dim=576 \
     data.train_files="$out/train.parquet" data.val_files="$out/test.parquet" \
     data.cache_hidden_states="$out/states" data.num_workers=0 \
-    optim.lr=2e-3 trainer.total_training_steps="${STEPS:-1000}" trainer.total_epochs=100 trainer.test_freq=500
+    trainer.total_training_steps="${STEPS:-3000}" trainer.total_epochs=100 trainer.test_freq=1000
 stage "a draft tree"
 [ -f "$out/tree.json" ] || "$PYTHON" -m verl_speculator tree --base "$out/base" --speculator "$out/speculator" \
     --prompts "$out/train.parquet" --num-prompts 40 --nodes 12 --out "$out/tree.json"
