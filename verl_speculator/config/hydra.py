@@ -130,9 +130,10 @@ def _nearest_setting(key: str, known: Mapping[str, Any]) -> str:
     parent, _, last = key.rpartition(".")
     if known.get(parent, "") in ({}, None):  # a section for keys of others
         return f" of verl's own; expected +{key}=…, with the plus"
-    named = sorted((name for name in known if name.rpartition(".")[2] == last), key=lambda name: name.count("."))
-    if named:
-        return f" (did you mean {named[0]!r}?)"
+    if named := [name for name in known if name.rpartition(".")[2] == last]:
+        # Of a name without a section the outermost setting, else the most similar one.
+        similar = {name: difflib.SequenceMatcher(None, key, name).ratio() if parent else 0.0 for name in named}
+        return f" (did you mean {min(named, key=lambda name: (-similar[name], name.count('.')))!r}?)"
     if hint := nearest(key, known):
         return hint
     by_last = {name.rpartition(".")[2]: name for name in reversed(known)}

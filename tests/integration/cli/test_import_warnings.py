@@ -24,7 +24,9 @@ def test_training_on_a_cpu_prints_only_what_concerns_the_run(base, chat, tmp_pat
     steps = {"trainer__total_training_steps": 1}
     result = script(1, tmp_path / "out", *overrides(base, chat, **steps))
     assert result.returncode == 0, result.stderr
-    lines = [line for text in result.stderr.splitlines() for line in text.split("\r") if line.strip()]
+    before, summary = result.stderr.split("╭", 1)
+    assert "speculator trained" in summary and summary.splitlines()[-1].startswith("verl-speculator serve")
+    lines = [line for text in before.splitlines() for line in text.split("\r") if line.strip()]
     assert any(line.startswith("verl_speculator.train: device cpu") for line in lines)
     assert [line for line in lines if not line.startswith(WANTED)] == []
 

@@ -91,7 +91,9 @@ def test_launch_recipe_comes_before_the_users_own_settings(attempt):
     losses = [argument for argument in command if argument.startswith("model.speculator.loss=")]
     assert losses == ["model.speculator.loss={kl:1.0,tv:1.0}", "model.speculator.loss=tv"]
     assert "optim.betas=[0.9,0.95]" in command and not any(argument.startswith("--recipe") for argument in command)
-    with pytest.raises(UserError, match=r"--recipe acceptence: expected one of acceptance, medusa \(did you mean"):
+    with pytest.raises(
+        UserError, match=r"--recipe acceptence: expected one of acceptance, medusa, small \(did you mean"
+    ):
         attempt("--recipe=acceptence")
 
 
