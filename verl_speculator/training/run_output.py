@@ -118,7 +118,8 @@ def summarise_run(
     """
     name = "train/speculator_loss"
     losses = [record[name] for record in records if name in record]
-    first, last = (sum(part) / len(part) for part in (losses[:AVERAGED_STEPS], losses[-AVERAGED_STEPS:]))
+    count = min(AVERAGED_STEPS, max(1, len(losses) // 2))
+    first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
     end = {key: value for record in records for key, value in record.items()}  # the newest value of each
     split = "val" if "val/speculator_loss" in end else "train"
     depths = [end[key] for k in range(len(end)) if (key := f"{split}/depth{k}_accuracy") in end]
@@ -131,7 +132,7 @@ def summarise_run(
         "data": f"{rows_seen:,} rows read, {_share(rows_seen / rows)} of the data ({rows:,} rows)",
     }
     if f"{split}/coverage" in end:
-        lines["coverage"] = f"{end[f'{split}/coverage']:.4g} of the targets can be drafted ({kind})"
+        lines["coverage"] = f"{end[f'{split}/coverage']:.1%} of the targets can be drafted ({kind})"
     base, spec, file, out = map(shlex.quote, (base, str(checkpoint), prompts, str(checkpoint.parent / "evaluation")))
     lines["evaluate"] = f"verl-speculator evaluate --base {base} --speculator {spec} --prompts {file} --out {out}"
     lines["try"] = f"verl-speculator generate --base {base} --speculator {spec} --prompt 'Write a haiku.' --compare"
