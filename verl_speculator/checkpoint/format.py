@@ -399,8 +399,8 @@ def _draft_tokens(tensors: Mapping[str, torch.Tensor], size: int, vocab_size: in
 
     offsets = tensors[DRAFT_TO_TARGET]
     if offsets.shape != (size,) or offsets.dtype != torch.int64:
-        found = f"{list(offsets.shape)} of {str(offsets.dtype).removeprefix('torch.')}"
-        return offsets, [f"{DRAFT_TO_TARGET} is {found}, the configuration says [{size}] of int64"]
+        actual = f"{list(offsets.shape)} of {str(offsets.dtype).removeprefix('torch.')}"
+        return offsets, [f"{DRAFT_TO_TARGET} is {actual}, the configuration says [{size}] of int64"]
     tokens = offsets + torch.arange(size)
     if tokens[0] < 0 or tokens[-1] >= vocab_size or bool((tokens.diff() <= 0).any()):
         return tokens, [f"{DRAFT_TO_TARGET} names no ascending tokens below {vocab_size}"]

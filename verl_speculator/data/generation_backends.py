@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Answer(NamedTuple):
     finished: bool
 
 
-class Backend:
+class Backend(abc.ABC):
     """One way to generate for many prompts. An answer ends at any of `end_tokens`.
 
     Attributes:
@@ -48,6 +49,7 @@ class Backend:
     def __init__(self, settings: RegenerateSettings, end_tokens: Sequence[int]) -> None:
         self.settings, self.end_tokens = settings, tuple(end_tokens)
 
+    @abc.abstractmethod
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[Answer]:
         """Answers of at most `max_new_tokens` tokens, in any order. What is drawn follows from the arguments alone.
 
@@ -55,7 +57,6 @@ class Backend:
             prompts: token ids, each shorter than `limit`; answers end with the last position.
             seeds: one for each prompt.
         """
-        raise NotImplementedError
 
     def max_tokens(self, prompt: list[int]) -> int:
         """How many tokens may follow a prompt."""
@@ -193,11 +194,16 @@ class HuggingFaceBackend(Backend):
         generator = None if self.settings.policy.greedy else torch.Generator().manual_seed(seed)
         return GeneratedRow(index, len(prompt), self.max_tokens(prompt), generator)
 
-    def _prefill(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Cache]:
-        """[N, V] logits after each prompt, and the cache of their rows."""
-        width, cache = max(map(len, prompts)), Cache(layer_class_to_replicate=Rows)
+    def _padded(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """[N, T] each: the prompts with padding in front of the shorter ones, and their mask."""
+        width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_token] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return ids, mask
+
+    def _prefill(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Cache]:
+        """[N, V] logits after each prompt, and the cache of their rows."""
+        cache, (ids, mask) = Cache(layer_class_to_replicate=Rows), self._padded(prompts)
         return self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache), cache
 
     def _step(self, rows: Sequence[GeneratedRow | None], cache: Cache) -> Tensor:
@@ -287,10 +293,8 @@ class HuggingFaceBackend(Backend):
 
     def _generate_batch(self, prompts: list[list[int]], max_new_tokens: int, seed: int) -> list[list[int]]:
         """What follows each prompt, including the tokens behind an end token."""
-        pad, device = self.pad_token, self.base.device
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        pad, device, (ids, mask) = self.pad_token, self.base.device, self._padded(prompts)
+        width = ids.shape[1]
         torch.manual_seed(seed)
         options = {"max_new_tokens": max_new_tokens, "eos_token_id": list(self.end_tokens) or None, "pad_token_id": pad}
         try:

@@ -377,8 +377,8 @@ class Evaluator:
         """The largest `Difference.gap` over the turns whose greedy texts differ, NaN if none does."""
         if not self.policy.greedy:
             return NAN
-        found = (first_difference(self.base, *texts) for texts in zip(turns, alone, own, strict=True))
-        return max((difference.gap for difference in found if difference is not None), default=NAN)
+        differences = (first_difference(self.base, *texts) for texts in zip(turns, alone, own, strict=True))
+        return max((difference.gap for difference in differences if difference is not None), default=NAN)
 
     def measure_quality(self, path: Path, texts: Sequence[tuple[list[int], list[int]]], progress: Progress) -> None:
         """Measure every checkpoint on the texts of one file that its log does not have yet."""

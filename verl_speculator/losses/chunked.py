@@ -37,11 +37,11 @@ from verl_speculator.config.families import BASE_FROZEN
 from verl_speculator.config.objective import Objective
 from verl_speculator.losses.closed_form import Kernel, Teacher, choose_kernel, compile_once, teacher_distribution
 from verl_speculator.losses.reference import drafted_pairs
-from verl_speculator.models.layers import OutputHead, Table, TokenEmbedding
+from verl_speculator.models.layers import OutputHead, TokenEmbedding, tables_of
 from verl_speculator.models.speculator import Speculator
 
 # Numbers in the blocks of logits of a chunk: 256 MiB in float32, and on a CPU 32 MiB, whose memory is used again by the
-# next chunk instead of being returned to the kernel. The same on every machine, so that sums are too.
+# next chunk instead of being returned to the kernel. The same on every CPU and every accelerator, so that sums are too.
 BLOCK_NUMBERS, CPU_BLOCK_NUMBERS = 2**26, 2**23
 MIN_CHUNK_ROWS = 16
 STATE_TENSORS = 16  # about as many tensors [K · r, E] as unroll keeps for its gradient
@@ -298,8 +298,7 @@ def _without_parameter_views(module: nn.Module) -> Iterator[None]:
 
 def _frozen_buffers(speculator: Speculator) -> dict[str, Tensor]:
     """The base model's tables that a speculator is attached to, by the names of their buffers."""
-    tables = {f"{name}.weight": m for name, m in speculator.named_modules() if isinstance(m, Table)}
-    return {name: m.weight for name, m in tables.items() if m.source == BASE_FROZEN}
+    return {name: table.weight for name, table in tables_of(speculator).items() if table.source == BASE_FROZEN}
 
 
 def _unroll(speculator: Speculator, parameters: dict[str, Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -398,9 +397,7 @@ class _ChunkedPass:
         # After the parameters the base model's tables, which have no gradient, and of which an embedding is not cast:
         # only the rows that are looked up are.
         self.names = [*self.speculator.unroll_parameters(), *self.tables]
-        layers = {
-            f"{name}.weight": layer for name, layer in self.speculator.named_modules() if isinstance(layer, Table)
-        }
+        layers = tables_of(self.speculator)
         self.layer_types = [type(layers[name]) if name in layers else None for name in self.names]
         self.gradients += [None] * len(self.tables)
         self.compute_dtype = compute_dtype

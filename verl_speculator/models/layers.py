@@ -77,6 +77,11 @@ class OutputHead(Table):
     embeds = False
 
 
+def tables_of(speculator: Speculator) -> dict[str, Table]:
+    """The embeddings and heads of a speculator, by the names of their weights."""
+    return {f"{name}.weight": module for name, module in speculator.named_modules() if isinstance(module, Table)}
+
+
 def base_table(table: Table, speculator: Speculator, base: nn.Module) -> Tensor:
     """[rows, D] the table of a Hugging Face causal language model that this one is or starts as."""
     if table.embeds:
@@ -93,7 +98,7 @@ def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]
     Raises:
         UserError: for one whose width is not the base model's.
     """
-    tables = {f"{name}.weight": m for name, m in speculator.named_modules() if isinstance(m, Table)}
+    tables = tables_of(speculator)
     state = dict(speculator.named_parameters())
     for name, slot in speculator.checkpoint_slots().items():
         table = tables.get(slot.parameter)
@@ -113,8 +118,8 @@ def vocabulary_slots(speculator: Speculator) -> Iterator[tuple[str, Slot, bool]]
 def copy_base_tables(speculator: Speculator, base: nn.Module) -> None:
     """Copy the base model's tables, as they are, into those that start as the base model's (`embedding` or
     `head`=base)."""
-    for table in speculator.modules():
-        if isinstance(table, Table) and table.source == BASE:
+    for table in tables_of(speculator).values():
+        if table.source == BASE:
             table.weight.copy_(base_table(table, speculator, base))
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from verl_speculator.config.families import BASE_FROZEN, OWN
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.layers import EPS, OutputHead, Table, TokenEmbedding, base_table
+from verl_speculator.models.layers import EPS, OutputHead, TokenEmbedding, base_table, tables_of
 from verl_speculator.models.speculator import DraftState, Slot, Speculator
 
 
@@ -165,8 +165,8 @@ class RecurrentSpeculator(Speculator):
             self._attached = state
 
     def frozen_tables(self, base: nn.Module) -> dict[str, Tensor]:
-        tables = ((f"{name}.weight", m) for name, m in self.named_modules() if isinstance(m, Table))
-        return {name: base_table(m, self, base) for name, m in tables if m.source == BASE_FROZEN}
+        tables = tables_of(self).items()
+        return {name: base_table(table, self, base) for name, table in tables if table.source == BASE_FROZEN}
 
 
 class SumRNN(RecurrentSpeculator):
@@ -200,7 +200,7 @@ class SumRNN(RecurrentSpeculator):
         return DraftState(scale_hidden(hidden) if self.config.scale_input else hidden, None, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        projected = self._layer(self.proj, state.depth)(state.output if state.recurrent is None else state.recurrent)
+        projected = self._layer(self.proj, state.depth)(state.carried)
         merged = scaled_sum(projected, self._layer(self.emb, state.depth)(token), self.emb_scale)
         output = F.gelu(self._layer(self.ln, state.depth)(merged))
         return self._after(state, output, None, self._layer(self.heads, state.depth))
@@ -253,8 +253,7 @@ class SumLSTM(RecurrentSpeculator):
         return DraftState(scale_hidden(hidden) if self.config.scale_input else hidden, cell, 0)
 
     def step(self, state: DraftState, token: Tensor) -> DraftState:
-        source = state.output if state.recurrent is None else state.recurrent
-        projected, embedded = self.proj[min(state.depth, 1)](source), self.emb(token)
+        projected, embedded = self.proj[min(state.depth, 1)](state.carried), self.emb(token)
         forget, admit, release, candidate = scaled_sum(projected, embedded, self.emb_scale).unbind(-2)
         cell = state.cell * torch.sigmoid(forget) + F.gelu(self.cell_ln[0](candidate)) * torch.sigmoid(admit)
         output = F.gelu(self.state_ln[0](cell)) * torch.sigmoid(release)

@@ -102,6 +102,11 @@ class DraftState(NamedTuple):
     depth: int
     recurrent: Tensor | None = None
 
+    @property
+    def carried(self) -> Tensor:
+        """[T, E] the state that the next step reads."""
+        return self.output if self.recurrent is None else self.recurrent
+
 
 class Speculator(nn.Module, abc.ABC):
     """A draft model that predicts tokens from one hidden state of the base model.
