@@ -28,6 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    from verl_speculator.base_model.loading import load_base
     from verl_speculator.data.generation_backends import HuggingFaceBackend
     from verl_speculator.data.regenerate import PromptFile, RegenerateSettings, _Run
     from verl_speculator.utils.process import evenly_spaced
@@ -46,7 +47,9 @@ def main() -> None:
     prompts = [run.prompt_ids(each, each.unanswered[0]) for each in conversations]
     backend = run.load_backend()
     assert isinstance(backend, HuggingFaceBackend)
-    loops = {"regenerate": backend.generate, "generate": backend._generate_in_batches}
+    plain = run.load_backend()  # as transformers loads it
+    plain.base = load_base(args.base, device="cpu", dtype=run.dtype)
+    loops = {"regenerate": backend.generate, "generate": plain._generate_in_batches}
     rates: dict[str, list[float]] = {name: [] for name in loops}
     texts: dict[str, list] = {}
     for trial in range(args.trials):

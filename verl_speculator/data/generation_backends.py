@@ -7,15 +7,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from verl_speculator.base_model.cpu import optimize_for_cpu
 from verl_speculator.base_model.loading import check_rollback, load_base
 from verl_speculator.decoding.generate import generation_settings
 from verl_speculator.decoding.target import CHUNK, RollbackLayer, position_limit
@@ -68,33 +67,6 @@ def cut_at_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> tuple[list[i
     """Tokens before the first end token, and whether there is one."""
     end = next((i for i, token in enumerate(tokens) if token in end_tokens), None)
     return list(tokens[:end]), end is not None
-
-
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' `sdpa` attention without its copy of keys and values for each of the query heads that share them,
-    which takes longer on a CPU than the attention itself. Shapes: query [N, H, T, d], key and value [N, H′, L, d].
-    """
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_causal = is_causal and query.shape[2] > 1 and attention_mask is None
-    output = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, is_causal=is_causal, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-GROUPED = "verl_speculator_grouped"
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 class Rows(RollbackLayer):
@@ -150,12 +122,8 @@ class HuggingFaceBackend(Backend):
         super().__init__(settings, end_tokens)
         self.base = load_base(settings.base, device=device, dtype=dtype)
         self.limit = position_limit(self.base)
-        if (
-            device == "cpu"
-            and self.base.config._attn_implementation == "sdpa"
-            and self.base._supports_attention_backend
-        ):
-            self.base.set_attn_implementation(GROUPED)
+        if device == "cpu":
+            optimize_for_cpu(self.base)
         # The last states of a batch are a slice, for each row of which torch would copy the LM head's weight.
         self.base.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
         self.pad_token = pad_token if pad_token is not None else next(iter(self.end_tokens), 0)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from verl_speculator.base_model.cpu import GROUPED
 from verl_speculator.base_model.hidden_states import POST_NORM, HiddenStateHook
 from verl_speculator.base_model.loading import check_rollback
 from verl_speculator.utils.settings import UserError
 
 CHUNK = 256
 # These attention implementations take any mask. The flash kernels know causal attention only.
-IMPLEMENTATIONS = ("eager", "sdpa")
+IMPLEMENTATIONS = ("eager", "sdpa", GROUPED)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -174,7 +175,7 @@ def windows(base: nn.Module) -> dict[str, int | None]:
     if config._attn_implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"draft_tree: {name} attends by {config._attn_implementation}, which takes no mask of a tree's; "
-            f"expected attn_implementation={' or '.join(IMPLEMENTATIONS)}"
+            "expected attn_implementation=eager or sdpa"
         )
     # Older architectures add a causal mask or a bias themselves, by the place in the cache.
     if not base._supports_attention_backend or "position_ids" not in inspect.signature(base.forward).parameters:
@@ -200,7 +201,7 @@ class TreeAttention:
 
     def __init__(self, base: nn.Module, parents: Sequence[int]) -> None:
         self.windows = windows(base)
-        self.boolean_mask = base.config.get_text_config()._attn_implementation == "sdpa"
+        self.boolean_mask = base.config.get_text_config()._attn_implementation != "eager"
         self.dtype = base.dtype
         ancestors = torch.eye(len(parents) + 1, dtype=torch.bool)
         for node, parent in enumerate(parents, 1):

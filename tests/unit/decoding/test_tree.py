@@ -13,6 +13,7 @@ from torch import nn
 from helpers.drafters import Ranked, alone, load_base, train_quickly, untrained_speculator
 from helpers.tiny_models import ARCHITECTURES
 from verl_speculator import SpeculatorConfig
+from verl_speculator.base_model.cpu import GROUPED
 from verl_speculator.decoding import DraftTree, read_tree, speculative_generate, speculative_stream
 from verl_speculator.decoding.drafters import TreeDrafter
 from verl_speculator.decoding.target import Target, TreeAttention
@@ -116,7 +117,7 @@ def sliding(kind: str, implementation: str) -> nn.Module:
     return base.double().eval()
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", GROUPED])
 @pytest.mark.parametrize("kind", ["gemma2", "mistral", "qwen2"])
 def test_generate_tree_sliding_window_gives_the_greedy_text(kind, implementation):
     base = sliding(kind, implementation)
