@@ -91,6 +91,8 @@ def load_rows(parquet: Path | str, tokenizer: Any) -> list[dict[str, torch.Tenso
             "max_length": 256,
             "truncation": "error",
             "custom_cls": {"path": None},
+            "tools_key": "tools",
+            "thinking_targets": True,
         }
     )
     dataset = build_dataset([str(parquet)], config, tokenizer, None, -1)

@@ -11,14 +11,14 @@ import json
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from verl_speculator.data.formats import TEXT, Message, Row, documents
+from verl_speculator.data.formats import TEXT, TOOL_CALLS, TOOLS, Message, Row, documents
 from verl_speculator.utils.settings import UserError, nearest, one_line
 
 if TYPE_CHECKING:
@@ -236,7 +236,29 @@ def check_messages(value: Any, where: str, *, answers: bool = True) -> list[Mess
         ):
             raise UserError(f"{where}[{i}] is {short(message)}, expected a role and a content")
     # Parquet gives every message the keys of all; chat templates ask whether a key is there.
-    return [{key: item for key, item in message.items() if item is not None} for message in value]
+    messages = [{key: item for key, item in message.items() if item is not None} for message in value]
+    return [each | {TOOL_CALLS: _read_calls(each)} if each.get(TOOL_CALLS) else each for each in messages]
+
+
+def _read_calls(message: Message) -> list[Any]:
+    """The calls of a message with their arguments as objects, which chat templates expect; OpenAI writes them as JSON,
+    which is also what a parquet column can hold."""
+    calls = []
+    for call in message[TOOL_CALLS]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                call = call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+        calls.append(call)
+    return calls
+
+
+def read_tools(value: Any) -> Any:
+    """The tools of a row, from JSON if they are written so; None for none."""
+    if isinstance(value, str) and value:
+        with suppress(ValueError):
+            value = json.loads(value)
+    return value or None
 
 
 def check_prompt(value: Any, where: str, *, answers: bool = True) -> list[Message]:
@@ -252,17 +274,20 @@ def _uses_tools(message: Message) -> bool:
     return bool(message.get("tool_calls") or message.get("function_call")) or message["role"] in ("tool", "function")
 
 
-def messages_type() -> pa.DataType:
-    """The type of a parquet column of conversations: lists of messages with a role and a content."""
+def messages_type(*, calls: bool = False) -> pa.DataType:
+    """The type of a parquet column of conversations: lists of messages with a role and a content, and with `calls` the
+    calls of tools, whose arguments are JSON."""
     import pyarrow as pa
 
-    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    text = pa.string()
+    function = pa.struct([("name", text), ("arguments", text)])
+    call = pa.struct([("id", text), ("type", text), ("function", function)])
+    return pa.list_(pa.struct([("role", text), ("content", text), *([(TOOL_CALLS, pa.list_(call))] if calls else [])]))
 
 
 # Conversations to be answered.
 
 PROMPT_COLUMNS = ("messages", "turns", "prompt")
-TOOLS = "tools"
 THINKING = "enable_thinking"
 # Stands where an answer will be. A template may refuse a message that is empty.
 UNANSWERED = {"role": "assistant", "content": "…"}

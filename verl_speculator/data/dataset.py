@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from tqdm import tqdm
 from verl.trainer.sft_trainer import create_sft_dataset
+from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
 from verl_speculator.base_model.chat_template import tokenize_texts
 from verl_speculator.data.alignment import states_read
+from verl_speculator.data.conversations import check_messages, read_tools
+from verl_speculator.data.formats import TOOL_CALLS
 from verl_speculator.utils.settings import UserError
+
+# A part of an answer that is reasoning. Where the prompt opens it, the answer holds its end alone; where the answer was
+# cut, its beginning alone.
+THINKING = re.compile(r"(?:\A|<think>)(?:(?!<think>).)*?</think>|<think>.*", re.DOTALL)
 
 
 class TextDataset(Dataset):
@@ -51,7 +61,53 @@ def build_dataset(files: Sequence[str], config: Any, tokenizer: Any, processor: 
     """verl's dataset (or the user's, `data.custom_cls`) for conversations, `TextDataset` for plain text."""
     if not config.custom_cls.get("path") and is_text(files, config):
         return TextDataset(files, tokenizer, config, max_samples)
-    return create_sft_dataset(list(files), config, tokenizer, processor, max_samples=max_samples)
+    dataset = create_sft_dataset(list(files), config, tokenizer, processor, max_samples=max_samples)
+    if isinstance(dataset, MultiTurnSFTDataset) and uses_tools(files, config):
+        # verl reads both as they stand in the file, where the values of objects with free keys are JSON.
+        dataset.messages = [check_messages(value, f"row {i}") for i, value in enumerate(dataset.messages)]
+        dataset.dataframe[config.messages_key] = pd.Series(dataset.messages, dataset.dataframe.index, dtype=object)
+        if dataset.tools is not None:
+            dataset.tools = [read_tools(None if value is pd.NA else value) for value in dataset.tools]
+    return dataset if config.thinking_targets else WithoutThinking(dataset, tokenizer)
+
+
+def uses_tools(files: Sequence[str], config: Any) -> bool:
+    """Whether a file has a column of tools, or messages that call them."""
+    schemas = [pq.read_schema(file) for file in files]
+    return any(config.tools_key in s.names or TOOL_CALLS in str(s.field(config.messages_key).type) for s in schemas)
+
+
+class WithoutThinking(Dataset):
+    """A dataset of conversations in which no token of an answer from `<think>` to `</think>` is a target."""
+
+    def __init__(self, dataset: Dataset, tokenizer: Any) -> None:
+        self.dataset, self.tokenizer = dataset, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        row = self.dataset[item]
+        ids, mask = row["input_ids"].tolist(), row["loss_mask"].clone()
+        for is_answer, positions in groupby(range(len(ids)), lambda i: bool(mask[i])):
+            if is_answer:
+                answer = list(positions)
+                for i in thinking_tokens(self.tokenizer, [ids[position] for position in answer]):
+                    mask[answer[i]] = 0
+        return row | {"loss_mask": mask}
+
+
+def thinking_tokens(tokenizer: Any, answer: Sequence[int]) -> list[int]:
+    """Indices of the tokens of an answer that belong to its reasoning, the tags included."""
+    # Token by token, so that each has a place in the text, whatever its neighbours are.
+    pieces = [tokenizer.decode([token]) for token in answer]
+    ends = list(accumulate(map(len, pieces)))
+    spans = [match.span() for match in THINKING.finditer("".join(pieces))]
+    return [
+        i
+        for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+        if any(begin < end and end - len(piece) < stop for begin, stop in spans)
+    ]
 
 
 class NumberedDataset(Dataset):

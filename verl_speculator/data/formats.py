@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -15,7 +16,12 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model"), "assistant"),
     "system": "system",
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
+# A turn of these is a call, written as JSON.
+CALL_ROLES = ("function_call", "tool_call")
+TOOLS, TOOL_CALLS = "tools", "tool_calls"
 CONVERSATION_COLUMNS = ("conversations", "conversation")
 QUESTION_COLUMNS = ("prompt", "question", "query", "input")
 ANSWER_COLUMNS = ("response", "answer", "completion", "output")
@@ -50,11 +56,12 @@ def to_text(row: Row, column: str = TEXT) -> str:
 
 def to_conversation(row: Row, format_name: str, *, keep_system: bool = True) -> tuple[list[Message], int]:
     """The conversation of a row: perhaps a system message, then user and assistant in turn, the assistant last.
+    Between two of the assistant's messages, the first of which calls tools, stand their results.
 
     Contents stay as they are, to the space: a speculator learns to write what the base model would.
 
     Returns:
-        Messages, and how many of the user's turns were cut from the end, where nobody answers them.
+        Messages, and how many turns were cut from the end, where nobody answers them.
 
     Raises:
         Dropped: if it is no such conversation.
@@ -73,16 +80,63 @@ def to_conversation(row: Row, format_name: str, *, keep_system: bool = True) -> 
     if not any(message["role"] == "assistant" for message in messages):
         raise Dropped("no assistant turn")
     count = len(messages)
-    while messages[-1]["role"] == "user":
+    while messages[-1]["role"] != "assistant":
         messages.pop()
     dialogue = messages[messages[0]["role"] == "system" :]
     if dialogue[0]["role"] != "user":
         raise Dropped("does not start with user")
-    if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(dialogue)):
+    if not all(_may_follow(after, before) for before, after in pairwise(dialogue)):
         raise Dropped("roles do not alternate")
-    if blank := next((message for message in dialogue if not message["content"].strip()), None):
+    is_text = (message for message in dialogue if message["role"] != "tool" and TOOL_CALLS not in message)
+    if blank := next((message for message in is_text if not message["content"].strip()), None):
         raise Dropped("empty answer" if blank["role"] == "assistant" else "empty user message")
     return messages, count - len(messages)
+
+
+def _may_follow(message: Message, before: Message) -> bool:
+    """Whether a message may stand behind another: after a call its results, after these a message of the assistant."""
+    awaits_result = before["role"] == "tool" or TOOL_CALLS in before
+    if message["role"] == "tool":
+        return awaits_result
+    if message["role"] == "user":
+        return before["role"] == "assistant" and TOOL_CALLS not in before
+    return message["role"] == "assistant" and before["role"] in ("user", "tool")
+
+
+def tools_of(row: Row) -> str | None:
+    """The tools that a row offers, as JSON; None if it offers none. Raises Dropped if they are no list of objects."""
+    tools = _parsed(row.get(TOOLS))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Dropped("tools")
+    return json.dumps(tools, ensure_ascii=False)
+
+
+def _parsed(value: Any) -> Any:
+    """A value, or what it holds as JSON if it is a text; None for a text that is no JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return None
+
+
+def _tool_call(value: Any) -> Row:
+    """A call as OpenAI writes it, from one in that form or of a name and arguments alone."""
+    value = _parsed(value)
+    function = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(function, dict):
+        raise Dropped("tool call")
+    name, arguments = function.get("name"), _parsed(function.get("arguments") or {})
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise Dropped("tool call")
+    return {
+        "id": value["id"] if isinstance(value.get("id"), str) else None,
+        "type": "function",
+        "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+    }
 
 
 def _message(turn: Any) -> Message:
@@ -92,9 +146,16 @@ def _message(turn: Any) -> Message:
     role = _first(turn, ("role", "from"))
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Dropped("unknown role")
-    if turn.get("tool_calls"):
+    content = _first(turn, ("content", "value"))
+    calls = turn.get(TOOL_CALLS) or ([turn["function_call"]] if turn.get("function_call") else [])
+    if role.lower() in CALL_ROLES:
+        calls, content = [content], ""
+    if not calls:
+        return {"role": ROLES[role.lower()], "content": _content(content)}
+    if ROLES[role.lower()] != "assistant" or not isinstance(calls, list):
         raise Dropped("tool call")
-    return {"role": ROLES[role.lower()], "content": _content(_first(turn, ("content", "value")))}
+    content = "" if content is None else _content(content)
+    return {"role": "assistant", "content": content, TOOL_CALLS: [_tool_call(call) for call in calls]}
 
 
 def _content(value: Any) -> str:
@@ -251,7 +312,8 @@ def recognise(row: Row, format_names: Iterable[str], text_column: str = TEXT) ->
 
 def columns_read(text_column: str = TEXT) -> set[str]:
     """Every column that any format reads."""
-    return {text_column, *SYSTEM_COLUMNS, *chain.from_iterable(each.columns for each in CONVERSATION_FORMATS.values())}
+    columns = chain.from_iterable(each.columns for each in CONVERSATION_FORMATS.values())
+    return {text_column, TOOLS, *SYSTEM_COLUMNS, *columns}
 
 
 # Documents of plain text.

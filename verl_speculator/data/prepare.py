@@ -21,6 +21,8 @@ from verl_speculator.data.conversations import TEXT_SUFFIXES, find_suffix, messa
 from verl_speculator.data.formats import (
     CONVERSATION_FORMATS,
     TEXT,
+    TOOL_CALLS,
+    TOOLS,
     Dropped,
     Message,
     Row,
@@ -32,6 +34,7 @@ from verl_speculator.data.formats import (
     recognise,
     to_conversation,
     to_text,
+    tools_of,
 )
 from verl_speculator.utils.atomic_io import TEMPORARY, atomic_file, check_writable
 from verl_speculator.utils.settings import Option, UserError, check_minimums, nearest
@@ -43,7 +46,7 @@ TRAIN, VAL, REPORT = "train.parquet", "val.parquet", "prepare.json"
 AUTO, MESSAGES = "auto", "messages"
 FORMATS = (AUTO, "sharegpt", "ultrachat", "oasst", "alpaca", "messages", "pairs", TEXT)
 DEFAULT_VAL_SHARE = 0.02
-CUT = "unanswered user turns cut from the end"
+CUT = "unanswered turns cut from the end"
 ROWS_EXAMINED = 100
 # Rows are held in memory and written to parquet in groups of at most so many rows, and about so many characters.
 GROUP_ROWS, GROUP_CHARS = 1000, 1 << 24
@@ -182,12 +185,14 @@ class DedupWriter:
 
     Attributes:
         column: of the results, MESSAGES or TEXT; set before the first row.
+        has_tools: whether a row offers or calls tools.
         groups: of each row a number that it shares with the rows that open alike.
     """
 
     file: TextIO
     settings: PrepareSettings
     column: str | None = None
+    has_tools: bool = False
     groups: array[int] = field(default_factory=lambda: array("Q"))
     hashes: set[bytes] = field(default_factory=set)
 
@@ -204,8 +209,8 @@ class DedupWriter:
             raise UserError(f"{name}: holds {kinds[column]}, the inputs before it {before}; expected one kind")
         self.column = column
 
-    def add(self, content: list[Message] | str) -> None:
-        """Keep a row.
+    def add(self, content: list[Message] | str, tools: str | None = None) -> None:
+        """Keep a row, with the tools that it offers as JSON.
 
         Raises:
             Dropped: if it equals an earlier row.
@@ -213,7 +218,9 @@ class DedupWriter:
         if isinstance(content, str):
             parts, opening = [content], content
         else:
-            parts = [part for message in content for part in message.values()]
+            parts = [part if isinstance(part, str) else json.dumps(part) for m in content for part in m.values()]
+            parts += [tools] if tools else []
+            self.has_tools = self.has_tools or bool(tools) or any(TOOL_CALLS in message for message in content)
             opening = next(message["content"] for message in content if message["role"] == "user")
         if self.settings.dedup:
             identity = _hash(parts)
@@ -222,7 +229,7 @@ class DedupWriter:
             self.hashes.add(identity)
         # The hash is seeded: the order of these numbers decides which groups are held out.
         self.groups.append(int.from_bytes(_hash([opening.casefold()], size=8, seed=self.settings.seed)))
-        self.file.write(json.dumps(content) + "\n")
+        self.file.write(json.dumps({self.column: content} | ({TOOLS: tools} if tools else {})) + "\n")
 
 
 def _hash(parts: Iterable[str], *, size: int = 16, seed: int = 0) -> bytes:
@@ -256,7 +263,7 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
     for row in tqdm(rows, desc=name, unit=" rows", disable=None):
         try:
             content, cut = _content(row, format_name, column, settings)
-            writer.add(content)
+            writer.add(content, None if format_name == TEXT else tools_of(row))
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
@@ -370,22 +377,23 @@ def _write(out: Path, rows: DedupWriter, held_out: np.ndarray, report: dict[str,
         for path, selected in ((train, ~held_out), (val, held_out)):
             if path is not None:
                 rows.file.seek(0)
-                write_parquet(path, rows.column, compress(rows.file, selected))
+                write_parquet(path, rows.column, compress(rows.file, selected), tools=rows.has_tools)
         report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         # If the process dies between the renames, no file of an earlier run remains with one of this run.
         for name in (TRAIN, REPORT, VAL):
             (out / name).unlink(missing_ok=True)
 
 
-def write_parquet(path: Path, column: str, lines: Iterator[str]) -> None:
-    """A parquet file of one column, from JSON lines."""
+def write_parquet(path: Path, column: str, lines: Iterator[str], *, tools: bool) -> None:
+    """A parquet file of a column of texts or conversations, and one of tools if a row has any, from JSON lines."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(column, messages_type() if column == MESSAGES else pa.string())])
+    schema = pa.schema([(column, messages_type(calls=tools) if column == MESSAGES else pa.string())])
+    schema = schema.append(pa.field(TOOLS, pa.string())) if tools else schema
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := _next_group(lines):
-            writer.write_table(pa.Table.from_pydict({column: group}, schema=schema))
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def _next_group(lines: Iterator[str]) -> list[Any]:

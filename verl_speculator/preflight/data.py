@@ -17,6 +17,7 @@ from verl_speculator.data.conversations import (
     open_parquet,
     open_rows,
     read_parquet,
+    read_tools,
 )
 from verl_speculator.data.formats import CONVERSATION_FORMATS, TEXT, columns_read, recognise
 from verl_speculator.data.hidden_state_cache import BYTES, check_directory, check_space, identify_states
@@ -115,7 +116,7 @@ def check_rows(config: DictConfig, base: Base, rows: Rows) -> None:
             if rows.is_text:
                 check_text(row[rows.column], where, empty=True)
             else:
-                check_messages(row[rows.column], where)
+                row[rows.column] = check_messages(row[rows.column], where)
         if must_fit:
             _check_lengths(config, base, rows, places, batch)
         has_target = has_target or any(_has_target(config, base, row) for row in batch)
@@ -153,7 +154,7 @@ def _render(config: DictConfig, tokenizer: Any, row: dict[str, Any], place: str,
         options["enable_thinking"] = bool(thinking)
     try:
         return tokenizer.apply_chat_template(
-            row[data.messages_key], tools=row.get(data.tools_key), tokenize=False, **options
+            row[data.messages_key], tools=read_tools(row.get(data.tools_key)), tokenize=False, **options
         )
     except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"{place}: the chat template refuses it: {one_line(error)}") from None

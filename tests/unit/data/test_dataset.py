@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -14,6 +15,7 @@ from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_
 from verl_speculator.config.hydra import load_settings
 from verl_speculator.data.alignment import align
 from verl_speculator.data.dataset import PaddedDataset, ResumableSampler, TextDataset, build_dataset
+from verl_speculator.data.prepare import PrepareSettings, prepare
 from verl_speculator.utils.settings import UserError
 
 
@@ -80,6 +82,63 @@ def test_build_dataset_max_samples_keeps_the_first_rows(tokenizer, tmp_path, key
     whole, part = (build_dataset(file, config, tokenizer, None, count) for count in (-1, 5))
     assert len(whole) == 12 and len(part) == 5
     assert all(torch.equal(part[i]["input_ids"], whole[i]["input_ids"]) for i in range(5))
+
+
+def test_tools_reach_the_chat_template_as_objects(tmp_path):
+    """Offered tools and the arguments of calls are JSON in a parquet file; a template gets what they hold."""
+    template = (
+        "{%- if tools %}{{- '<|im_start|>tools\\n' + tools[0]['name'] + '<|im_end|>\\n' }}{%- endif %}"
+        "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+        "{%- if 'tool_calls' in message %}{%- for call in message['tool_calls'] %}"
+        "{{- call['function']['name'] + ' ' + call['function']['arguments']['place'] }}{%- endfor %}{%- endif %}"
+        "{{- '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    call = {"type": "function", "function": {"name": "cat", "arguments": json.dumps({"place": "red"})}}
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "two"},
+        {"role": "assistant", "content": "three"},
+    ]
+    plain = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "three"}]
+    source = tmp_path / "rows.jsonl"
+    rows = [{"messages": messages, "tools": [{"name": "dog"}]}, {"messages": plain}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(PrepareSettings(inputs=(str(source),), out=tmp_path / "out", val_rows=0))
+    with_tools, without = load_rows(tmp_path / "out" / "train.parquet", tokenizer)
+    end = "<|im_end|>\n"
+    assert tokenizer.decode(with_tools["input_ids"]) == (
+        f"<|im_start|>tools\ndog{end}<|im_start|>user\none{end}<|im_start|>assistant\ncat red{end}"
+        f"<|im_start|>tool\ntwo{end}<|im_start|>assistant\nthree{end}"
+    )
+    answers = tokenizer.decode(with_tools["input_ids"][with_tools["loss_mask"].bool()])
+    assert answers == f"cat red{end}three{end}"
+    assert "tools" not in tokenizer.decode(without["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "targets"),
+    [
+        ("<think>one two</think>three four", "three four<|im_end|>\n"),
+        ("one two</think>three", "three<|im_end|>\n"),  # the prompt opened it
+        ("three<think>one", "three"),  # cut
+        ("one<think>two</think>three<think>four</think>five", "onethreefive<|im_end|>\n"),
+        ("one two", "one two<|im_end|>\n"),
+    ],
+)
+def test_thinking_targets_false_leaves_out_the_reasoning(answer, targets, tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "<think>red</think>"}, {"role": "assistant", "content": answer}] * 2
+    file = [str(write_parquet(tmp_path / "rows.parquet", [{"messages": turns}]))]
+    whole, part = (
+        build_dataset(file, load_settings(["trainer.default_local_dir=.", *more]).data, tokenizer, None, -1)[0]
+        for more in ([], ["data.thinking_targets=false"])
+    )
+    assert torch.equal(whole["input_ids"], part["input_ids"])
+    all_targets, kept = (tokenizer.decode(row["input_ids"][row["loss_mask"].bool()]) for row in (whole, part))
+    assert all_targets == f"{answer}<|im_end|>\n" * 2
+    assert kept == targets * 2
 
 
 def test_padding_rows_count_for_nothing():

@@ -179,9 +179,13 @@ def test_trees_of_messages(tmp_path):
         ([USER, SYSTEM, ANSWER], "roles do not alternate"),
         ([USER, ANSWER | {"content": " \n"}], "empty answer"),
         ([USER | {"content": ""}, ANSWER], "empty user message"),
-        ([USER, ANSWER | {"role": "tool"}], "unknown role"),
+        ([USER, ANSWER | {"role": "critic"}], "unknown role"),
+        ([USER, ANSWER, ANSWER | {"role": "tool"}, ANSWER], "roles do not alternate"),
+        ([USER, ANSWER | {"tool_calls": [{"name": "f"}]}, USER, ANSWER], "roles do not alternate"),
         ([USER, ANSWER | {"role": None}], "unknown role"),
-        ([USER, ANSWER | {"tool_calls": [{"name": "f"}]}], "tool call"),
+        ([USER, ANSWER | {"tool_calls": [{"arguments": "{}"}]}], "tool call"),
+        ([USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "no JSON"}]}], "tool call"),
+        ([USER | {"tool_calls": [{"name": "f"}]}, ANSWER], "tool call"),
         ([USER, ANSWER | {"content": None}], "not text"),
         ([USER, ANSWER | {"content": "\ud83d"}], "not text"),
         ([USER, ANSWER | {"content": [{"type": "image", "image": "x"}]}], "not text"),
@@ -216,6 +220,45 @@ def test_what_is_kept(tmp_path):
     without, report = run(path, tmp_path / "without", val_rows=0, keep_system=False, dedup=False)
     assert without == [[USER, ANSWER], rows[1]["messages"], [USER, ANSWER], [USER, ANSWER]]
     assert report["options"]["dedup"] is False
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": None, "type": "function", "function": {"name": "weather", "arguments": '{"place": "Rome"}'}}
+
+
+@pytest.mark.parametrize("style", ["openai", "function_call", "sharegpt"])
+def test_calls_and_offers_of_tools_are_kept(style, tmp_path):
+    """In OpenAI's form, whatever the file has; a row without tools keeps its columns."""
+    name_and_arguments = {"name": "weather", "arguments": {"place": "Rome"}}
+    result = {"role": "tool", "content": "18"}
+    called = {
+        "openai": [ANSWER | {"content": None, "tool_calls": [CALL]}, result],
+        "function_call": [
+            ANSWER | {"content": None, "function_call": name_and_arguments},
+            result | {"role": "function"},
+        ],
+        "sharegpt": [
+            {"from": "function_call", "value": json.dumps(name_and_arguments)},
+            {"from": "observation", "value": "18"},
+        ],
+    }[style]
+    column = "conversations" if style == "sharegpt" else "messages"
+    tools = json.dumps([WEATHER]) if style == "sharegpt" else [WEATHER]
+    rows = [{column: [USER, *called, ANSWER, USER, *called], "tools": tools}, {column: [USER, ANSWER]}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    report = prepare(PrepareSettings((str(path),), tmp_path / "out", val_rows=0))
+    assert report["counts"]["changed"] == {CUT: 1}  # the last result
+    plain, call = {"tool_calls": None}, ANSWER | {"content": "", "tool_calls": [CALL]}
+    with_tools, without = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert json.loads(with_tools["tools"]) == [WEATHER]
+    assert with_tools["messages"] == [USER | plain, call, result | plain, ANSWER | plain, USER | plain, call]
+    assert without == {"messages": [USER | plain, ANSWER | plain], "tools": None}
+
+
+def test_tools_that_are_no_list_of_objects_are_dropped(tmp_path):
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "tools": ["weather"]}]
+    written, report = run(write(tmp_path / "rows.jsonl", rows), tmp_path / "out", val_rows=0)
+    assert written == [[USER, ANSWER]] and report["counts"]["dropped"] == {"tools": 1}
 
 
 def test_text_columns(tmp_path):
@@ -361,7 +404,7 @@ def test_results_are_replaced_only_when_told(tmp_path):
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     path, out = write(tmp_path / "rows.jsonl", [{"messages": turns(word, "red")} for word in WORDS]), tmp_path / "out"
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:

@@ -56,6 +56,8 @@ def verl_rows(file, tokenizer):
         "max_length": 4096,
         "truncation": "error",
         "custom_cls": {"path": None},
+        "tools_key": "tools",
+        "thinking_targets": True,
     }
     dataset = build_dataset([str(file)], OmegaConf.create(config), tokenizer, None, -1)
     rows = [dataset[i] for i in range(len(dataset))]
