@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,8 +38,8 @@ class RunOutput:
             self._writer = SummaryWriter(str(directory / TENSORBOARD), purge_step=step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step."""
-        self.records.append({"step": step, **metrics})
+        """Record the metrics of a step, with the time in seconds since 1970."""
+        self.records.append({"step": step, "time": round(time.time(), 1), **metrics})
         with self.path.open("a") as file:
             file.write(json.dumps(self.records[-1]) + "\n")
         if self._writer is not None:

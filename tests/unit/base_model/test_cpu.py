@@ -49,9 +49,11 @@ def test_a_tied_embedding_keeps_its_weight(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen2_tied", "gemma2"])
 def test_drafts_do_not_change_its_text(name, family, monkeypatch):
     _, prepared = models(name, monkeypatch)
-    speculator = untrained_speculator(prepared, 3, **family).attach(prepared)
+    speculator = untrained_speculator(prepared, 3, **family)
+    speculator.attach(prepared)
     options = {"max_new_tokens": 30, "eos_token_id": ()}
     drafted = speculative_generate(prepared, speculator, PROMPT, **options)
+    assert all(r.drafted for r in drafted.counted)
     assert drafted.tokens == speculative_generate(prepared, None, PROMPT, **options).tokens
 
 
