@@ -66,17 +66,26 @@ class PackedLinear(nn.Module):
 
 
 def optimize_for_cpu(base: nn.Module) -> None:
-    """Prepare a Hugging Face causal language model for inference on a CPU, in place: packed linear layers, if the model
-    is larger than a processor's caches, and `grouped_attention` in place of `sdpa`."""
+    """Prepare a Hugging Face causal language model for inference on a CPU, in place: `pack_linears` if that pays, and
+    `grouped_attention` in place of `sdpa`."""
     if base.config.get_text_config()._attn_implementation == "sdpa" and base._supports_attention_backend:
         base.set_attn_implementation(GROUPED)
+    if packing_pays(base):
+        pack_linears(base)
+
+
+def packing_pays(base: nn.Module) -> bool:
+    """Whether the linear layers of a model on a CPU are larger than the processor's caches, and can be packed."""
     linears = [module for module in base.modules() if type(module) is nn.Linear]
-    if sum(linear.weight.nbytes for linear in linears) < LEAST_PACKED_BYTES:
-        return
+    return sum(each.weight.nbytes for each in linears) >= LEAST_PACKED_BYTES and all(map(can_pack, linears))
+
+
+def pack_linears(base: nn.Module) -> None:
+    """Replace every linear layer of a Hugging Face causal language model by a `PackedLinear`."""
     head = base.get_output_embeddings()
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and can_pack(child):
+            if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child, keeps_plain=child is head))
 
 
@@ -84,5 +93,5 @@ def can_pack(linear: nn.Linear) -> bool:
     """Whether torch's oneDNN computes this layer from a packed weight on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
-    computes_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return linear.weight.dtype == torch.float32 or (linear.weight.dtype == torch.bfloat16 and computes_bf16)
+    dtype, computes_bf16 = linear.weight.dtype, torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bf16)

@@ -24,6 +24,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import detach_tree
 
+from verl_speculator.base_model.cpu import pack_linears, packing_pays
 from verl_speculator.base_model.hidden_states import POST_NORM, HiddenStateHook
 from verl_speculator.base_model.loading import check_frozen_type
 from verl_speculator.checkpoint.format import read_checkpoint_info, read_weights
@@ -109,15 +110,27 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         base = self._build_base()
         if self.engine_config.forward_only:
             return base
-        # The sharding units: the speculator with its loss, and those of the user or else of the base model.
-        policy, key = self.engine_config.wrap_policy, "transformer_layer_cls_to_wrap"
-        units = [] if self.model_config.form.is_quantized else policy.get(key) or base._no_split_modules or []
-        policy[key] = [*([units] if isinstance(units, str) else units), DraftLoss.__name__]
         training = self.model_config.speculator_training
         speculator = self._build_speculator(base)
+        packs = self._packs_weights(base, speculator)
+        shards_base = not (packs or self.model_config.form.is_quantized)
+        # The sharding units: the speculator with its loss, and those of the user or else of the base model.
+        policy, key = self.engine_config.wrap_policy, "transformer_layer_cls_to_wrap"
+        units = (policy.get(key) or base._no_split_modules or []) if shards_base else []
+        policy[key] = [*([units] if isinstance(units, str) else units), DraftLoss.__name__]
         compiled = get_device_name() == "cuda" if training.compile is None else training.compile
         draft = DraftLoss(speculator, training.objective, training.loss_chunk_rows, compiled=compiled)
-        return ModelWithSpeculator(base, draft, self.model_config)
+        module = ModelWithSpeculator(base, draft, self.model_config, shards_base=shards_base)
+        if packs:
+            pack_linears(base)
+        return module
+
+    def _packs_weights(self, base: nn.Module, speculator: Speculator) -> bool:
+        """Whether the base model's weights are packed for a CPU: those of a frozen one that a single process holds, and
+        of which the speculator runs no layer."""
+        is_alone = get_device_name() == "cpu" and torch.distributed.get_world_size() == 1
+        is_base_alone = self.model_config.freeze_base_model and speculator.shared_layers is None
+        return is_alone and is_base_alone and packing_pays(base)
 
     def _build_speculator(self, base: nn.Module) -> Speculator:
         """The speculator with its first weights: a checkpoint's, the base model's, or random ones."""

@@ -84,18 +84,21 @@ class ModelWithSpeculator(nn.Module):
 
     Shapes: B rows of T tokens, R rows to draft for, S cached states, D base width, K depths.
 
-    A frozen base model stays as it is: no graph, no gradients, always in eval mode, no LM head product. A base model in
-    4 bits is whole, and on its device, in every process: sharding wrappers do not see it.
+    A frozen base model stays as it is: no graph, no gradients, always in eval mode, no LM head product.
 
     Args:
         base: the language model.
         draft: the speculator and its loss.
         settings: of both.
+        shards_base: False for a base model that is whole, and on its device, in every process: sharding wrappers do not
+            see it.
     """
 
-    def __init__(self, base: nn.Module, draft: DraftLoss, settings: SpeculatorModelConfig) -> None:
+    def __init__(
+        self, base: nn.Module, draft: DraftLoss, settings: SpeculatorModelConfig, *, shards_base: bool = True
+    ) -> None:
         super().__init__()
-        if settings.form.is_quantized:  # an attribute, no submodule: wrappers, casts and state dicts visit submodules
+        if not shards_base:  # an attribute, no submodule: wrappers, casts and state dicts visit submodules
             object.__setattr__(self, "base", base.eval())
         else:
             self.base = base
@@ -119,7 +122,7 @@ class ModelWithSpeculator(nn.Module):
         if self.freeze_base:
             base.requires_grad_(False)
             base.gradient_checkpointing_disable()
-            if not settings.form.is_quantized:
+            if shards_base:
                 keep_types(base)
 
     def train(self, mode: bool = True) -> ModelWithSpeculator:

@@ -13,6 +13,7 @@ import torch
 from helpers.engine_harness import build_engine, gradients, make_batch, run_batch, weights, whole
 from helpers.tiny_models import ARCHITECTURES
 from verl_speculator import build_speculator
+from verl_speculator.base_model import cpu
 from verl_speculator.checkpoint.format import write_checkpoint
 from verl_speculator.config.families import FAMILIES
 from verl_speculator.config.objective import Objective
@@ -280,6 +281,25 @@ def test_joint_training_moves_both(base, rows):
     assert tokens == sum(int(row["loss_mask"].sum()) for row in rows)
     expected = total / tokens + float((draft.ce / draft.pairs).mean())
     assert sum(output["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_untied"])
+def test_packed_weights_of_a_frozen_base_change_no_gradient(bases, rows, name, monkeypatch):
+    settings = {"loss": {"kl": 1.0, "tv": 1.0}, "embedding": "base_frozen", "head": "base_frozen"}
+    found = []
+    for least in (cpu.LEAST_PACKED_BYTES, 0):
+        monkeypatch.setattr(cpu, "LEAST_PACKED_BYTES", least)
+        engine = build_engine(bases[name], speculator=settings)
+        run_batch(engine, make_batch(rows, micro=8))
+        packed = [module for module in engine.base.modules() if isinstance(module, cpu.PackedLinear)]
+        assert bool(packed) == (least == 0)
+        found.append(gradients(engine))
+    assert_same_gradients(found[1], found[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "LEAST_PACKED_BYTES", 0)
+    for other in ({"freeze_base_model": False}, {"speculator": {"method": "early_exit", "exit_layer": 0}}):
+        engine = build_engine(bases[name], **other)
+        assert not any(isinstance(module, cpu.PackedLinear) for module in engine.base.modules())
 
 
 @pytest.mark.parametrize(("detach", "coefficient"), [(False, 1.0), (False, 0.25), (True, 1.0)])
