@@ -38,7 +38,7 @@ def main() -> None:
     rows = []
     for length in args.lengths:
         for conversation in conversations[: args.prompts]:
-            messages = conversation[:1]
+            messages = [next(message for message in conversation if message["role"] == "user")]
             for earlier in itertools.cycle(conversations[args.prompts :]):
                 longer = [*earlier, *messages]
                 if len(tokenize_prompt(tokenizer, longer)) > length:

@@ -4,7 +4,7 @@
 
 Each pass reads N tokens after a context in the KV cache, as verification does. The model as transformers loads it and
 as decoding prepares it for a CPU (`verl_speculator.base_model.cpu`) run in turn. A row holds the median over trials,
-and its ratio to the pass over one token: the cost of verifying N − 1 drafts in steps of the base model alone.
+and its ratio to the first of `--tokens`, one: the cost of verifying N − 1 drafts in steps of the base model alone.
 """
 
 from __future__ import annotations

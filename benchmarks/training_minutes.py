@@ -3,8 +3,9 @@
     python benchmarks/training_minutes.py --base BASE --prompts test.parquet --minutes 5 20 60 NAME=RUN [NAME=RUN ...]
 
 RUN is a run's folder. For each number of minutes its last checkpoint before that time is taken (save by
-`trainer.save_minutes`); the times are those of `metrics.jsonl`, from the first step of the run on. A chain of K drafts,
-greedy. A row holds the mean tokens per pass over all prompts, and what validation said at that step or before.
+`trainer.save_minutes`); the times are those of `metrics.jsonl`, from the first step of the run on, with the pauses of
+one that was interrupted. A chain of K drafts, greedy. A row holds the mean tokens per pass over all prompts, and what
+validation said at that step or before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.console import Console
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", type=lambda text: text.split("=", 1))
     parser.add_argument("--base", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 20, 60])
@@ -43,8 +44,7 @@ def main() -> None:
     chosen = [every[i] for i in evenly_spaced(len(every), args.num_prompts)]
     prompts = [tokenize_prompt(loader.tokenizer, prompt.messages) for prompt in chosen]
     options = {"max_new_tokens": args.max_new_tokens, "eos_token_id": loader.end_token_ids}
-    for run in args.runs:
-        name, _, folder = run.partition("=")
+    for name, folder in args.runs:
         records = read_metrics(Path(folder))
         start = records[0]["time"]
         saved = {int(path.name.rpartition("_")[2]): path for path in Path(folder).glob("global_step_*")}

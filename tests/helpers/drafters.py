@@ -14,6 +14,7 @@ from verl_speculator.base_model import loading
 from verl_speculator.data.alignment import align
 from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.models import DraftState, Speculator
+from verl_speculator.models.layers import block_shapes
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def untrained_speculator(base: nn.Module, n_predict: int, **settings) -> Specula
     vocab, width = base.get_output_embeddings().weight.shape
     config = SpeculatorConfig(**({"n_predict": n_predict, "inner_dim": 16, "emb_dim": 16, "proj_dim": 16} | settings))
     shape = {"hidden_size": width, "vocab_size": vocab, "draft_tokens": every_other(config.draft_vocab_size)}
-    return build_speculator(config, **shape, seed=3, dtype=torch.float64)
+    return build_speculator(config, **shape, block_shapes=block_shapes(base, config), seed=3, dtype=torch.float64)
 
 
 def every_other(size: int | None) -> list[int] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from verl_speculator.utils.settings import UserError
@@ -11,6 +13,9 @@ from verl_speculator.utils.settings import UserError
 logger = logging.getLogger(__name__)
 # An assistant's content that no chat template writes by itself.
 PROBE = "Zq7 probe"
+# A part of an answer that is reasoning. Where the prompt opens it, the answer holds its end alone; where the answer was
+# cut, its beginning alone.
+THINKING = re.compile(r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)", re.DOTALL)
 # Every message closes with the end token, so that the turns of a conversation tokenize alike alone and together.
 DEFAULT_CHAT_TEMPLATE = (
     "{%- if bos_token %}{{- bos_token }}{%- endif %}"
@@ -115,3 +120,16 @@ def tokenize_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]])
             raise UserError(f"{what}, so that its tokens cannot be told apart; expected a template that only appends")
         mask[len(start) : len(end)] = [1] * (len(end) - len(start))
     return ids, mask
+
+
+def thinking_tokens(tokenizer: Any, answer: Sequence[int]) -> list[int]:
+    """Indices of the tokens of an answer that belong to its reasoning, `<think>` and `</think>` included."""
+    # Token by token, so that each has a place in the text, whatever its neighbours are.
+    pieces = [tokenizer.decode([token]) for token in answer]
+    ends = list(accumulate(map(len, pieces)))
+    spans = [match.span() for match in THINKING.finditer("".join(pieces))]
+    return [
+        i
+        for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+        if any(begin < end and end - len(piece) < stop for begin, stop in spans)
+    ]

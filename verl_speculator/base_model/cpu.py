@@ -1,8 +1,10 @@
-"""A base model for inference on a CPU: the same results up to rounding, from weights packed once and attention without
-copies of shared keys and values. Measured by benchmarks/pass_time.py."""
+"""A base model that a CPU computes faster: the same results up to rounding, from weights packed once and attention
+without copies of shared keys and values. Measured by benchmarks/pass_time.py."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 GROUPED = "verl_speculator_grouped"
-# A processor's caches may hold less than this, and then a packed layer's longer call costs more than it saves.
+# Smaller weights may stay in a processor's caches, and then a packed layer's longer call costs more than it saves.
 LEAST_PACKED_BYTES = 64 * 2**20
 
 
@@ -44,7 +46,8 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 class PackedLinear(nn.Module):
     """An `nn.Linear` for inference whose weight lies in the blocked layout that oneDNN computes with. `nn.Linear`
-    brings its weight into such a layout at every call, which takes longer than the product with a few tokens.
+    brings its weight into such a layout for every product of two or more rows, which takes longer than the product of a
+    few.
 
     Args:
         linear: the layer, in float32, or in bfloat16 on a processor that computes it.
@@ -55,14 +58,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.packed_weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = linear.weight if keeps_plain else nn.Parameter(packed, requires_grad=False)
+        self.packed = packed if keeps_plain else None
         self.bias = linear.bias
-        if keeps_plain:
-            self.weight = linear.weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[…, in_features] → […, out_features]."""
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed_weight, self.bias, "none", [], "")
+        weight = self.weight if self.packed is None else self.packed
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, self.bias, "none", [], "")
 
 
 def optimize_for_cpu(base: nn.Module) -> None:
@@ -75,23 +78,39 @@ def optimize_for_cpu(base: nn.Module) -> None:
 
 
 def packing_pays(base: nn.Module) -> bool:
-    """Whether the linear layers of a model on a CPU are larger than the processor's caches, and can be packed."""
-    linears = [module for module in base.modules() if type(module) is nn.Linear]
-    return sum(each.weight.nbytes for each in linears) >= LEAST_PACKED_BYTES and all(map(can_pack, linears))
+    """Whether a model on a CPU has linear layers of at least `LEAST_PACKED_BYTES` that can be packed. Architectures
+    older than transformers' attention interface are left as they are: some use their weights in ways of their own."""
+    if not base._supports_attention_backend:
+        return False
+    linears = [getattr(module, name) for module, name in _packable(base)]
+    return sum(each.weight.nbytes for each in linears) >= LEAST_PACKED_BYTES
 
 
 def pack_linears(base: nn.Module) -> None:
-    """Replace every linear layer of a Hugging Face causal language model by a `PackedLinear`."""
+    """Replace the linear layers of a Hugging Face causal language model by `PackedLinear`, one after the other."""
     head = base.get_output_embeddings()
-    for module in list(base.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child, keeps_plain=child is head))
+    for module, name in _packable(base):
+        linear = getattr(module, name)
+        setattr(module, name, PackedLinear(linear, keeps_plain=linear is head))
 
 
-def can_pack(linear: nn.Linear) -> bool:
-    """Whether torch's oneDNN computes this layer from a packed weight on this machine."""
-    if not torch.backends.mkldnn.is_available():
+def _packable(base: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The linear layers that can be packed, as modules and names in them; without those whose module reads the weight
+    itself, as some routers of experts do."""
+    places = [
+        (module, name) for module in base.modules() for name, child in module.named_children() if _can_pack(child)
+    ]
+    return [(module, name) for module, name in places if f"self.{name}.weight" not in _source(type(module))]
+
+
+def _can_pack(module: nn.Module) -> bool:
+    """Whether this is a linear layer that torch's oneDNN computes from a packed weight on this machine."""
+    if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available():
         return False
-    dtype, computes_bf16 = linear.weight.dtype, torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype, computes_bf16 = module.weight.dtype, torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bf16)
+
+
+@functools.cache
+def _source(module_class: type) -> str:
+    return inspect.getsource(module_class)

@@ -237,7 +237,10 @@ def check_messages(value: Any, where: str, *, answers: bool = True) -> list[Mess
             raise UserError(f"{where}[{i}] is {short(message)}, expected a role and a content")
     # Parquet gives every message the keys of all; chat templates ask whether a key is there.
     messages = [{key: item for key, item in message.items() if item is not None} for message in value]
-    return [each | {TOOL_CALLS: _read_calls(each)} if each.get(TOOL_CALLS) else each for each in messages]
+    # verl and chat templates look a content up; OpenAI's messages may have none beside a call.
+    return [
+        {"content": "", **each, TOOL_CALLS: _read_calls(each)} if each.get(TOOL_CALLS) else each for each in messages
+    ]
 
 
 def _read_calls(message: Message) -> list[Any]:
@@ -282,7 +285,8 @@ def messages_type(*, calls: bool = False) -> pa.DataType:
     text = pa.string()
     function = pa.struct([("name", text), ("arguments", text)])
     call = pa.struct([("id", text), ("type", text), ("function", function)])
-    return pa.list_(pa.struct([("role", text), ("content", text), *([(TOOL_CALLS, pa.list_(call))] if calls else [])]))
+    more = [(TOOL_CALLS, pa.list_(call)), ("tool_call_id", text), ("name", text)] if calls else []
+    return pa.list_(pa.struct([("role", text), ("content", text), *more]))
 
 
 # Conversations to be answered.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -15,15 +14,11 @@ from tqdm import tqdm
 from verl.trainer.sft_trainer import create_sft_dataset
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
-from verl_speculator.base_model.chat_template import tokenize_texts
+from verl_speculator.base_model.chat_template import thinking_tokens, tokenize_texts
 from verl_speculator.data.alignment import states_read
 from verl_speculator.data.conversations import check_messages, read_tools
 from verl_speculator.data.formats import TOOL_CALLS
 from verl_speculator.utils.settings import UserError
-
-# A part of an answer that is reasoning. Where the prompt opens it, the answer holds its end alone; where the answer was
-# cut, its beginning alone.
-THINKING = re.compile(r"(?:\A|<think>)(?:(?!<think>).)*?</think>|<think>.*", re.DOTALL)
 
 
 class TextDataset(Dataset):
@@ -95,19 +90,6 @@ class WithoutThinking(Dataset):
                 for i in thinking_tokens(self.tokenizer, [ids[position] for position in answer]):
                     mask[answer[i]] = 0
         return row | {"loss_mask": mask}
-
-
-def thinking_tokens(tokenizer: Any, answer: Sequence[int]) -> list[int]:
-    """Indices of the tokens of an answer that belong to its reasoning, the tags included."""
-    # Token by token, so that each has a place in the text, whatever its neighbours are.
-    pieces = [tokenizer.decode([token]) for token in answer]
-    ends = list(accumulate(map(len, pieces)))
-    spans = [match.span() for match in THINKING.finditer("".join(pieces))]
-    return [
-        i
-        for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))
-        if any(begin < end and end - len(piece) < stop for begin, stop in spans)
-    ]
 
 
 class NumberedDataset(Dataset):

@@ -104,23 +104,41 @@ def _may_follow(message: Message, before: Message) -> bool:
 
 
 def tools_of(row: Row) -> str | None:
-    """The tools that a row offers, as JSON; None if it offers none. Raises Dropped if they are no list of objects."""
-    tools = _parsed(row.get(TOOLS))
-    if not tools:
+    """The tools that a row offers, as JSON in OpenAI's form; None if it offers none. Raises Dropped if they are no list
+    of objects."""
+    if row.get(TOOLS) in (None, "", [], "[]"):
         return None
+    tools = _parsed(row[TOOLS])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Dropped("tools")
-    return json.dumps(tools, ensure_ascii=False)
+    return _json([tool if "function" in tool else {"type": "function", "function": tool} for tool in tools], "tools")
 
 
 def _parsed(value: Any) -> Any:
-    """A value, or what it holds as JSON if it is a text; None for a text that is no JSON."""
+    """What a text holds as JSON, None if it is none; any other value without its null keys, which parquet gives to
+    every object."""
     if not isinstance(value, str):
-        return value
+        return _without_nulls(value)
     try:
         return json.loads(value)
     except ValueError:
         return None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _json(value: Any, reason: str) -> str:
+    """A value as JSON. Raises Dropped for the reason if it holds what JSON or UTF-8 cannot."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except (TypeError, UnicodeEncodeError):
+        raise Dropped(reason) from None
+    return text
 
 
 def _tool_call(value: Any) -> Row:
@@ -132,11 +150,9 @@ def _tool_call(value: Any) -> Row:
     name, arguments = function.get("name"), _parsed(function.get("arguments") or {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise Dropped("tool call")
-    return {
-        "id": value["id"] if isinstance(value.get("id"), str) else None,
-        "type": "function",
-        "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
-    }
+    call_id = _content(value["id"]) if isinstance(value.get("id"), str) else None
+    function = {"name": _content(name), "arguments": _json(arguments, "tool call")}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def _message(turn: Any) -> Message:
@@ -151,7 +167,10 @@ def _message(turn: Any) -> Message:
     if role.lower() in CALL_ROLES:
         calls, content = [content], ""
     if not calls:
-        return {"role": ROLES[role.lower()], "content": _content(content)}
+        message = {"role": ROLES[role.lower()], "content": _content(content)}
+        if message["role"] == "tool":  # templates of some base models ask which call it answers
+            message |= {key: _content(turn[key]) for key in ("tool_call_id", "name") if turn.get(key) is not None}
+        return message
     if ROLES[role.lower()] != "assistant" or not isinstance(calls, list):
         raise Dropped("tool call")
     content = "" if content is None else _content(content)

@@ -44,6 +44,9 @@ IRRELEVANT = {
     *("train_files", "val_files", "val_max_samples", "balance_dp_token", "use_shm", "cache_hidden_states"),
 }
 
+# Values of newer settings that change nothing, so that older caches can be read.
+KEPT_DEFAULTS = [("thinking_targets", True)]
+
 
 def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     """All that the hidden states of a run depend on, by name: the `identity` of a manifest.
@@ -69,7 +72,7 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
         "model.override_config": {k: v for k, v in config.model.override_config.items() if k != "attn_implementation"},
         "the contents of data.train_files": [file_digest(Path(file)) for file in data["train_files"]],
         "tokenizer or chat template": tokenizer_digest(tokenizer),
-        "data": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT},
+        "data": {k: v for k, v in sorted(data.items()) if k not in IRRELEVANT and (k, v) not in KEPT_DEFAULTS},
         "the code of data.custom_cls": file_digest(Path(custom)) if custom else None,
     }
 

@@ -218,8 +218,7 @@ class DedupWriter:
         if isinstance(content, str):
             parts, opening = [content], content
         else:
-            parts = [part if isinstance(part, str) else json.dumps(part) for m in content for part in m.values()]
-            parts += [tools] if tools else []
+            parts = [*chain.from_iterable(map(_texts, content)), *([tools] if tools else [])]
             self.has_tools = self.has_tools or bool(tools) or any(TOOL_CALLS in message for message in content)
             opening = next(message["content"] for message in content if message["role"] == "user")
         if self.settings.dedup:
@@ -230,6 +229,12 @@ class DedupWriter:
         # The hash is seeded: the order of these numbers decides which groups are held out.
         self.groups.append(int.from_bytes(_hash([opening.casefold()], size=8, seed=self.settings.seed)))
         self.file.write(json.dumps({self.column: content} | ({TOOLS: tools} if tools else {})) + "\n")
+
+
+def _texts(message: Message) -> list[str]:
+    """Everything that a message holds as texts, without the identifiers of calls, which may be random."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get(TOOL_CALLS, ())]
+    return [message["role"], message["content"], *calls]
 
 
 def _hash(parts: Iterable[str], *, size: int = 16, seed: int = 0) -> bytes:
@@ -297,7 +302,7 @@ def _content(row: Row, format_name: str, column: str, settings: PrepareSettings)
         texts = [content]
     else:
         content, cut = to_conversation(row, format_name, keep_system=settings.keep_system)
-        texts = [message["content"] for message in content]
+        texts = [*chain.from_iterable(_texts(message)[1:] for message in content), tools_of(row) or ""]
         if sum(message["role"] == "assistant" for message in content) < settings.min_turns:
             raise Dropped("too few turns")
     if settings.max_chars is not None and sum(map(len, texts)) > settings.max_chars:

@@ -96,7 +96,8 @@ class EarlyExit(Speculator):
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
             for name, parameter in module.named_parameters(recurse=False):
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
         self.__dict__["_code"] = code
 
     @torch.no_grad()

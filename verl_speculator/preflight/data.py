@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from verl_speculator.base_model.chat_template import tokenize_conversation, tokenize_texts
+from verl_speculator.base_model.chat_template import thinking_tokens, tokenize_conversation, tokenize_texts
 from verl_speculator.data.conversations import (
     check_messages,
     check_text,
@@ -125,7 +125,7 @@ def check_rows(config: DictConfig, base: Base, rows: Rows) -> None:
     if not has_target:
         raise UserError(
             f"{rows.setting}: no row has anything to draft: expected assistant messages of more than one token within "
-            f"data.max_length={data.max_length}"
+            f"data.max_length={data.max_length}{'' if data.thinking_targets else ', with data.thinking_targets=false'}"
         )
 
 
@@ -172,6 +172,9 @@ def _has_target(config: DictConfig, base: Base, row: dict[str, Any]) -> bool:
         ]
         prompt_ids, ids = tokenize_texts(base.tokenizer, texts, plain=False)
         response = ids[len(prompt_ids) : config.data.max_length]
+        if not config.data.thinking_targets:
+            left_out = set(thinking_tokens(base.tokenizer, response))
+            response = [token for i, token in enumerate(response) if i not in left_out]
         if len(response) > 1 and response[0] not in base.end_token_ids:
             return True
     return False
@@ -190,6 +193,7 @@ def check_cache(config: DictConfig, base: Base, train: Rows) -> None:
         if i in sample and train.is_text:
             counts.append(min(len(tokenize_texts(base.tokenizer, [value], plain=True)[0]), config.data.max_length))
         elif i in sample:
-            counts.append(sum(tokenize_conversation(base.tokenizer, value)[1][: config.data.max_length]))
+            messages = check_messages(value, f"data.train_files, row {i}: {train.column}")
+            counts.append(sum(tokenize_conversation(base.tokenizer, messages)[1][: config.data.max_length]))
     states = sum(counts) * train.count // len(counts)
     check_space(directory, states * base.hidden_size * BYTES, estimated=True)

@@ -11,6 +11,7 @@ from verl_speculator.base_model import cpu
 from verl_speculator.base_model.cpu import GROUPED, PackedLinear, optimize_for_cpu
 from verl_speculator.decoding import speculative_generate
 
+EXIT = {"method": "early_exit", "exit_layer": 0}
 PROMPT = [5, 17, 3, 99, 42]
 
 
@@ -25,7 +26,7 @@ def models(name: str, monkeypatch, dtype: torch.dtype = torch.float32) -> tuple[
     return plain, prepared
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "granite", "cohere"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "granite", "cohere", "ernie4_5_moe", "dots1"])
 @torch.inference_mode()
 def test_logits_are_those_of_the_model_as_loaded(name, monkeypatch):
     plain, prepared = models(name, monkeypatch)
@@ -45,19 +46,44 @@ def test_a_tied_embedding_keeps_its_weight(monkeypatch):
     assert torch.equal(prepared.get_output_embeddings().weight, plain.get_output_embeddings().weight)
 
 
-@pytest.mark.parametrize("family", [{"method": "sum_rnn"}, {"method": "early_exit", "exit_layer": 0}])
+@pytest.mark.parametrize("family", [{"method": "sum_rnn"}, EXIT, EXIT | {"trainable": "head_and_block"}])
 @pytest.mark.parametrize("name", ["qwen2_tied", "gemma2"])
-def test_drafts_do_not_change_its_text(name, family, monkeypatch):
-    _, prepared = models(name, monkeypatch)
-    speculator = untrained_speculator(prepared, 3, **family)
-    speculator.attach(prepared)
-    options = {"max_new_tokens": 30, "eos_token_id": ()}
-    drafted = speculative_generate(prepared, speculator, PROMPT, **options)
-    assert all(r.drafted for r in drafted.counted)
-    assert drafted.tokens == speculative_generate(prepared, None, PROMPT, **options).tokens
+def test_drafts_are_the_same_and_do_not_change_its_text(name, family, monkeypatch):
+    options, generations = {"max_new_tokens": 30, "eos_token_id": ()}, []
+    plain, prepared = models(name, monkeypatch)
+    for base in (plain, prepared):
+        speculator = untrained_speculator(plain, 3, **family).float()
+        speculator.attach(base)
+        generations.append(speculative_generate(base, speculator, PROMPT, **options))
+    assert all(r.drafted for r in generations[1].counted)
+    assert generations[1].rounds == generations[0].rounds
+    assert generations[1].tokens == speculative_generate(prepared, None, PROMPT, **options).tokens
 
 
-def test_a_model_that_fits_the_caches_stays_as_it_is():
+def test_layers_whose_weight_is_read_elsewhere_stay_plain(monkeypatch):
+    """DeepSeek's router multiplies with its gate's weight itself."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    monkeypatch.setattr(cpu, "LEAST_PACKED_BYTES", 0)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 330, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = DeepseekV2Config(
+        **shape, **attention, **heads, **experts, first_k_dense_replace=1, n_group=1, topk_group=1
+    )
+    model = DeepseekV2ForCausalLM(config).eval()
+    tokens = torch.randint(0, 330, (1, 12))
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        optimize_for_cpu(model)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert plain == {"model.layers.1.mlp.gate"}
+
+
+def test_a_small_model_stays_as_it_is():
     model = AutoModelForCausalLM.from_config(base_config("llama", 330)).eval()
     optimize_for_cpu(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
@@ -68,7 +94,7 @@ def test_packed_bf16():
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN does not compute bf16 on this processor")
     linear = nn.Linear(96, 200, dtype=torch.bfloat16)
-    assert cpu.can_pack(linear)
+    assert cpu._can_pack(linear)
     for rows in (1, 6, 33):
         inputs = torch.randn(rows, 96, dtype=torch.bfloat16)
         torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs), rtol=2e-2, atol=2e-2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -14,6 +16,7 @@ from helpers.tiny_models import CHAT_TEMPLATE, WORDS, make_chat_rows, make_token
 from verl_speculator.base_model.chat_template import end_token_ids, ensure_chat_template, tokenize_texts
 from verl_speculator.config.hydra import load_settings
 from verl_speculator.data.alignment import align
+from verl_speculator.data.conversations import messages_type
 from verl_speculator.data.dataset import PaddedDataset, ResumableSampler, TextDataset, build_dataset
 from verl_speculator.data.prepare import PrepareSettings, prepare
 from verl_speculator.utils.settings import UserError
@@ -87,7 +90,7 @@ def test_build_dataset_max_samples_keeps_the_first_rows(tokenizer, tmp_path, key
 def test_tools_reach_the_chat_template_as_objects(tmp_path):
     """Offered tools and the arguments of calls are JSON in a parquet file; a template gets what they hold."""
     template = (
-        "{%- if tools %}{{- '<|im_start|>tools\\n' + tools[0]['name'] + '<|im_end|>\\n' }}{%- endif %}"
+        "{%- if tools %}{{- '<|im_start|>tools\\n' + tools[0]['function']['name'] + '<|im_end|>\\n' }}{%- endif %}"
         "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
         "{%- if 'tool_calls' in message %}{%- for call in message['tool_calls'] %}"
         "{{- call['function']['name'] + ' ' + call['function']['arguments']['place'] }}{%- endfor %}{%- endif %}"
@@ -117,6 +120,14 @@ def test_tools_reach_the_chat_template_as_objects(tmp_path):
     assert answers == f"cat red{end}three{end}"
     assert "tools" not in tokenizer.decode(without["input_ids"])
 
+    messages[1]["content"] = None  # as OpenAI writes a call
+    column = pa.array([messages], type=messages_type(calls=True))
+    tools = json.dumps([{"type": "function", "function": {"name": "dog"}}])
+    pq.write_table(pa.table({"messages": column, "tools": [tools]}), tmp_path / "null.parquet")
+    (row,) = load_rows(tmp_path / "null.parquet", tokenizer)
+    assert torch.equal(row["input_ids"], with_tools["input_ids"])
+    assert torch.equal(row["loss_mask"], with_tools["loss_mask"])
+
 
 @pytest.mark.parametrize(
     ("answer", "targets"),
@@ -125,6 +136,7 @@ def test_tools_reach_the_chat_template_as_objects(tmp_path):
         ("one two</think>three", "three<|im_end|>\n"),  # the prompt opened it
         ("three<think>one", "three"),  # cut
         ("one<think>two</think>three<think>four</think>five", "onethreefive<|im_end|>\n"),
+        ("<think>the <think> tag</think>three", "three<|im_end|>\n"),
         ("one two", "one two<|im_end|>\n"),
     ],
 )

@@ -231,8 +231,9 @@ def test_calls_and_offers_of_tools_are_kept(style, tmp_path):
     """In OpenAI's form, whatever the file has; a row without tools keeps its columns."""
     name_and_arguments = {"name": "weather", "arguments": {"place": "Rome"}}
     result = {"role": "tool", "content": "18"}
+    named = {"tool_call_id": "c1", "name": "weather"} if style == "openai" else {"tool_call_id": None, "name": None}
     called = {
-        "openai": [ANSWER | {"content": None, "tool_calls": [CALL]}, result],
+        "openai": [ANSWER | {"content": None, "tool_calls": [CALL]}, result | named],
         "function_call": [
             ANSWER | {"content": None, "function_call": name_and_arguments},
             result | {"role": "function"},
@@ -243,22 +244,34 @@ def test_calls_and_offers_of_tools_are_kept(style, tmp_path):
         ],
     }[style]
     column = "conversations" if style == "sharegpt" else "messages"
-    tools = json.dumps([WEATHER]) if style == "sharegpt" else [WEATHER]
+    tools = json.dumps([WEATHER["function"]]) if style == "sharegpt" else [WEATHER]
     rows = [{column: [USER, *called, ANSWER, USER, *called], "tools": tools}, {column: [USER, ANSWER]}]
     path = write(tmp_path / "rows.jsonl", rows)
     report = prepare(PrepareSettings((str(path),), tmp_path / "out", val_rows=0))
     assert report["counts"]["changed"] == {CUT: 1}  # the last result
-    plain, call = {"tool_calls": None}, ANSWER | {"content": "", "tool_calls": [CALL]}
+    plain = {"tool_calls": None, "tool_call_id": None, "name": None}
+    call = ANSWER | plain | {"content": "", "tool_calls": [CALL]}
     with_tools, without = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
     assert json.loads(with_tools["tools"]) == [WEATHER]
-    assert with_tools["messages"] == [USER | plain, call, result | plain, ANSWER | plain, USER | plain, call]
+    assert with_tools["messages"] == [USER | plain, call, result | plain | named, ANSWER | plain, USER | plain, call]
     assert without == {"messages": [USER | plain, ANSWER | plain], "tools": None}
 
 
 def test_tools_that_are_no_list_of_objects_are_dropped(tmp_path):
-    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "tools": ["weather"]}]
+    wrong = [["weather"], "weather(place)", [{"name": "\ud83d"}]]
+    rows = [{"messages": [USER, ANSWER]}, *({"messages": [USER, ANSWER], "tools": tools} for tools in wrong)]
     written, report = run(write(tmp_path / "rows.jsonl", rows), tmp_path / "out", val_rows=0)
-    assert written == [[USER, ANSWER]] and report["counts"]["dropped"] == {"tools": 1}
+    assert written == [[USER, ANSWER]] and report["counts"]["dropped"] == {"tools": 3}
+
+
+def test_calls_count_as_characters_and_their_ids_tell_no_rows_apart(tmp_path):
+    def calls(call_id, place="Rome"):
+        function = {"name": "weather", "arguments": json.dumps({"place": place})}
+        return {"messages": [USER, ANSWER | {"content": None, "tool_calls": [{"id": call_id, "function": function}]}]}
+
+    path = write(tmp_path / "rows.jsonl", [calls("a"), calls("b"), calls("a", "Oslo"), calls("a", "x" * 90)])
+    report = prepare(PrepareSettings((str(path),), tmp_path / "out", val_rows=0, max_chars=90))
+    assert report["counts"]["dropped"] == {"duplicate": 1, "too long": 1} and report["counts"]["kept"] == 2
 
 
 def test_text_columns(tmp_path):
