@@ -1,6 +1,6 @@
 """Tokens per pass after minutes of training: decodes with the checkpoints that runs saved on the way.
 
-    python benchmarks/training_minutes.py --base BASE --prompts test.parquet --minutes 5 20 60 NAME=RUN [NAME=RUN ...]
+    python benchmarks/training_minutes.py NAME=RUN [NAME=RUN ...] --base BASE --prompts test.parquet --minutes 5 20 60
 
 RUN is a run's folder. For each number of minutes its last checkpoint before that time is taken (save by
 `trainer.save_minutes`); the times are those of `metrics.jsonl`, from the first step of the run on, with the pauses of
@@ -49,6 +49,8 @@ def main() -> None:
         start = records[0]["time"]
         saved = {int(path.name.rpartition("_")[2]): path for path in Path(folder).glob("global_step_*")}
         elapsed = {record["step"]: (record["time"] - start) / 60 for record in records}
+        # A run that was killed while it validated has a checkpoint of a step that it had not recorded.
+        elapsed |= {step: max(elapsed.values()) for step in saved.keys() - elapsed.keys()}
         for minutes in args.minutes:
             # A checkpoint is written right after its step, in less than half a minute.
             step = max((step for step in saved if elapsed[step] <= minutes + 0.5), default=None)
