@@ -103,7 +103,7 @@ def main() -> None:
             figures[f"{what}_ms"] = round(1000 * statistics.median(times[name, what]), 2)
             ratios = [a / b for a, b in zip(times[name, what], times[first, what], strict=True)]
             figures[f"{what}_ratio"] = round(statistics.median(ratios), 3)
-        append_rows(args.out, [figures | vars(args) | environment()])
+        append_rows(args.out, [figures | {name: getattr(args, name) for name in defaults} | environment()])
         Console().print(figures)
 
 

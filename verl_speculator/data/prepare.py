@@ -267,8 +267,8 @@ def _read(name: str, suffix: str, writer: DedupWriter) -> tuple[str | None, RowC
         rows = ({column: text} for text in documents(_lines(rows, column)))
     for row in tqdm(rows, desc=name, unit=" rows", disable=None):
         try:
-            content, cut = _content(row, format_name, column, settings)
-            writer.add(content, None if format_name == TEXT else tools_of(row))
+            content, tools, cut = _content(row, format_name, column, settings)
+            writer.add(content, tools)
         except Dropped as reason:
             counts.dropped[str(reason)] += 1
             continue
@@ -295,19 +295,23 @@ def _lines(rows: Iterable[Row], column: str) -> Iterator[str]:
     return (text if text.endswith("\n") else text + "\n" for text in texts)
 
 
-def _content(row: Row, format_name: str, column: str, settings: PrepareSettings) -> tuple[list[Message] | str, int]:
-    """What is written of a row, and how many turns were cut from it."""
+def _content(
+    row: Row, format_name: str, column: str, settings: PrepareSettings
+) -> tuple[list[Message] | str, str | None, int]:
+    """What is written of a row, the tools that it offers as JSON, and how many turns were cut from it."""
+    tools = None
     if format_name == TEXT:
         content, cut = to_text(row, column), 0
         texts = [content]
     else:
         content, cut = to_conversation(row, format_name, keep_system=settings.keep_system)
-        texts = [*chain.from_iterable(_texts(message)[1:] for message in content), tools_of(row) or ""]
+        tools = tools_of(row)
+        texts = [*chain.from_iterable(_texts(message)[1:] for message in content), tools or ""]
         if sum(message["role"] == "assistant" for message in content) < settings.min_turns:
             raise Dropped("too few turns")
     if settings.max_chars is not None and sum(map(len, texts)) > settings.max_chars:
         raise Dropped("too long")
-    return content, cut
+    return content, tools, cut
 
 
 def choose_held_out(groups: Iterable[int], *, share: float, num_rows: int | None = None) -> np.ndarray:

@@ -286,15 +286,15 @@ def test_joint_training_moves_both(base, rows):
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen2_untied"])
 def test_packed_weights_of_a_frozen_base_change_no_gradient(bases, rows, name, monkeypatch):
     settings = {"loss": {"kl": 1.0, "tv": 1.0}, "embedding": "base_frozen", "head": "base_frozen"}
-    found = []
+    by_weights = []
     for least in (cpu.LEAST_PACKED_BYTES, 0):
         monkeypatch.setattr(cpu, "LEAST_PACKED_BYTES", least)
         engine = build_engine(bases[name], speculator=settings)
         run_batch(engine, make_batch(rows, micro=8))
         packed = [module for module in engine.base.modules() if isinstance(module, cpu.PackedLinear)]
         assert bool(packed) == (least == 0)
-        found.append(gradients(engine))
-    assert_same_gradients(found[1], found[0])
+        by_weights.append(gradients(engine))
+    assert_same_gradients(by_weights[1], by_weights[0])
     monkeypatch.undo()
     monkeypatch.setattr(cpu, "LEAST_PACKED_BYTES", 0)
     for other in ({"freeze_base_model": False}, {"speculator": {"method": "early_exit", "exit_layer": 0}}):
