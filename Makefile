@@ -34,12 +34,16 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# The drafter in a real vLLM: with a GPU in an environment of yours that has it (docs/rollout.md), here without one.
-test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -m slow tests/gpu
+# Both of our drafters in a real vLLM: with a GPU in an environment of yours that has it (docs/rollout.md), here without.
+test-vllm: .venv-vllm/.installed .venv-vllm-v2/.installed
+	VLLM_V2_PYTHON=$(CURDIR)/.venv-vllm-v2/bin/python .venv-vllm/bin/python -m pytest -m slow tests/gpu
 
 .venv-vllm/.installed: tests/gpu/cpu_environment.sh pyproject.toml
-	PYTHON=$(PYTHON) tests/gpu/cpu_environment.sh .venv-vllm
+	PYTHON=$(PYTHON) tests/gpu/cpu_environment.sh v1 .venv-vllm
+	touch $@
+
+.venv-vllm-v2/.installed: tests/gpu/cpu_environment.sh pyproject.toml
+	PYTHON=$(PYTHON) tests/gpu/cpu_environment.sh v2 .venv-vllm-v2
 	touch $@
 
 lint: setup
@@ -56,4 +60,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf demo demo-real $(VENV) .venv-vllm
+	rm -rf demo demo-real $(VENV) .venv-vllm .venv-vllm-v2

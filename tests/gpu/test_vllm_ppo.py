@@ -5,6 +5,7 @@ Needs vLLM and verl (docs/rollout.md); skipped without. On a CPU by `cpu_platfor
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,11 +15,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from engines import HERE, ROOT, on_cuda
-from test_vllm import DRAFTS, data, pytestmark, real, served, trained  # noqa: F401
+from test_vllm import DRAFTS, data, real, served, trained  # noqa: F401
 
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.rl.rollout_args import rollout_arguments
 
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (docs/rollout.md)"),
+    pytest.mark.slow,
+]
 STEPS = 4
 CPU = {
     "VERL_PLATFORM": "cpu_as_gpus",

@@ -3,8 +3,9 @@
     python vllm_job.py JOB.json RESULT.json
 
 JOB: {"engine": keyword arguments of vllm.LLM, "steps": [...]}, each step one of
-    {"generate": [[token, ...], ...], "max_tokens": n, "temperature": t}     → the tokens of every request
+    {"generate": [[token, ...], ...], "max_tokens": n, "temperature": t, "seed": s}     → the tokens of every request
     {"call": name, "arguments": [...]}                     → what every worker answers
+    {"counts": true}                                       → vLLM's own counters of drafts since the engine started
     {"sleep": level} and {"wake": true}                    → null (CUDA)
 RESULT: {"version": vLLM's, "device": its, "results": [...]}
 """
@@ -16,6 +17,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+COUNTERS = {
+    "rounds": "vllm:spec_decode_num_drafts",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "accepted_per_position": "vllm:spec_decode_num_accepted_tokens_per_pos",
+}
 
 
 def main(job: Path, result: Path) -> None:
@@ -30,18 +38,30 @@ def main(job: Path, result: Path) -> None:
     described = json.loads(job.read_text())
     engine = LLM(**described["engine"])
 
+    def generate(step: dict[str, Any]) -> dict[str, Any]:
+        common = {"temperature": step.get("temperature", 0), "max_tokens": step["max_tokens"], "detokenize": False}
+        seed = step.get("seed")
+        settings = [
+            SamplingParams(**common, seed=None if seed is None else seed + i) for i in range(len(step["generate"]))
+        ]
+        prompts = [{"prompt_token_ids": tokens} for tokens in step["generate"]]
+        start = time.perf_counter()
+        outputs = engine.generate(prompts, settings, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "seconds": seconds}
+
+    def counts() -> dict[str, Any]:
+        metrics = {metric.name: metric for metric in engine.get_metrics()}
+        read = {key: metrics[name] for key, name in COUNTERS.items()}
+        return {key: metric.values if key == "accepted_per_position" else metric.value for key, metric in read.items()}
+
     def do(step: dict[str, Any]) -> Any:
         if "generate" in step:
-            settings = SamplingParams(
-                temperature=step.get("temperature", 0), max_tokens=step["max_tokens"], detokenize=False
-            )
-            prompts = [{"prompt_token_ids": tokens} for tokens in step["generate"]]
-            start = time.perf_counter()
-            outputs = engine.generate(prompts, settings, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            return {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "seconds": seconds}
+            return generate(step)
         if "call" in step:
             return engine.collective_rpc(step["call"], args=tuple(step.get("arguments", ())))
+        if "counts" in step:
+            return counts()
         if "sleep" in step:
             return engine.sleep(level=step["sleep"])
         return engine.wake_up()

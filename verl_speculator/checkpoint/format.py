@@ -40,6 +40,7 @@ PROVENANCE_KEY = "verl_speculator"
 BLOCK_KEY = "block_shapes"
 BLOCK_PREFIX = "block."
 CAP_KEY = "logit_cap"
+NESTED_KEY = "speculator"  # in an export for vLLM's V2 runner: the content of the checkpoint's own config.json
 DRAFT_TOKENS = "draft_tokens"  # the module's name of the draft vocabulary
 # On disk: what to add to the number of a head's row for its token, and the tokens as vLLM's Medusa reads them.
 DRAFT_TO_TARGET, TOKEN_MAP = "d2t", "token_map"
@@ -233,13 +234,26 @@ def read_checkpoint_info(path: str | Path) -> CheckpointInfo:
         UserError: if there is no checkpoint, or its configuration cannot be used.
     """
     directory = resolve_checkpoint(path)
-    invalid = f"{directory / CONFIG_FILE}: not a speculator's configuration"
     try:
         content = json.loads((directory / CONFIG_FILE).read_text())
     except ValueError as error:
-        raise UserError(f"{invalid}: {error}") from None
+        raise UserError(f"{directory / CONFIG_FILE}: not a speculator's configuration: {error}") from None
+    return parse_checkpoint_info(directory, content)
+
+
+def parse_checkpoint_info(directory: str | Path, content: Any) -> CheckpointInfo:
+    """As `read_checkpoint_info`, from the content of a `config.json`.
+
+    Args:
+        directory: where it is from, for messages and to find the weights.
+        content: decoded; that of an export for vLLM's V2 runner holds a checkpoint's under one key.
+    """
+    directory = Path(directory)
+    invalid = f"{directory / CONFIG_FILE}: not a speculator's configuration"
     if not isinstance(content, dict):
         raise UserError(f"{invalid}: expected an object")
+    if isinstance(nested := content.get(NESTED_KEY), dict):
+        content = nested | {PROVENANCE_KEY: content.get(PROVENANCE_KEY, {})}
     _check_is_speculator(directory, content)
     try:
         settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}

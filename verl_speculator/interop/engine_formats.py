@@ -14,6 +14,7 @@ from typing import Any
 from verl_speculator.checkpoint.format import (
     ARCTIC_MLP,
     DRAFT_TO_TARGET,
+    NESTED_KEY,
     SAFETENSORS_FILE,
     TOKEN_MAP,
     WEIGHTS_FILE,
@@ -23,12 +24,15 @@ from verl_speculator.config.schema import SpeculatorConfig
 Shapes = dict[str, tuple[int, ...]]
 ARCTIC = "ArcticInference 0.3.0 (vLLM 0.26.0)"
 VLLM_MEDUSA = "vLLM 0.24 to 0.32 without plugins"
-PROPOSER_ENGINE = "vLLM 0.24 to 0.33 with SpeculatorProposer"
+PROPOSER_ENGINE = "vLLM 0.24 to 0.33 with SpeculatorProposer (V1 runner)"
+DRAFT_MODEL_ENGINE = "vLLM 0.29 to 0.33 with SpeculatorDraftModel (V2 runner)"
 GATES = ("forget", "input", "output", "cell")
 
 # This package's drafter for vLLM, and the key of its settings in vLLM's additional_config, since speculative_config
 # rejects unknown keys.
 PROPOSER = "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
+# This package's draft model for vLLM's V2 runner, as its configuration names it.
+DRAFT_MODEL = "SpeculatorDraftModel"
 KEY = "verl_speculator"
 
 
@@ -88,14 +92,19 @@ def medusa_unsupported_reason(config: SpeculatorConfig) -> str | None:
 
 
 def proposer_unsupported_reason(config: SpeculatorConfig) -> str | None:
-    """Why this package's drafter for vLLM cannot serve a speculator, None if it can."""
-    if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
-        return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
+    """Why this package's drafter for vLLM's V1 runner cannot serve a speculator, None if it can."""
     for name in config.frozen_tables:
         return (
             f"{name}=base_frozen: vLLM gives drafters no weights of the base model; train with another setting, or "
             "export it with --format safetensors, which writes them out"
         )
+    return draft_model_unsupported_reason(config)
+
+
+def draft_model_unsupported_reason(config: SpeculatorConfig) -> str | None:
+    """Why this package's draft model for vLLM's V2 runner cannot serve a speculator, None if it can."""
+    if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
+        return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
     if config.hidden_state == "post_norm":
         return None
     return (
@@ -108,6 +117,7 @@ def serving_engines(config: SpeculatorConfig) -> dict[str, str | None]:
     """By engine with its versions: why it cannot serve a speculator of this configuration, None if it can."""
     return {
         "verl_speculator.decoding": None,
+        DRAFT_MODEL_ENGINE: draft_model_unsupported_reason(config),
         PROPOSER_ENGINE: proposer_unsupported_reason(config),
         ARCTIC: arctic_unsupported_reason(config),
         VLLM_MEDUSA: medusa_unsupported_reason(config),
@@ -171,6 +181,24 @@ def _arctic_mlp_content(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key in _MLP_KEYS} | changed
 
 
+def _draft_model_content(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A language model without layers, as vLLM counts them: one module of prediction for each depth."""
+    depths = content["n_predict"]
+    return {
+        "architectures": [DRAFT_MODEL],
+        "model_type": "mtp",
+        "hidden_size": content["input_hidden_dim"],
+        "vocab_size": content["vocab_size"],
+        "num_hidden_layers": 0,
+        **{"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64},
+        "num_nextn_predict_layers": depths,
+        "n_predict": depths,
+        "max_position_embeddings": 2**24,  # the draft has no positions; vLLM takes the smaller one of draft and target
+        "torch_dtype": content["torch_dtype"],
+        NESTED_KEY: dict(content),
+    }
+
+
 @dataclass(frozen=True)
 class EngineFormat:
     """A format for a serving engine and its requirements.
@@ -184,6 +212,7 @@ class EngineFormat:
         content: from a checkpoint's `config.json`, without provenance, to that of the export.
         keys: the keys of that `config.json`; None for the checkpoint's own.
         optional_keys: keys that it may have.
+        method: of vLLM's `speculative_config`, for the engine's own drafter; None without one.
         ours: whether `load_speculator` and `SpeculatorProposer` read the format too.
     """
 
@@ -195,6 +224,7 @@ class EngineFormat:
     content: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     keys: frozenset[str] | None = None
     optional_keys: frozenset[str] = frozenset()
+    method: str | None = None
     ours: bool = True
 
 
@@ -219,6 +249,7 @@ FORMATS: Mapping[str, EngineFormat] = MappingProxyType(
             arctic_unsupported_reason,
             tensors=_arctic_tensors,
             keys=_MLP_KEYS | {"input_hidden_dim", "method", "proj_dim", "tie_lstm_embs"},
+            method="arctic",
         ),
         "arctic-mlp": EngineFormat(
             ARCTIC,
@@ -227,6 +258,7 @@ FORMATS: Mapping[str, EngineFormat] = MappingProxyType(
             tensor_name=arctic_mlp_name,
             content=_arctic_mlp_content,
             keys=_MLP_KEYS,
+            method="arctic",
             ours=False,
         ),
         "vllm-medusa": EngineFormat(
@@ -235,7 +267,15 @@ FORMATS: Mapping[str, EngineFormat] = MappingProxyType(
             SAFETENSORS_FILE,
             tensors=_medusa_tensors,
             keys=_MEDUSA_KEYS,
+            method="medusa",
             optional_keys=frozenset({"draft_vocab_size", "original_lm_head", "logit_cap", "truncated_vocab_size"}),
+        ),
+        "vllm": EngineFormat(
+            DRAFT_MODEL_ENGINE,
+            draft_model_unsupported_reason,
+            SAFETENSORS_FILE,
+            content=_draft_model_content,
+            method="mtp",
         ),
         "safetensors": EngineFormat("verl_speculator, and " + PROPOSER_ENGINE, lambda config: None, SAFETENSORS_FILE),
     }

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 EXPORT_DTYPES = (AUTO, "fp32", "bf16", "fp16")
 CARD = "README.md"
-VLLM = "vllm"  # needs no export
 # Columns of an evaluation's results.csv that the model card shows: heading, and format of a number.
 COLUMNS = {
     "prompts": ("prompts", None),
@@ -60,20 +59,10 @@ def check_export(
     cannot hold the speculator (with what to train instead), an unknown dtype, no base model to take tables from, or an
     output directory that exists."""
     for option, value, known in (("format", name, FORMATS), ("dtype", dtype, EXPORT_DTYPES)):
-        if value not in known and (option, value) != ("format", VLLM):
+        if value not in known:
             raise UserError(f"--{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
-    if name == VLLM:
-        engine, reason = PROPOSER_ENGINE, proposer_unsupported_reason(info.config)
-    else:
-        engine, reason = FORMATS[name].engine, FORMATS[name].unsupported_reason(_own_config(info.config))
-    if reason is not None:
-        raise UserError(f"--format {name}: {engine} cannot load {info.directory}: {reason}")
-    if name == VLLM:
-        raise UserError(
-            f"--format {VLLM}: {engine} serves {info.directory} as it stands, without an export "
-            "(docs/serving-engines.md; `verl-speculator rollout-args` prints its settings); expected one of "
-            f"{', '.join(FORMATS)}"
-        )
+    if (reason := FORMATS[name].unsupported_reason(_own_config(info.config))) is not None:
+        raise UserError(f"--format {name}: {FORMATS[name].engine} cannot load {info.directory}: {reason}")
     if info.config.frozen_tables and base is None:
         named = ", ".join(f"{table}=base_frozen" for table in info.config.frozen_tables)
         raise UserError(
@@ -243,13 +232,12 @@ def _json(value: Mapping[str, Any]) -> list[str]:
 def _serving(info: CheckpointInfo, name: str) -> list[str]:
     """Settings of each program that reads the format."""
     count, lines = {"num_speculative_tokens": info.config.n_predict}, []
-    if name != "safetensors":
-        arctic = name.startswith("arctic")
-        variable = ", with `ARCTIC_INFERENCE_ENABLED=1`" if arctic else ""
+    if (method := FORMATS[name].method) is not None:
+        variable = ", with `ARCTIC_INFERENCE_ENABLED=1`" if method == "arctic" else ""
         lines += [f"{FORMATS[name].engine}{variable}, as `speculative_config`:", ""]
-        lines += _json({"method": "arctic" if arctic else "medusa", "model": "/absolute/path/of/this"} | count)
+        lines += _json({"method": method, "model": "/absolute/path/of/this"} | count)
     if FORMATS[name].ours and proposer_unsupported_reason(info.config) is None:
-        lines += ["", "vLLM 0.24 to 0.33 with `verl_speculator` installed, as `speculative_config`:", ""]
+        lines += ["", f"{PROPOSER_ENGINE}, as `speculative_config`:", ""]
         lines += _json({"method": "custom_class", "model": PROPOSER} | count)
         lines += ["", "and as `additional_config`:", "", *_json({KEY: {"path": "/absolute/path/of/this"}})]
     if FORMATS[name].ours:

@@ -184,7 +184,10 @@ class Speculator(nn.Module, abc.ABC):
 
     def logits(self, depth: int, states: Tensor) -> Tensor:
         """[..., V] logits of the whole vocabulary, −inf for tokens outside of the draft vocabulary."""
-        logits = self.draft_logits(depth, states)
+        return self.over_vocabulary(self.draft_logits(depth, states))
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """[..., V] logits [..., V′] of the draft vocabulary, and −inf for all other tokens."""
         if self.draft_tokens is None:
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)

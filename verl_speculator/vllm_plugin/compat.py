@@ -1,5 +1,5 @@
-"""What the proposer relies on in vLLM, and checks that the installed version still has it. Imports neither vLLM nor
-torch. Read from the sources of vLLM 0.24.0 and 0.33.0 (docs/serving-engines.md)."""
+"""What the proposer and the draft model rely on in vLLM, and checks that the installed version still has it. Imports
+neither vLLM nor torch. Read from the sources of vLLM 0.24.0 and 0.33.0 (docs/serving-engines.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from verl_speculator.checkpoint.format import CheckpointInfo
-from verl_speculator.interop.engine_formats import KEY, PROPOSER, proposer_unsupported_reason
+from verl_speculator.interop.engine_formats import (
+    DRAFT_MODEL,
+    KEY,
+    PROPOSER,
+    draft_model_unsupported_reason,
+    proposer_unsupported_reason,
+)
 from verl_speculator.utils.settings import UserError, nearest
 
 OLDEST, NEWEST = (0, 24), (0, 33)
@@ -108,6 +114,45 @@ def check_served(info: CheckpointInfo, num_speculative_tokens: int) -> None:
     """
     if (unsupported_reason := proposer_unsupported_reason(info.config)) is not None:
         raise UserError(f"{info.directory}: {PROPOSER} cannot serve it: {unsupported_reason}")
+    _check_draft_length(info, num_speculative_tokens)
+
+
+def check_draft_model(vllm_config: Any, info: CheckpointInfo) -> None:
+    """Refuse what the draft model of the V2 runner cannot serve.
+
+    Args:
+        vllm_config: vLLM's own, of an engine with `method: mtp`.
+        info: of the export.
+
+    Raises:
+        UserError: for the V1 runner; a family that needs more than the hidden states after the final norm; another
+            draft length than n_predict; another base model; weights that would be random.
+    """
+    if not vllm_config.use_v2_model_runner:
+        raise UserError(
+            f"method=mtp: {DRAFT_MODEL} runs in vLLM's V2 runner alone (the default from 0.29 on); expected "
+            f"VLLM_USE_V2_MODEL_RUNNER=1, or method=custom_class with {PROPOSER}"
+        )
+    if (unsupported_reason := draft_model_unsupported_reason(info.config)) is not None:
+        raise UserError(f"{info.directory}: {DRAFT_MODEL} cannot serve it: {unsupported_reason}")
+    speculation, target = vllm_config.speculative_config, vllm_config.model_config
+    _check_draft_length(info, speculation.num_speculative_tokens)
+    info.check_base(target.get_hidden_size(), target.get_vocab_size())
+    if str(vllm_config.load_config.load_format) == "dummy" and not _loads_drafts_apart(speculation):
+        raise UserError(
+            "load_format=dummy: the draft model's weights would be random as well; expected "
+            'speculative_config.draft_load_config={"load_format": "auto"}, with vLLM 0.31 or newer'
+        )
+
+
+def _loads_drafts_apart(speculation: Any) -> bool:
+    """Whether vLLM loads a draft model in another way than the target; 0.28 to 0.30 ignore the setting in V2."""
+    apart = getattr(speculation, "draft_load_config", None)
+    version = minor_version(installed_vllm() or "")
+    return apart is not None and str(apart.load_format) != "dummy" and version >= (0, 31)
+
+
+def _check_draft_length(info: CheckpointInfo, num_speculative_tokens: int) -> None:
     if num_speculative_tokens != info.config.n_predict:
         raise UserError(
             f"speculative_config.num_speculative_tokens={num_speculative_tokens}: expected {info.config.n_predict}, "

@@ -134,6 +134,7 @@ class SpeculatorProposer:
         if self.speculator.is_untrained():
             logger.warning("%s: no training step has changed its tensors", info.directory)
         self.stats = AcceptanceStats()
+        self.shards: dict[str, Any] = {}  # every worker holds all of it
         self._step_inputs: tuple[Tensor, list[int] | None] | None = None
         compiled = device.type == "cuda" if settings.compile is None else settings.compile
         self._draft = partial(

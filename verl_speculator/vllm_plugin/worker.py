@@ -11,17 +11,31 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from verl_speculator.checkpoint.format import DRAFT_TOKENS, read_checkpoint_info, read_weights
-from verl_speculator.interop.engine_formats import first_few, shape_faults
+from verl_speculator.interop.engine_formats import DRAFT_MODEL, first_few, shape_faults
 from verl_speculator.models import Speculator
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.settings import UserError
-from verl_speculator.vllm_plugin.proposer import SpeculatorProposer
+from verl_speculator.vllm_plugin.proposer import AcceptanceStats, SpeculatorProposer
+
+
+class ServedSpeculator(Protocol):
+    """What a weight update needs of a drafter: `SpeculatorProposer` (V1 runner), `SpeculatorDraftModel` (V2 runner).
+
+    Attributes:
+        speculator: the module; under tensor parallelism V2's tables are this worker's rows.
+        shards: the tables of which this worker holds some rows, by the names of their weights.
+        stats: with the version of the weights.
+    """
+
+    speculator: Speculator
+    shards: Mapping[str, Any]
+    stats: AcceptanceStats
 
 
 class StreamedUpdate:
@@ -32,17 +46,21 @@ class StreamedUpdate:
     speculator are received without a copy.
 
     Args:
-        speculator: the served one; None in a worker that does not draft, which ignores all tensors.
-        shapes: of every parameter that will be sent, by the module's names.
+        served: the drafter; None in a worker that does not draft, which ignores all tensors.
+        shapes: of every whole parameter that will be sent, by the module's names.
     """
 
-    def __init__(self, speculator: Speculator | None, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, served: ServedSpeculator | None, shapes: Mapping[str, Sequence[int]]) -> None:
         self._pending: dict[str, Tensor] = {}
+        self._shards: Mapping[str, Any] = {}
+        self._shapes: dict[str, Sequence[int]] = {}
         self._error: UserError | None = None
-        if speculator is None:
+        if served is None:
             return
-        parameters = dict(speculator.named_parameters())
-        if faults := shape_faults(shapes, {name: parameter.shape for name, parameter in parameters.items()}):
+        parameters, self._shards = dict(served.speculator.named_parameters()), served.shards
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._shapes |= {name: shard.whole_shape for name, shard in self._shards.items()}
+        if faults := shape_faults(shapes, self._shapes):
             self._error = UserError(f"update_speculator: the tensors are another speculator's: {first_few(faults)}")
         else:
             self._pending = parameters
@@ -51,10 +69,13 @@ class StreamedUpdate:
     def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy a bucket of tensors; no reference to them is kept."""
         for name, tensor in tensors:
-            parameter = self._pending.get(name)
-            if parameter is not None and parameter.shape == tensor.shape:
+            if name not in self._pending or tuple(tensor.shape) != self._shapes[name]:
+                continue
+            parameter, shard = self._pending.pop(name), self._shards.get(name)
+            if shard is None:
                 parameter.copy_(tensor)
-                del self._pending[name]
+            else:
+                shard.copy(tensor)
 
     def finish(self) -> None:
         """After the last bucket.
@@ -75,9 +96,13 @@ class SpeculatorWorkerExtension:
     Only the workers of the last pipeline stage draft; in all others the methods return None.
     """
 
-    def _speculator_proposer(self) -> SpeculatorProposer | None:
+    def _served_speculator(self) -> ServedSpeculator | None:
         drafter = getattr(self.model_runner, "drafter", None)
-        return drafter if isinstance(drafter, SpeculatorProposer) else None
+        if isinstance(drafter, SpeculatorProposer):
+            return drafter
+        # V1's runner has this method too, for drafters with a language model of their own.
+        draft_model = self.model_runner.get_draft_model() if hasattr(self.model_runner, "get_draft_model") else None
+        return draft_model if type(draft_model).__name__ == DRAFT_MODEL else None
 
     def update_speculator(
         self, source: str | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int | None = None
@@ -94,11 +119,11 @@ class SpeculatorWorkerExtension:
         Raises:
             UserError: for another speculator's parameters; the served one is unchanged.
         """
-        proposer = self._speculator_proposer()
-        if proposer is None:
+        served = self._served_speculator()
+        if served is None:
             return None
         if isinstance(source, (str, Path)):
-            info, speculator = read_checkpoint_info(source), proposer.speculator
+            info, speculator = read_checkpoint_info(source), served.speculator
             if differing := speculator.config.differences(info.config):
                 raise UserError(
                     f"update_speculator: {info.directory} differs from what is served: {', '.join(differing)}"
@@ -109,11 +134,11 @@ class SpeculatorWorkerExtension:
             if tokens is not None and not torch.equal(tokens, speculator.draft_tokens.cpu()):
                 raise UserError(f"update_speculator: {info.directory} has another draft vocabulary than what is served")
         tensors = dict(source)
-        update = StreamedUpdate(proposer.speculator, {name: tensor.shape for name, tensor in tensors.items()})
+        update = StreamedUpdate(served, {name: tensor.shape for name, tensor in tensors.items()})
         update.copy(tensors.items())
         update.finish()
-        proposer.stats.version = proposer.stats.version + 1 if version is None else version
-        return proposer.stats.version
+        served.stats.version = served.stats.version + 1 if version is None else version
+        return served.stats.version
 
     def update_speculator_from_ipc(
         self, shapes: Mapping[str, Sequence[int]], version: int | None = None, use_shm: bool = False
@@ -130,20 +155,21 @@ class SpeculatorWorkerExtension:
         """
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
-        proposer = self._speculator_proposer()
-        update = StreamedUpdate(None if proposer is None else proposer.speculator, shapes)
+        served = self._served_speculator()
+        update = StreamedUpdate(served, shapes)
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
         receiver.receive_weights(on_bucket_received=lambda tensors, is_last: update.copy(tensors))
         update.finish()
-        if proposer is None:
+        if served is None:
             return None
-        proposer.stats.version = proposer.stats.version if version is None else version
-        return proposer.stats.version
+        served.stats.version = served.stats.version if version is None else version
+        return served.stats.version
 
     def acceptance_stats(self) -> dict[str, Any] | None:
-        """`AcceptanceStats` since the last call."""
-        proposer = self._speculator_proposer()
-        return None if proposer is None else proposer.stats.take()
+        """`AcceptanceStats` since the last call. The V2 runner's draft model knows its version alone: there the engine
+        counts, from its start on (`vllm:spec_decode_num_accepted_tokens` and others)."""
+        served = self._served_speculator()
+        return None if served is None else served.stats.take()
 
     def write_acceptance_stats(self, directory: str) -> None:
         """Write `acceptance_stats` to a file of this worker's own: verl's `collective_rpc` returns no results."""

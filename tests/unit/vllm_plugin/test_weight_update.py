@@ -247,7 +247,7 @@ def test_push_holds_two_whole_tensors_at_most(synced, monkeypatch):
 def test_streamed_update_keeps_no_tensor_and_tells_what_did_not_come(served):
     worker, _, (new, _) = served
     speculator, parameters = worker.model_runner.drafter.speculator, dict(new.named_parameters())
-    update = StreamedUpdate(speculator, {name: p.shape for name, p in parameters.items()})
+    update = StreamedUpdate(worker.model_runner.drafter, {name: p.shape for name, p in parameters.items()})
     (first, value), *_, (last, _) = parameters.items()
     sent = value.clone()
     gone = weakref.ref(sent)
