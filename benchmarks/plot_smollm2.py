@@ -1,6 +1,6 @@
 """Plot docs/img/smollm2.png: speed and tokens per pass of a real chat model, and tokens per pass over training time.
 
-python benchmarks/plot_smollm2.py [--evaluation results.csv] [--minutes training_minutes.csv]
+python benchmarks/plot_smollm2.py [--evaluation results.csv …] [--minutes training_minutes.csv] [--runs NAME …]
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ def label(row: pd.Series) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = ROOT / "benchmarks"
-    parser.add_argument("--evaluation", type=Path, default=folder / "evaluation_smollm2" / "fp32_threads_2.csv")
+    found = [folder / "evaluation_smollm2" / f"fp32_threads_2{name}.csv" for name in ("", "_auto")]
+    parser.add_argument("--evaluation", type=Path, nargs="+", default=found)
+    parser.add_argument("--runs", nargs="+", default=["recipe small", "default tables"])
     parser.add_argument("--minutes", type=Path, default=folder / "training_minutes.csv")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img" / "smollm2.png")
     args = parser.parse_args()
-    rows, minutes = pd.read_csv(args.evaluation), pd.read_csv(args.minutes)
+    # The base model alone belongs to every evaluation; the first one's is shown.
+    rows = pd.concat(map(pd.read_csv, args.evaluation)).drop_duplicates(["speculator", "draft_shape"])
+    minutes = pd.read_csv(args.minutes)
     figure, (speed, training) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True, width_ratios=[3, 2])
     rows = rows[::-1]
     rate = rows["speculative_tokens_per_s"]
@@ -43,7 +47,7 @@ def main() -> None:
         text = f"τ {row['tau']:.2f}, × {row['speedup']:.2f}"
         speed.text(0.3, place, text, va="center", color="white", fontsize=8)
     speed.set(xlabel="tokens per second", title="SmolLM2-135M on two CPU cores, batch 1")
-    for name, group in minutes.groupby("name", sort=False):
+    for name, group in minutes[minutes["name"].isin(args.runs)].groupby("name", sort=False):
         training.plot(group["minutes_of_step"], group["tau"], "o-", label=name)
     training.set(xlabel="minutes of training on one core", ylabel="tokens per pass (τ)", title="chain of five drafts")
     training.legend(fontsize=8, frameon=False)
