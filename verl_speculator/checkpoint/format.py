@@ -273,6 +273,11 @@ def parse_checkpoint_info(directory: str | Path, content: Any) -> CheckpointInfo
         raise UserError(f"{invalid}: {reason}") from None
 
 
+def is_draft_model(directory: Path) -> bool:
+    """Whether a directory is an export for vLLM's V2 runner."""
+    return NESTED_KEY in json.loads((directory / CONFIG_FILE).read_text())
+
+
 def _check_is_speculator(directory: Path, content: Mapping[str, Any]) -> None:
     """Reject exports for another program, Medusa heads in another format, and whole models, with what to do instead."""
     if ARCTIC_MLP in content.get("architectures", ()):

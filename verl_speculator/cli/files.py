@@ -153,7 +153,7 @@ def rollout_args(
     overrides: Annotated[
         tuple[str, ...], Option("your own overrides: held against these, and printed behind them", positional=True)
     ] = (),
-    engine: Annotated[str, Option(", ".join(ENGINES))] = "vllm",
+    engine: Annotated[str, Option(f"vllm (the runner that the installed vLLM has), {', '.join(ENGINES)}")] = "vllm",
     purpose: Annotated[str, Option(", ".join(PURPOSES), flag="--for")] = "ppo",
     train: Annotated[
         bool, Option("have PPO's actor train the speculator, and the rollout take it over", flag="--train")

@@ -17,18 +17,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.base_model.loading import base_shape
-from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, read_checkpoint_info
+from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, is_draft_model, read_checkpoint_info
 from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings
 from verl_speculator.interop.engine_formats import (
     KEY,
     PROPOSER,
     arctic_unsupported_reason,
+    draft_model_unsupported_reason,
     medusa_unsupported_reason,
     proposer_unsupported_reason,
 )
 from verl_speculator.training import MODEL_TYPE
 from verl_speculator.utils.settings import UserError, nearest
 from verl_speculator.vllm_plugin.compat import (
+    DRAFT_UP_TO,
     NEWEST,
     OLDEST,
     VERSIONS,
@@ -60,8 +62,10 @@ class Engine(NamedTuple):
     package: str = "verl_speculator[vllm]"
 
 
+OURS, V1, V2 = "vllm", "vllm-v1", "vllm-v2"
 ENGINES = {
-    "vllm": Engine(proposer_unsupported_reason, "custom_class"),
+    V1: Engine(proposer_unsupported_reason, "custom_class"),
+    V2: Engine(draft_model_unsupported_reason, "mtp", (0, 28), versions="0.28 to 0.33"),
     "arctic": Engine(
         arctic_unsupported_reason, "arctic", (0, 26), (0, 26), "0.26.0", package="arctic-inference==0.3.0"
     ),
@@ -75,17 +79,17 @@ SPECULATION = SERVER + "speculative_config."
 EXTENSION = SERVER + "worker_extension_cls"
 BASE = MODEL + "path"
 STRATEGY = "actor_rollout_ref.actor.strategy"
-ARCTIC_SWITCH = "ARCTIC_INFERENCE_ENABLED"
+ARCTIC_SWITCH, RUNNER_SWITCH = "ARCTIC_INFERENCE_ENABLED", "VLLM_USE_V2_MODEL_RUNNER"
 POLICY = "verl_speculator.training.model_config.SpeculatorPolicyConfig"
 WORKER_EXTENSION = "verl_speculator.vllm_plugin.worker.VerlSpeculatorWorkerExtension"
 
 
 class Setting(NamedTuple):
-    """A required value.
+    """A value that is printed unless the user gives one.
 
     Attributes:
         accepted: the value that is printed, as Hydra reads it, and others that are accepted.
-        reason: what another value would do.
+        reason: what another value would do; empty where any value is accepted.
         new: whether verl's configuration has no such key.
     """
 
@@ -95,7 +99,7 @@ class Setting(NamedTuple):
 
     def check(self, key: str, value: Any) -> None:
         """Reject another value of this setting."""
-        if value not in self.accepted:
+        if self.reason and value not in self.accepted:
             raise UserError(f"{key}={value}: {self.reason}; expected {' or '.join(map(quote, self.accepted))}")
 
 
@@ -166,6 +170,11 @@ def _check_path(info: CheckpointInfo, engine: str) -> None:
             f"{path}: vLLM takes a draft model with {word!r} anywhere in its path for another method; expected a path "
             f"without {', '.join(METHOD_WORDS)}"
         )
+    if engine == V2 and not is_draft_model(info.directory):
+        raise UserError(
+            f"{info.directory}: --engine {V2} loads an export; expected the directory of "
+            f"`verl-speculator export {info.directory} --format vllm --out DIR`"
+        )
     if engine == "arctic" and not (info.directory / WEIGHTS_FILE).is_file():
         raise UserError(f"{info.directory}: no {WEIGHTS_FILE}; expected verl-speculator export --format arctic")
 
@@ -176,16 +185,34 @@ def _check_base(info: CheckpointInfo, base: str) -> None:
     info.check_base_weights(base)
 
 
+def _runner(version: str | None) -> tuple[str, str]:
+    """The one of our drafters that a vLLM runs, and why: from 0.29 on its V2 runner is the default."""
+    if (forced := os.environ.get(RUNNER_SWITCH)) in ("0", "1"):
+        return (V2 if forced == "1" else V1), f"{RUNNER_SWITCH}={forced}"
+    if version is None:
+        return V1, "vLLM is not installed here, and verl 0.9.1's own, 0.24, has the V1 runner"
+    engine = V2 if minor_version(version) >= (0, 29) else V1
+    return engine, f"vLLM {version} runs its {engine[-2:].upper()} runner unless {RUNNER_SWITCH} is set"
+
+
 def _check_installed(name: str) -> list[str]:
     """Refuse installed versions that cannot serve; a note if none is installed."""
     engine, version = ENGINES[name], installed_vllm()
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise UserError(f"VLLM_USE_V2_MODEL_RUNNER=1: --engine {name} drafts in vLLM's V1 runner alone; expected 0")
+    forced, runner = os.environ.get(RUNNER_SWITCH), "0" if name != V2 else "1"
+    if forced in ("0", "1") and forced != runner:
+        raise UserError(
+            f"{RUNNER_SWITCH}={forced}: --engine {name} drafts in vLLM's {'V2' if name == V2 else 'V1'} runner alone; "
+            f"expected {runner}"
+        )
     install = f"pip install {engine.package}"
     if version is None:
         return [f"vLLM is not installed here; where the rollout runs it needs {engine.versions}: {install}"]
-    if name == "vllm":
+    if name in (V1, V2):
         check_version(version)
+        if minor_version(version) < engine.oldest:
+            raise UserError(f"vllm {version}: --engine {name} needs {engine.versions}; expected that, or --engine {V1}")
+        if _runner(version)[0] != name:
+            return [f"export {RUNNER_SWITCH}={runner} where the rollout runs: vLLM {version} has another default"]
     if name == "arctic":
         try:
             metadata.version("arctic-inference")
@@ -198,7 +225,7 @@ def _check_installed(name: str) -> list[str]:
 
 def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: bool) -> dict[str, Setting]:
     """Every setting that decides whether the trained weights draft."""
-    path, is_proposer = str(info.directory.resolve()), engine == "vllm"
+    path, is_proposer = str(info.directory.resolve()), engine == V1
     other_drafter, n_predict = "another drafter would run", info.config.n_predict
     settings = {
         ROLLOUT + "name": Setting(("vllm",), "the speculator would not be served"),
@@ -214,10 +241,17 @@ def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: b
             settings[EXTENSION] = SYNC_REQUIREMENTS[EXTENSION]
     if purpose == "generation":
         settings[ROLLOUT + "load_format"] = Setting(("auto",), "the base that answers would have random weights")
+    elif engine == V2 and minor_version(installed_vllm() or "0.33") >= (0, 31):
+        settings[SPECULATION + "draft_load_config.load_format"] = Setting(
+            ("auto",), "the speculator would have random weights", new=True
+        )
     elif not is_proposer:
         # The target model gets the trainer's weights before the first rollout; a drafter of vLLM's own never does.
         settings[ROLLOUT + "load_format"] = Setting(("auto",), "the speculator would have random weights")
-    if purpose == "ppo" and engine == "vllm-medusa":  # ArcticInference saves its drafter before a sleep of level 2
+    if engine == V2:
+        gate = [[1, DRAFT_UP_TO, n_predict], [DRAFT_UP_TO + 1, 2**20, 0]]
+        settings[SPECULATION + "num_speculative_tokens_per_batch_size"] = Setting((gate,), "", new=True)
+    if purpose == "ppo" and engine in (V2, "vllm-medusa"):  # ArcticInference saves its drafter before level 2
         settings[ROLLOUT + "free_cache_engine"] = Setting(
             (False,), "a sleeping engine gives the speculator's weights back and wakes up with none"
         )
@@ -256,7 +290,7 @@ def rollout_arguments(
 
     Args:
         info: the checkpoint.
-        engine: vllm (our drafter), arctic or vllm-medusa.
+        engine: vllm (our drafter for the runner that the installed vLLM has: vllm-v1 or vllm-v2), arctic or vllm-medusa.
         purpose: ppo (`verl.trainer.main_ppo`) or generation (`verl.trainer.main_generation_server`).
         train: the actor trains the speculator and sends it to the rollout (`verl_speculator.train_ppo`).
         overrides: the user's, which are checked against the required ones.
@@ -265,22 +299,26 @@ def rollout_arguments(
         UserError: for an engine that cannot serve the speculator (with what to train instead), a path that vLLM would
             misread, versions that cannot serve it, and overrides with which other weights than the trained would draft.
     """
-    for option, value, known in (("engine", engine, ENGINES), ("for", purpose, PURPOSES)):
+    for option, value, known in (("engine", engine, (OURS, *ENGINES)), ("for", purpose, PURPOSES)):
         if value not in known:
             raise UserError(f"--{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
-    if train and (engine, purpose) != ("vllm", "ppo"):
+    notes = []
+    if engine == OURS:
+        engine, reason = _runner(installed_vllm())
+        notes = [f"--engine {engine}, since {reason}"]
+    if train and (engine, purpose) != (V1, "ppo"):
         raise UserError(
-            f"--train with --engine {engine} --for {purpose}: only our own drafter receives newer speculators; "
-            "expected --engine vllm --for ppo"
+            f"--train with --engine {engine} --for {purpose}: only our own drafter in the V1 runner receives newer "
+            f"speculators from verl 0.9.1, which fits vLLM up to 0.28; expected --engine {V1} --for ppo"
         )
     if (reason := ENGINES[engine].unsupported_reason(info.config)) is not None:
         raise UserError(f"--engine {engine}: cannot serve {info.directory}: {reason}")
-    if engine != "vllm":
+    if engine != V1:
         _check_path(info, engine)
     required = _required_settings(info, engine, purpose, train)
     user_keys = _check_overrides(overrides, (SYNC_REQUIREMENTS if train else {}) | required, info)
-    notes = _check_installed(engine)
-    if engine == "vllm":
+    notes += _check_installed(engine)
+    if engine == V1:
         notes.append(
             "vLLM 0.24 leaves the speculator out of its memory account: where memory is scarce, lower "
             f"{ROLLOUT}gpu_memory_utilization by its size"
@@ -337,4 +375,4 @@ def check_ppo(config: DictConfig) -> list[str]:
     _check_base(info, OmegaConf.select(config, BASE))
     if importlib.util.find_spec("transfer_queue") is None:
         raise UserError("TransferQueue is not installed, and verl's PPO needs it: pip install verl_speculator[ppo]")
-    return _check_installed("vllm")
+    return _check_installed(V1)

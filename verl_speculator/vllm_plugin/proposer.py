@@ -130,6 +130,7 @@ class SpeculatorProposer:
         patch_model_runner(GPUModelRunner)
         device = torch.device(vllm_config.device_config.device)
         self.dtype = vllm_config.model_config.dtype
+        self.draft_up_to = settings.draft_up_to
         self.speculator = load_speculator(info.directory, device=device, dtype=self.dtype).requires_grad_(False).eval()
         if self.speculator.is_untrained():
             logger.warning("%s: no training step has changed its tensors", info.directory)
@@ -170,13 +171,16 @@ class SpeculatorProposer:
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
-        """Called by vLLM: K draft tokens for each request, none for one without a token."""
+        """Called by vLLM: K draft tokens for each request, none for one without a token, and none at all in a batch of
+        more than `draft_up_to` requests."""
         if self._step_inputs is None:
             raise RuntimeError(
                 "vLLM asked for drafts in another way than through GPUModelRunner.propose_draft_token_ids"
             )
         hidden, num_draft_tokens = self._step_inputs
         self.stats.count(sampled_token_ids, num_draft_tokens)
+        if len(sampled_token_ids) > self.draft_up_to:
+            return [[] for _ in sampled_token_ids]
         return draft_batch(self._draft, hidden.to(self.dtype), sampled_token_ids, num_draft_tokens)
 
 

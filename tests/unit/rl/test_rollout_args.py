@@ -16,6 +16,7 @@ from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.__main__ import app
 from verl_speculator.base_model.loading import base_shape
 from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.interop.export import export_speculator
 from verl_speculator.rl.rollout_args import PURPOSES, quote, rollout_arguments
 from verl_speculator.utils.settings import UserError
 
@@ -31,9 +32,6 @@ SETTINGS = {
 }
 
 
-SERVED = [("vllm", "sum_rnn"), ("vllm", "medusa"), ("arctic", "sum_lstm"), ("vllm-medusa", "medusa")]
-
-
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory, base):
     """One checkpoint a family, in a directory whose name Hydra has to be told about."""
@@ -47,7 +45,14 @@ def specs(tmp_path_factory, base):
                 parameter.data.add_(0.5)  # as if it were trained
         folder = tmp_path_factory.mktemp("a run's, {odd}=name") / name
         found[name] = save_speculator(speculator, folder, base_architectures=["Qwen2ForCausalLM"])
+        export_speculator(read_checkpoint_info(folder), "vllm", folder.parent / "v2" / name)
     return found
+
+
+def of_engine(specs, engine, family):
+    """What an engine is pointed at: a checkpoint, or for the V2 runner its export."""
+    path = specs[family]
+    return read_checkpoint_info(path.parent / "v2" / family if engine == "vllm-v2" else path)
 
 
 def ppo(overrides):
@@ -63,28 +68,35 @@ def served(config) -> dict:
 
 @pytest.mark.parametrize("purpose", PURPOSES)
 @pytest.mark.parametrize(
-    ("engine", "family"), [("vllm", f) for f in SETTINGS] + [("arctic", "sum_lstm"), ("vllm-medusa", "medusa")]
+    ("engine", "family"),
+    [(e, f) for e in ("vllm", "vllm-v2") for f in SETTINGS] + [("arctic", "sum_lstm"), ("vllm-medusa", "medusa")],
 )
 def test_verl_accepts_every_override(specs, engine, family, purpose):
-    info = read_checkpoint_info(specs[family])
+    info = of_engine(specs, engine, family)
     config = ppo(
         rollout_arguments(info, engine=engine, purpose=purpose, overrides=["data.train_batch_size=7"]).overrides
     )
-    path, own = str(specs[family]), engine == "vllm"
+    path, own = str(info.directory), engine == "vllm"
     assert Path(path).is_absolute() and config.data.train_batch_size == 7
     rollout = config.actor_rollout_ref.rollout
     assert rollout.name == "vllm"
     proposer = "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
+    v2 = {"num_speculative_tokens_per_batch_size": [[1, 32, 3], [33, 2**20, 0]]}
+    if purpose == "ppo":
+        v2["draft_load_config"] = {"load_format": "auto"}
     assert served(config)["speculative_config"] == {
-        "method": {"vllm": "custom_class", "arctic": "arctic", "vllm-medusa": "medusa"}[engine],
+        "method": {"vllm": "custom_class", "vllm-v2": "mtp", "arctic": "arctic", "vllm-medusa": "medusa"}[engine],
         "model": proposer if own else path,
         "num_speculative_tokens": 3,
+        **(v2 if engine == "vllm-v2" else {}),
     }
     assert served(config).get("additional_config") == ({"verl_speculator": {"path": path}} if own else None)
-    # dummy is right only where the trainer's weights come before the first answer, and no drafter lies in vLLM's hands.
-    assert rollout.load_format == ("dummy" if own and purpose == "ppo" else "auto")
-    # Only vLLM's own Medusa loses its weights in a sleep of level 2.
-    assert rollout.free_cache_engine == (engine != "vllm-medusa" or purpose == "generation")
+    # dummy is right only where the trainer's weights come before the first answer, and the drafter is loaded apart.
+    assert rollout.load_format == (
+        "dummy" if engine.startswith("vllm") and engine != "vllm-medusa" and purpose == "ppo" else "auto"
+    )
+    # A draft model that vLLM holds loses its weights in a sleep of level 2.
+    assert rollout.free_cache_engine == (engine not in ("vllm-v2", "vllm-medusa") or purpose == "generation")
     extension = "verl_speculator.vllm_plugin.worker.VerlSpeculatorWorkerExtension"
     assert served(config).get("worker_extension_cls") == (extension if own and purpose == "ppo" else None)
     if engine == "arctic" and purpose == "ppo":
@@ -205,17 +217,35 @@ def test_what_arctic_asks_for(specs, tmp_path):
 
 def test_versions_that_are_installed(specs, monkeypatch):
     info = {name: read_checkpoint_info(path) for name, path in specs.items()}
-    assert "pip install verl_speculator[vllm]" in rollout_arguments(info["sum_rnn"]).notes[0]
+    chosen, install_it, *_ = rollout_arguments(info["sum_rnn"]).notes
+    assert chosen.startswith("--engine vllm-v1, since vLLM is not installed here")
+    assert "pip install verl_speculator[vllm]" in install_it
     assert "arctic-inference==0.3.0" in rollout_arguments(info["sum_rnn"], engine="arctic").notes[0]
     install(monkeypatch, "0.33.0")
-    assert not any("not installed" in note for note in rollout_arguments(info["sum_rnn"]).notes)
+    export = of_engine(specs, "vllm-v2", "sum_rnn")
+    arguments = rollout_arguments(export)
+    assert arguments.notes[0].startswith("--engine vllm-v2, since vLLM 0.33.0 runs its V2 runner unless")
+    assert any(line.endswith(".method=mtp") for line in arguments.overrides)
+    assert "--engine vllm-v2 loads an export; expected the directory of `verl-speculator export" in refusal(
+        info["sum_rnn"]
+    )
+    told = rollout_arguments(info["sum_rnn"], engine="vllm-v1").notes[0]
+    assert told.startswith("export VLLM_USE_V2_MODEL_RUNNER=0 where the rollout runs: vLLM 0.33.0")
+    assert "only our own drafter in the V1 runner receives newer" in refusal(export, train=True)
     assert "vllm 0.33.0: --engine vllm-medusa needs 0.24 to 0.32" in refusal(info["medusa"], engine="vllm-medusa")
     assert "arctic-inference is not installed" in refusal(info["sum_rnn"], engine="arctic")
     install(monkeypatch, "0.23.0")
     assert "vllm 0.23.0: verl_speculator.vllm_plugin.proposer" in refusal(info["sum_rnn"])
-    install(monkeypatch)
+    install(monkeypatch, "0.26.0")
+    assert "--engine vllm-v2 needs 0.28 to 0.33" in refusal(export, engine="vllm-v2")
+    install(monkeypatch, "0.30.0")
+    assert f"{ROLLOUT}load_format=auto" in rollout_arguments(export).overrides  # it would ignore draft_load_config
+    assert "the speculator would have random weights" in refusal(export, overrides=[DUMMY])
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert "VLLM_USE_V2_MODEL_RUNNER=1: --engine vllm drafts in vLLM's V1 runner alone" in refusal(info["sum_rnn"])
+    told = refusal(info["sum_rnn"], engine="vllm-v1")
+    assert "VLLM_USE_V2_MODEL_RUNNER=1: --engine vllm-v1 drafts in vLLM's V1 runner alone; expected 0" in told
+    install(monkeypatch, "0.28.0")
+    assert rollout_arguments(export).notes[0] == "--engine vllm-v2, since VLLM_USE_V2_MODEL_RUNNER=1"
 
 
 def test_the_command(specs, tmp_path):

@@ -152,6 +152,18 @@ def test_it_traces_as_one_graph(trained, model, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_nothing_is_drafted_for_a_large_batch(trained, model, texts, monkeypatch):
+    _, path = trained["sum_rnn"]
+    runner = install(monkeypatch)(engine_config(path, model, 3, draft_up_to=2), model)
+    requests = [Request(list(prompt), COUNT) for prompt in PROMPTS]
+    for size in (2, 3, 3, 1):
+        runner.step(requests[:size])
+    assert [[len(drafts) for drafts in found] for _, _, found in runner.seen] == [[3, 3], [0, 0, 0], [0, 0, 0], [3]]
+    while len(requests[0].answer) < COUNT:
+        runner.step(requests)
+    assert requests[0].tokens[: len(texts[0])] == texts[0]
+
+
 def test_other_drafters_are_left_alone(trained, model, monkeypatch):
     _, path = trained["sum_rnn"]
     kind = install(monkeypatch)
@@ -226,6 +238,7 @@ def test_what_is_refused_before_a_weight_is_read(trained, model, monkeypatch, tm
     assert "expected an absolute path" in refusal(kind, engine_config("runs/one", model, 3), model)
     assert "did you mean 'compile'" in refusal(kind, good(3, compiled=True), model)
     assert "compile=yes: expected true, false or null" in refusal(kind, good(3, compile="yes"), model)
+    assert "draft_up_to=-1: expected a number of requests" in refusal(kind, good(3, draft_up_to=-1), model)
     config = good(3)
     config.additional_config = {}
     assert 'expected {"verl_speculator": {"path"' in refusal(kind, config, model)
