@@ -290,7 +290,7 @@ def rollout_arguments(
 
     Args:
         info: the checkpoint.
-        engine: vllm (our drafter for the runner that the installed vLLM has: vllm-v1 or vllm-v2), arctic or vllm-medusa.
+        engine: vllm (our drafter for the installed vLLM: vllm-v1 or vllm-v2), arctic or vllm-medusa.
         purpose: ppo (`verl.trainer.main_ppo`) or generation (`verl.trainer.main_generation_server`).
         train: the actor trains the speculator and sends it to the rollout (`verl_speculator.train_ppo`).
         overrides: the user's, which are checked against the required ones.
