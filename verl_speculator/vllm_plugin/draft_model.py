@@ -101,8 +101,9 @@ class SpeculatorDraftModel(nn.Module):
         self.model, self.lm_head = SimpleNamespace(embed_tokens=tables[0]), tables[-1]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Part of vLLM's interface; it asks for embeddings only where a draft reads images."""
-        raise NotImplementedError("a speculator embeds its tokens itself")
+        """Part of vLLM's interface, and never called: `forward` embeds tokens itself, and vLLM asks for embeddings only
+        where target and draft both take those of images."""
+        raise RuntimeError("vLLM asked a speculator for embeddings, as if it took those of images")
 
     def forward(
         self,

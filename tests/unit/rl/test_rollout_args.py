@@ -229,8 +229,8 @@ def test_versions_that_are_installed(specs, monkeypatch):
     assert "--engine vllm-v2 loads an export; expected the directory of `verl-speculator export" in refusal(
         info["sum_rnn"]
     )
-    told = rollout_arguments(info["sum_rnn"], engine="vllm-v1").notes[0]
-    assert told.startswith("export VLLM_USE_V2_MODEL_RUNNER=0 where the rollout runs: vLLM 0.33.0")
+    note = rollout_arguments(info["sum_rnn"], engine="vllm-v1").notes[0]
+    assert note.startswith("export VLLM_USE_V2_MODEL_RUNNER=0 where the rollout runs: vLLM 0.33.0")
     assert "only our own drafter in the V1 runner receives newer" in refusal(export, train=True)
     assert "vllm 0.33.0: --engine vllm-medusa needs 0.24 to 0.32" in refusal(info["medusa"], engine="vllm-medusa")
     assert "arctic-inference is not installed" in refusal(info["sum_rnn"], engine="arctic")
@@ -242,8 +242,8 @@ def test_versions_that_are_installed(specs, monkeypatch):
     assert f"{ROLLOUT}load_format=auto" in rollout_arguments(export).overrides  # it would ignore draft_load_config
     assert "the speculator would have random weights" in refusal(export, overrides=[DUMMY])
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    told = refusal(info["sum_rnn"], engine="vllm-v1")
-    assert "VLLM_USE_V2_MODEL_RUNNER=1: --engine vllm-v1 drafts in vLLM's V1 runner alone; expected 0" in told
+    message = refusal(info["sum_rnn"], engine="vllm-v1")
+    assert "VLLM_USE_V2_MODEL_RUNNER=1: --engine vllm-v1 drafts in vLLM's V1 runner alone; expected 0" in message
     install(monkeypatch, "0.28.0")
     assert rollout_arguments(export).notes[0] == "--engine vllm-v2, since VLLM_USE_V2_MODEL_RUNNER=1"
 

@@ -45,12 +45,12 @@ class Workers:
         return received
 
     def module(self) -> ModuleType:
-        found = ModuleType("vllm.distributed")
-        found.get_tensor_model_parallel_rank = lambda: self.rank.value
-        found.get_tensor_model_parallel_world_size = lambda: self.size
-        found.tensor_model_parallel_all_reduce = lambda tensor: sum(self.exchange(tensor))
-        found.tensor_model_parallel_all_gather = lambda tensor: torch.cat(self.exchange(tensor), -1)
-        return found
+        distributed = ModuleType("vllm.distributed")
+        distributed.get_tensor_model_parallel_rank = lambda: self.rank.value
+        distributed.get_tensor_model_parallel_world_size = lambda: self.size
+        distributed.tensor_model_parallel_all_reduce = lambda tensor: sum(self.exchange(tensor))
+        distributed.tensor_model_parallel_all_gather = lambda tensor: torch.cat(self.exchange(tensor), -1)
+        return distributed
 
     def run(self, work) -> list:
         """The results of `work(rank)` on all workers."""
@@ -197,8 +197,8 @@ def test_what_its_weights_must_be(draft_model_class, tmp_path):
                 kind(vllm_config=engine(directory)).load_weights(tensors.items())
             return str(error.value)
 
-        (told,) = workers.run(work)
-        return told
+        (message,) = workers.run(work)
+        return message
 
     some = {name: tensor for name, tensor in weights.items() if name not in ("proj.1.0.weight", "d2t")}
     assert refusal(some) == "the draft model's file has no proj.1.0.weight, d2t: export the speculator again"
@@ -218,9 +218,9 @@ def test_what_is_refused_before_a_weight_is_read(draft_model_class, tmp_path, mo
                 kind(vllm_config=config)
             return str(error.value)
 
-        (told,) = workers.run(work)
-        assert "\n" not in told
-        return told
+        (message,) = workers.run(work)
+        assert "\n" not in message
+        return message
 
     assert "num_speculative_tokens=2: expected 3" in refusal(engine(directory, 2))
     assert "method=mtp: SpeculatorDraftModel runs in vLLM's V2 runner alone" in refusal(
