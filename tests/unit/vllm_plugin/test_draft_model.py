@@ -239,3 +239,22 @@ def test_what_is_refused_before_a_weight_is_read(draft_model_class, tmp_path, mo
     content["speculator"] |= {"method": "early_exit", "exit_layer": 0}
     (directory / "config.json").write_text(json.dumps(content))
     assert "cannot serve it: method=early_exit" in refusal(engine(directory))
+
+
+def test_vllm_finds_class_and_configuration_of_an_export(tmp_path, monkeypatch):
+    from importlib.metadata import entry_points
+
+    from transformers import AutoConfig
+
+    registered = {}
+    vllm = ModuleType("vllm")
+    vllm.ModelRegistry = SimpleNamespace(register_model=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    (plugin,) = entry_points(group="vllm.general_plugins", name="verl_speculator")
+    for _ in range(2):  # vLLM may call it again in the same process
+        plugin.load()()
+    assert registered == {"SpeculatorDraftModel": "verl_speculator.vllm_plugin.draft_model:SpeculatorDraftModel"}
+    config = AutoConfig.from_pretrained(export(tmp_path, "sum_rnn"))
+    assert (config.model_type, config.architectures) == ("mtp", list(registered))
+    assert (config.num_nextn_predict_layers, config.hidden_size) == (DEPTHS, WIDTH)
+    assert config.speculator["method"] == "sum_rnn"
