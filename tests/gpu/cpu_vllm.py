@@ -30,12 +30,19 @@ def expand(
 def mend() -> None:
     """Before a runner is built."""
     from vllm import _custom_ops
-    from vllm.utils import cpu_triton_utils
 
-    cpu_triton_utils.expand_kernel = cpu_triton_utils._FuncWrapper(expand)
     _custom_ops._supports_onednn = False
     if os.environ.get("TRITON_INTERPRET") == "1":
         mend_interpreter()
+    else:
+        mend_sampler()
+
+
+def mend_sampler() -> None:
+    """The fallback writes into its argument."""
+    from vllm.utils import cpu_triton_utils
+
+    cpu_triton_utils.expand_kernel = cpu_triton_utils._FuncWrapper(expand)
 
 
 def mend_interpreter() -> None:
