@@ -190,7 +190,8 @@ def _draft_model_content(content: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_size": content["input_hidden_dim"],
         "vocab_size": content["vocab_size"],
         "num_hidden_layers": 0,
-        **{"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64},
+        # There is no attention; vLLM wants a number that the number of tensor-parallel workers divides.
+        **{"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 64},
         "num_nextn_predict_layers": depths,
         "n_predict": depths,
         "max_position_embeddings": 2**24,  # the draft has no positions; vLLM takes the smaller one of draft and target

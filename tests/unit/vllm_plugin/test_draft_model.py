@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
@@ -258,3 +259,5 @@ def test_vllm_finds_class_and_configuration_of_an_export(tmp_path, monkeypatch):
     assert (config.model_type, config.architectures) == ("mtp", list(registered))
     assert (config.num_nextn_predict_layers, config.hidden_size) == (DEPTHS, WIDTH)
     assert config.speculator["method"] == "sum_rnn"
+    assert config.num_attention_heads % 8 == 0  # vLLM divides them among tensor-parallel workers
+    assert pickle.loads(pickle.dumps(config)).speculator == config.speculator  # as vLLM sends it to its workers
