@@ -110,7 +110,7 @@ def test_another_base_than_the_speculators(printed, checkpoint, bases, tmp_path)
 
 @pytest.mark.parametrize(("engine", "purpose"), [("arctic", "ppo"), ("vllm", "generation")])
 def test_only_our_drafter_follows(checkpoint, engine, purpose):
-    with pytest.raises(UserError, match="expected --engine vllm --for ppo"):
+    with pytest.raises(UserError, match="expected --engine vllm-v1 --for ppo"):
         rollout_arguments(read_checkpoint_info(checkpoint), engine=engine, purpose=purpose, train=True)
 
 
