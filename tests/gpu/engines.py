@@ -53,16 +53,19 @@ def missing(route: str) -> str | None:
     return None
 
 
-def drafting(route: str, checkpoint: Path, drafts: int, **settings: Any) -> dict[str, Any]:
-    """What an engine is told, to draft with a checkpoint.
+def drafting(route: str, checkpoint: Path, drafts: int, *, sampled: bool = False, **settings: Any) -> dict[str, Any]:
+    """Settings of an engine that drafts with a checkpoint.
 
     Args:
         route: V1 or V2; for V2 the checkpoint is exported, to a directory beside it.
         checkpoint: as training wrote it.
         drafts: draft length.
+        sampled: draw drafts from the speculator's distribution where a request samples.
         settings: of our proposer on V1, of `speculative_config` on V2.
     """
     speculation: dict[str, Any] = {"method": route, "num_speculative_tokens": drafts}
+    if sampled:
+        speculation["draft_sample_method"] = "probabilistic"
     engine: dict[str, Any] = {"worker_extension_cls": EXTENSION, "disable_log_stats": False}
     if route == V1:
         speculation["model"] = PROPOSER

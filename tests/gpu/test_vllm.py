@@ -169,14 +169,15 @@ def test_text_is_the_bases_and_acceptance_our_decoders(name, route, served, prom
     assert rate(seen) == pytest.approx(rate(counts), rel=0.02)
 
 
-def test_sampled_text_accepts_as_often(route, served, prompts, trained, tmp_path):
-    """At temperature 1 vLLM keeps a draft as often as our decoder does with the same greedy drafts: what it checks them
-    against is the base's distribution. Two samples of some thousand drafts each, so within 15 %."""
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy_drafts", "sampled_drafts"])
+def test_sampled_text_accepts_as_often(sampled, route, served, prompts, trained, tmp_path):
+    """At temperature 1 vLLM keeps a draft as often as our decoder does with drafts of the same kind: what it checks
+    them against is the base's distribution. Two samples of some thousand drafts each, so within 15 %."""
     base, speculator = load_base(served, torch.float32), load_speculator(trained["sum_rnn"], base=served)
-    settings = {"temperature": 1.0, "sampled_drafts": False, "max_new_tokens": COUNT}
+    settings = {"temperature": 1.0, "sampled_drafts": sampled, "max_new_tokens": COUNT}
     texts = [speculative_generate(base, speculator, prompt, seed=i, **settings) for i, prompt in enumerate(prompts * 2)]
     steps = [{"generate": prompts * 4, "max_tokens": COUNT, "temperature": 1.0}, {"counts": True}]
-    engine = engine_settings(served) | drafting(route, trained["sum_rnn"], DRAFTS)
+    engine = engine_settings(served) | drafting(route, trained["sum_rnn"], DRAFTS, sampled=sampled)
     _, seen = run(route, tmp_path, engine, steps)
     assert rate(seen) == pytest.approx(rate(acceptance(texts)), rel=0.15), seen
 

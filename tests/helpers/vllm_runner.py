@@ -43,7 +43,9 @@ def make_runner_class() -> type:
 
             self.vllm_config, self.base, self.chunk = vllm_config, base, chunk
             self.drafter = SpeculatorProposer(vllm_config)
-            self.input_batch = SimpleNamespace(num_tokens_no_spec=None, token_ids_cpu=None)
+            self.input_batch = SimpleNamespace(num_tokens_no_spec=None, token_ids_cpu=None, req_ids=[])
+            self._draft_probs = self._draft_prob_req_ids = None
+            self.temperature = 0.0
             self.seen: list[tuple[list[Request], list[list[int]], list[list[int]]]] = []
 
         def propose_draft_token_ids(
@@ -59,12 +61,18 @@ def make_runner_class() -> type:
             slot_mappings,
         ):
             assert isinstance(sampled_token_ids, list)
+            self._draft_probs = self._draft_prob_req_ids = None
             return self.drafter.propose(
                 sampled_token_ids,
                 self.input_batch.num_tokens_no_spec,
                 self.input_batch.token_ids_cpu,
                 slot_mappings=slot_mappings,
             )
+
+        def _get_spec_decode_draft_probs(self, request: str) -> torch.Tensor | None:
+            """vLLM's takes the metadata of a batch."""
+            ids = self._draft_prob_req_ids or []
+            return self._draft_probs[ids.index(request)] if request in ids else None
 
         @torch.inference_mode()
         def step(self, requests: list[Request]) -> None:
@@ -88,7 +96,10 @@ def make_runner_class() -> type:
                 counts.append(len(drafts))
             metadata = SimpleNamespace(num_draft_tokens=counts) if any(counts) else None
             hidden = torch.cat(rows)
-            found = self.propose_draft_token_ids(None, sampled, None, None, hidden, None, metadata, None, None)
+            self.input_batch.req_ids = [str(id(request)) for request in requests]
+            temperature = torch.full([len(requests)], self.temperature) if self.temperature else None
+            sampling = SimpleNamespace(temperature=temperature, generators={})
+            found = self.propose_draft_token_ids(None, sampled, sampling, None, hidden, None, metadata, None, None)
             for request, got, drafts in zip(requests, sampled, found, strict=True):
                 request.tokens += got
                 request.drafts = drafts
@@ -110,12 +121,15 @@ def install(monkeypatch, version: str = "0.24.0") -> type:
     return runner
 
 
-def engine_config(path, base, tokens: int, **settings):
+def engine_config(path, base, tokens: int, *, draft_sample_method: str = "greedy", **settings):
     """vLLM's configuration, as far as it is read."""
     config = base.config
     return SimpleNamespace(
         additional_config={"verl_speculator": {"path": str(path)} | settings},
-        speculative_config=SimpleNamespace(num_speculative_tokens=tokens),
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=tokens, draft_sample_method=draft_sample_method, rejection_sample_method="standard"
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
         model_config=SimpleNamespace(
             dtype=next(base.parameters()).dtype,
             get_hidden_size=lambda: config.hidden_size,

@@ -120,6 +120,12 @@ SYNC_REQUIREMENTS = {
 }
 # Of those, the settings that verl's defaults do not meet. The reference has the actor's values unless it is set apart.
 PRINTED_FOR_SYNC = (STRATEGY, MODEL + "model_type", MODEL + "speculator.train")
+# For the rollout of a policy, whose text has to be the policy's. All of this is vLLM's default.
+LOSSLESS = {
+    SPECULATION + "rejection_sample_method": Setting(
+        ("standard", "block"), "the rollout would not be the policy's: other ways of verification change the text"
+    )
+}
 # Read from ArcticInference 0.3.0 (vllm/config.py, pyproject.toml) and verl 0.9.1.
 ARCTIC_NOTES = (
     "ArcticInference 0.3.0 needs vLLM 0.26.0 exactly, where verl 0.9.1's own extra pins 0.24.0",
@@ -316,7 +322,8 @@ def rollout_arguments(
     if engine != V1:
         _check_path(info, engine)
     required = _required_settings(info, engine, purpose, train)
-    user_keys = _check_overrides(overrides, (SYNC_REQUIREMENTS if train else {}) | required, info)
+    checked = (SYNC_REQUIREMENTS if train else {}) | (LOSSLESS if purpose == "ppo" else {}) | required
+    user_keys = _check_overrides(overrides, checked, info)
     notes += _check_installed(engine)
     if engine == V1:
         notes.append(
@@ -364,6 +371,8 @@ def check_ppo(config: DictConfig) -> list[str]:
         )
     for name, setting in SYNC_REQUIREMENTS.items():
         setting.check(name, OmegaConf.select(config, name))
+    for name, setting in LOSSLESS.items():
+        setting.check(name, OmegaConf.select(config, name, default=setting.accepted[0]))
     training = SpeculatorSettings.parse(select(MODEL + "speculator")).training
     info = read_checkpoint_info(ProposerSettings.parse(select(SERVER + "additional_config")).path)
     first_path = None if training.path is None else read_checkpoint_info(training.path).directory.resolve()

@@ -70,6 +70,21 @@ def check_signature(function: Callable[..., Any]) -> None:
         )
 
 
+def check_reads_probabilities(runner: type) -> None:
+    """Refuse a runner of vLLM that reads no distributions of drafts. Raises UserError."""
+    if not hasattr(runner, "_get_spec_decode_draft_probs"):
+        raise UserError(
+            f"vllm {installed_vllm()}: draft_sample_method=probabilistic: GPUModelRunner has no "
+            "_get_spec_decode_draft_probs any more; expected greedy"
+        )
+
+
+def draws_drafts(speculation: Any) -> bool:
+    """Whether `speculative_config` asks for drafts that are drawn from the speculator's distribution. vLLM's other
+    ways of verification take them for certain."""
+    return speculation.draft_sample_method == "probabilistic" and speculation.rejection_sample_method == "standard"
+
+
 @dataclass(frozen=True)
 class ProposerSettings:
     """`additional_config.verl_speculator` of vLLM.

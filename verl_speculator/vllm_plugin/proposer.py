@@ -2,8 +2,8 @@
 
 `speculative_config = {"method": "custom_class", "model": "verl_speculator.vllm_plugin.proposer.SpeculatorProposer",
 "num_speculative_tokens": K}` with `additional_config = {"verl_speculator": {"path": "/absolute/checkpoint"}}`;
-`verl-speculator rollout-args` prints both. Drafts are greedy at any temperature, since vLLM takes tokens from such a
-drafter and no distribution. `compat` lists what it relies on.
+`verl-speculator rollout-args` prints both. Drafts are greedy at any temperature unless `speculative_config` has
+`"draft_sample_method": "probabilistic"`. `compat` lists what it relies on.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from verl_speculator.models import Speculator
 from verl_speculator.utils.settings import UserError
 from verl_speculator.vllm_plugin.compat import (
     ProposerSettings,
+    check_reads_probabilities,
     check_served,
     check_signature,
     check_version,
+    draws_drafts,
     installed_vllm,
 )
 
@@ -101,6 +103,34 @@ def rollout_metrics(
     return metrics
 
 
+class StepInputs(NamedTuple):
+    """What vLLM does not pass to `propose`, of one step with B requests.
+
+    Attributes:
+        hidden: [R, D] the hidden states that this step's tokens were sampled from.
+        num_draft_tokens: [B] that each request came with; None if none came with any.
+        temperature: [B] of each request, 0 where it is greedy; None if all are.
+        generators: random generators of the requests that have a seed, by their index.
+    """
+
+    hidden: Tensor
+    num_draft_tokens: list[int] | None
+    temperature: Tensor | None = None
+    generators: Mapping[int, torch.Generator] = {}
+
+
+class DrawnFrom(NamedTuple):
+    """The distributions of a step's drafts, which vLLM's rejection sampler reads in the next step.
+
+    Attributes:
+        requests: [n] index of each request that was drafted for.
+        probabilities: [n, K, V] that its drafts were drawn from.
+    """
+
+    requests: list[int]
+    probabilities: Tensor
+
+
 class SpeculatorProposer:
     """Drafts for vLLM's `GPUModelRunner`, which makes one in each worker.
 
@@ -128,6 +158,9 @@ class SpeculatorProposer:
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         patch_model_runner(GPUModelRunner)
+        self.draws_drafts = draws_drafts(vllm_config.speculative_config)
+        if self.draws_drafts:
+            check_reads_probabilities(GPUModelRunner)
         device = torch.device(vllm_config.device_config.device)
         self.dtype = vllm_config.model_config.dtype
         self.draft_up_to = settings.draft_up_to
@@ -136,10 +169,16 @@ class SpeculatorProposer:
             logger.warning("%s: no training step has changed its tensors", info.directory)
         self.stats = AcceptanceStats()
         self.shards: dict[str, Any] = {}  # every worker holds all of it
-        self._step_inputs: tuple[Tensor, list[int] | None] | None = None
+        self._step_inputs: StepInputs | None = None
+        self._drawn_from: DrawnFrom | None = None
+        # Row and newest token of each request, in memory that is copied to a GPU without a stop; `propose` ends with
+        # the copy of the drafts back, so nothing is overwritten before it was read.
+        most_requests = vllm_config.scheduler_config.max_num_seqs
+        self._newest = torch.empty(3 * most_requests, dtype=torch.long, pin_memory=device.type == "cuda")
         compiled = device.type == "cuda" if settings.compile is None else settings.compile
-        self._draft = partial(
-            torch.compile(greedy_drafts, dynamic=True) if compiled else greedy_drafts, self.speculator
+        self._greedy, self._sampled = (
+            partial(torch.compile(draft, dynamic=True) if compiled else draft, self.speculator)
+            for draft in (greedy_drafts, sampled_drafts)
         )
         if compiled:
             self._warm_up(device)
@@ -151,21 +190,23 @@ class SpeculatorProposer:
     def _warm_up(self, device: torch.device) -> None:
         for size in WARM_UP:
             hidden = torch.zeros(size, self.speculator.hidden_size, device=device, dtype=self.dtype)
-            self._draft(hidden, torch.zeros(size, device=device, dtype=torch.long))
+            for temperature in (None, torch.ones(size, device=device)):
+                self._draft([(i, i, 0) for i in range(size)], StepInputs(hidden, None, temperature))
+        self._drawn_from = None
 
     @contextmanager
-    def step_inputs(self, hidden: Tensor, num_draft_tokens: list[int] | None) -> Iterator[None]:
-        """Provide, for one step, what vLLM does not pass to `propose`.
-
-        Args:
-            hidden: [R, D] the hidden states that this step's tokens were sampled from.
-            num_draft_tokens: of each request; None if no request came with drafts.
-        """
-        self._step_inputs = hidden, num_draft_tokens
+    def step_inputs(self, inputs: StepInputs) -> Iterator[None]:
+        """Provide, for one step, what vLLM does not pass to `propose`."""
+        self._step_inputs = inputs
         try:
             yield
         finally:
             self._step_inputs = None
+
+    def take_drawn_from(self) -> DrawnFrom | None:
+        """Where the last drafts were drawn from; None if they were greedy."""
+        drawn_from, self._drawn_from = self._drawn_from, None
+        return drawn_from
 
     @torch.inference_mode()
     def propose(
@@ -177,18 +218,44 @@ class SpeculatorProposer:
             raise RuntimeError(
                 "vLLM asked for drafts in another way than through GPUModelRunner.propose_draft_token_ids"
             )
-        hidden, num_draft_tokens = self._step_inputs
-        self.stats.count(sampled_token_ids, num_draft_tokens)
+        inputs, drafts = self._step_inputs, [[] for _ in sampled_token_ids]
+        self.stats.count(sampled_token_ids, inputs.num_draft_tokens)
         if len(sampled_token_ids) > self.draft_up_to:
-            return [[] for _ in sampled_token_ids]
-        return draft_batch(self._draft, hidden.to(self.dtype), sampled_token_ids, num_draft_tokens)
+            return drafts
+        if newest := newest_rows(sampled_token_ids, inputs.num_draft_tokens):
+            for (request, _, _), tokens in zip(newest, self._draft(newest, inputs).tolist(), strict=True):
+                drafts[request] = tokens
+        return drafts
+
+    def _draft(self, newest: list[tuple[int, int, int]], inputs: StepInputs) -> Tensor:
+        """[n, K] drafts for the n requests of `newest_rows`."""
+        packed = self._newest[: 3 * len(newest)].view(3, -1).copy_(torch.tensor(newest).T)
+        requests, rows, tokens = packed.to(inputs.hidden.device, non_blocking=True)
+        hidden = inputs.hidden[rows].to(self.dtype)
+        if not self.draws_drafts or inputs.temperature is None:
+            return self._greedy(hidden, tokens)
+        indices = [request for request, _, _ in newest]
+        noise = self._noise(indices, inputs.generators)
+        drafts, probabilities = self._sampled(hidden, tokens, inputs.temperature[requests], noise)
+        self._drawn_from = DrawnFrom(indices, probabilities)
+        return drafts
+
+    def _noise(self, requests: Sequence[int], generators: Mapping[int, torch.Generator]) -> Tensor:
+        """[n, K, V] exponential, from the generators of the requests that have one."""
+        shape = (len(requests), self.speculator.n_predict, self.speculator.vocab_size)
+        noise = torch.empty(shape, device=next(self.speculator.parameters()).device).exponential_()
+        for row, request in enumerate(requests):
+            if request in generators:
+                noise[row].exponential_(generator=generators[request])
+        return noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # 0 · ∞ for a token outside of the draft vocabulary
 
 
 def patch_model_runner(runner: type) -> None:
     """Wrap a runner's method so that it passes its hidden states to our proposer; once per process.
 
     vLLM passes only tokens to a drafter of `custom_class`. The hidden states are arguments of the method that calls it;
-    the wrapper provides them to the proposer for the time of that call and leaves everything else as it is.
+    the wrapper provides them to the proposer for the time of that call, and stores the distributions of sampled drafts
+    where vLLM's own drafters have theirs stored. Everything else it leaves as it is.
 
     Raises:
         UserError: if the method has other parameters than in the versions that are supported.
@@ -205,10 +272,19 @@ def patch_model_runner(runner: type) -> None:
         if not isinstance(drafter, SpeculatorProposer):
             return original(self, *args, **kwargs)
         arguments = signature.bind(self, *args, **kwargs).arguments
-        drafts = arguments["spec_decode_metadata"]
-        num_draft_tokens = None if drafts is None else drafts.num_draft_tokens
-        with drafter.step_inputs(arguments["sample_hidden_states"], num_draft_tokens):
-            return original(self, *args, **kwargs)
+        verified, sampling = arguments["spec_decode_metadata"], arguments["sampling_metadata"]
+        inputs = StepInputs(
+            hidden=arguments["sample_hidden_states"],
+            num_draft_tokens=None if verified is None else verified.num_draft_tokens,
+            temperature=sampling.temperature,
+            generators=sampling.generators,
+        )
+        with drafter.step_inputs(inputs):
+            drafts = original(self, *args, **kwargs)
+        if (drawn_from := drafter.take_drawn_from()) is not None:
+            self._draft_probs = drawn_from.probabilities
+            self._draft_prob_req_ids = [self.input_batch.req_ids[request] for request in drawn_from.requests]
+        return drafts
 
     propose_draft_token_ids.passes_hidden_states = True
     runner.propose_draft_token_ids = propose_draft_token_ids
@@ -243,8 +319,7 @@ def newest_rows(sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int
 def greedy_drafts(speculator: Speculator, hidden: Tensor, tokens: Tensor) -> Tensor:
     """[B, K] the most likely token of every depth, each fed to the next depth.
 
-    A target model that samples accepts such a draft with probability p(argmax q); `tv` and `lk` raise Σ_v min(p, q),
-    the acceptance rate of a sampled draft.
+    A target model that samples accepts such a draft with probability p(argmax q).
 
     Args:
         speculator: any family that reads one hidden state.
@@ -259,24 +334,30 @@ def greedy_drafts(speculator: Speculator, hidden: Tensor, tokens: Tensor) -> Ten
     return torch.stack(drafts, dim=1)
 
 
-def draft_batch(
-    draft: Callable[[Tensor, Tensor], Tensor],
-    hidden: Tensor,
-    sampled: Sequence[Sequence[int]],
-    num_draft_tokens: Sequence[int] | None,
-) -> list[list[int]]:
-    """Draft tokens for every request of a step, none for a request without a token.
+def sampled_drafts(
+    speculator: Speculator, hidden: Tensor, tokens: Tensor, temperature: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from the distribution of every depth, each fed to the next depth.
+
+    A target model that samples accepts such a draft with probability Σ_v min(p, q) (Leviathan et al. 2022, equation 3).
 
     Args:
-        draft: from hidden states [n, D] and tokens [n] to drafts [n, K].
-        hidden: [R, D] the hidden states that this step's tokens were sampled from.
-        sampled: as in `newest_rows`.
-        num_draft_tokens: as in `newest_rows`.
+        speculator: any family that reads one hidden state.
+        hidden: [B, D] as in `greedy_drafts`.
+        tokens: [B] as there.
+        temperature: [B] of the requests; those with 0 get the most likely tokens.
+        noise: [B, K, V] exponential, larger than 0: argmax q / noise is a draw from q.
+
+    Returns:
+        [B, K] the drafts, and [B, K, V] in float32 what they were drawn from.
     """
-    drafts: list[list[int]] = [[] for _ in sampled]
-    if newest := newest_rows(sampled, num_draft_tokens):
-        requests, *rows_and_tokens = zip(*newest, strict=True)
-        rows, tokens = (torch.tensor(values, device=hidden.device) for values in rows_and_tokens)
-        for request, tokens_of_request in zip(requests, draft(hidden[rows], tokens).tolist(), strict=True):
-            drafts[request] = tokens_of_request
-    return drafts
+    is_greedy = (temperature < 1e-5)[:, None]  # as vLLM decides it
+    temperature = torch.where(is_greedy, 1.0, temperature[:, None])
+    state, drafts, distributions = speculator.start(hidden), [], []
+    for depth in range(speculator.n_predict):
+        state = speculator.step(state, tokens)
+        distribution = (speculator.logits(depth, state.output).float() / temperature).softmax(-1)
+        tokens = torch.where(is_greedy, distribution, distribution / noise[:, depth]).argmax(-1)
+        drafts.append(tokens)
+        distributions.append(distribution)
+    return torch.stack(drafts, dim=1), torch.stack(distributions, dim=1)

@@ -24,6 +24,7 @@ ROLLOUT = "actor_rollout_ref.rollout."
 SERVER = ROLLOUT + "engine_kwargs.vllm."
 SPECULATION = SERVER + "speculative_config."
 PATH = SERVER + "additional_config.verl_speculator.path"
+LOSSY = SPECULATION + "rejection_sample_method"
 DUMMY, FREED = ROLLOUT + "load_format=dummy", ROLLOUT + "free_cache_engine=True"
 SETTINGS = {
     "sum_rnn": {},
@@ -154,6 +155,8 @@ def refusal(info, **settings) -> str:
         ("medusa", {"engine": "vllm-medusa", "overrides": [f"++{SPECULATION}model=x"]}, "another drafter would run"),
         ("sum_rnn", {"overrides": [ROLLOUT + "name=sglang"]}, "the speculator would not be served; expected vllm"),
         ("sum_rnn", {"overrides": [f"~{ROLLOUT}name=vllm"]}, "the speculator would not be served; expected vllm"),
+        ("sum_rnn", {"overrides": [f"+{LOSSY}=synthetic"]}, "the rollout would not be the policy's"),
+        ("sum_rnn", {"engine": "arctic", "overrides": [f"+{LOSSY}=fly"]}, "expected standard or block"),
         ("sum_rnn", {"overrides": ["nonsense"]}, "'nonsense' is not an override"),
         ("sum_rnn", {"engine": "vllm-medusa"}, "method=sum_rnn: no released version serves it by itself; train medusa"),
         ("medusa", {"engine": "arctic"}, "it serves sum_rnn and sum_lstm"),
@@ -164,6 +167,14 @@ def refusal(info, **settings) -> str:
 )
 def test_refusals(specs, family, settings, words):
     assert words in refusal(read_checkpoint_info(specs[family]), **settings)
+
+
+def test_verification_that_keeps_the_text_is_the_users_choice(specs):
+    info = read_checkpoint_info(specs["sum_rnn"])
+    lossy = f"+{LOSSY}=synthetic"
+    assert lossy in rollout_arguments(info, purpose="generation", overrides=[lossy]).overrides
+    for own in (f"+{LOSSY}=block", f"+{SPECULATION}draft_sample_method=probabilistic"):
+        assert own in rollout_arguments(info, overrides=[own]).overrides
 
 
 def test_the_same_value_again_is_fine(specs):

@@ -16,7 +16,13 @@ from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.decoding.drafters import SpeculatorDrafter
 from verl_speculator.utils.settings import UserError
 from verl_speculator.vllm_plugin.compat import ProposerSettings, check_signature, check_version
-from verl_speculator.vllm_plugin.proposer import draft_batch, greedy_drafts, newest_rows, rollout_metrics
+from verl_speculator.vllm_plugin.proposer import (
+    StepInputs,
+    greedy_drafts,
+    newest_rows,
+    rollout_metrics,
+    sampled_drafts,
+)
 
 PROMPTS = [[5, 9, 23, 4, 77, 31, 8], [100, 3, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70]]
 FAMILIES = {
@@ -60,12 +66,13 @@ def test_rows_of_a_mixed_batch():
         newest_rows([[1], [2]], [0])
 
 
-def test_nothing_is_computed_for_a_batch_without_tokens():
-    def never(hidden, tokens):
-        raise AssertionError
-
-    assert draft_batch(never, torch.zeros(2, 4), [[], []], None) == [[], []]
-    assert draft_batch(never, torch.zeros(0, 4), [], None) == []
+def test_nothing_is_computed_for_a_batch_without_tokens(trained, model, monkeypatch):
+    _, path = trained["sum_rnn"]
+    drafter = install(monkeypatch)(engine_config(path, model, 3), model).drafter
+    monkeypatch.setattr(drafter, "_draft", None)
+    for sampled in ([[], []], []):
+        with drafter.step_inputs(StepInputs(torch.zeros(len(sampled), 32), None)):
+            assert drafter.propose(sampled, None, None) == sampled
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,6 +126,83 @@ def test_a_served_batch_drafts_what_our_decoder_drafts(trained, model, texts, fa
     assert rollout_metrics([account])["rollout/accepted_length"] == pytest.approx(1 + sum(accepted) / len(accepted))
 
 
+def exponential(*shape: int) -> torch.Tensor:
+    return torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "draft_vocabulary"])
+def test_sampled_drafts_come_with_what_they_were_drawn_from(trained, model, texts, family):
+    """The first drafts of 4,000 requests at one place against q (chi-square), all distributions against the recurrence
+    on the drafts before them, and a greedy request among them."""
+    if family == "draft_vocabulary":
+        tokens = sorted({token for text in texts for token in text})
+        config = SpeculatorConfig(n_predict=3, inner_dim=16, emb_dim=16, proj_dim=16, draft_vocab_size=len(tokens))
+        speculator = build_speculator(config, hidden_size=32, vocab_size=model.config.vocab_size, seed=0).double()
+        speculator.draft_tokens.copy_(torch.tensor(tokens))
+    else:
+        speculator, _ = trained[family]
+    count, size = 4000, speculator.vocab_size
+    hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(count, -1)
+    newest = torch.full([count], texts[0][0])
+    temperature = torch.full([count], 2.0)
+    temperature[0] = 0
+    drafts, distributions = sampled_drafts(speculator, hidden, newest, temperature, exponential(count, 3, size))
+    assert drafts[:1].equal(greedy_drafts(speculator, hidden[:1], newest[:1]))
+    states = speculator.unroll(hidden, torch.cat([newest[:, None], drafts[:, :-1]], dim=1))
+    for k in range(3):
+        expected = (speculator.logits(k, states[k]) / temperature.clamp(min=1e-9)[:, None]).softmax(-1)
+        torch.testing.assert_close(distributions[1:, k], expected[1:].float())
+    assert distributions.gather(2, drafts[..., None]).all(), "a draft that cannot have been drawn"
+    expected, seen = distributions[1, 0] * (count - 1), drafts[1:, 0].bincount(minlength=size)
+    often = expected >= 5
+    statistic = ((seen - expected)[often] ** 2 / expected[often]).sum()
+    freedom = int(often.sum())
+    assert often.sum() >= 8 and statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_the_runner_gets_the_distributions_of_the_requests_that_were_drafted_for(trained, model, monkeypatch):
+    _, path = trained["sum_lstm"]
+    config = engine_config(path, model, 3, draft_sample_method="probabilistic")
+    runner = install(monkeypatch)(config, model, chunk=4)
+    requests = [Request(list(prompt), 4) for prompt in PROMPTS]
+    runner.step(requests)
+    assert runner._draft_probs is None, "greedy requests need none"
+    runner.temperature = 1.0
+    reading = Request([*PROMPTS[2], 4, 5, 6], 4)
+    torch.manual_seed(0)
+    runner.step([reading, requests[1]])
+    assert runner._get_spec_decode_draft_probs(str(id(reading))) is None
+    found = runner._get_spec_decode_draft_probs(str(id(requests[1])))
+    assert found.shape == (3, model.config.vocab_size)
+    torch.testing.assert_close(found.sum(-1), torch.ones(3))
+    assert found.gather(1, torch.tensor(requests[1].drafts)[:, None]).all()
+
+
+def test_a_requests_seed_decides_its_drafts(trained, model, monkeypatch):
+    _, path = trained["sum_rnn"]
+    config = engine_config(path, model, 3, draft_sample_method="probabilistic")
+    drafter = install(monkeypatch)(config, model).drafter
+
+    def drafts(seed: int) -> list[list[int]]:
+        inputs = StepInputs(torch.zeros(2, 32), None, torch.full([2], 5.0), {1: torch.Generator().manual_seed(seed)})
+        with drafter.step_inputs(inputs):
+            return drafter.propose([[3], [3]], None, None)
+
+    torch.manual_seed(0)
+    several = [drafts(1), drafts(1), drafts(2)]
+    assert several[0][1] == several[1][1] != several[2][1]
+    assert several[0][0] != several[1][0]
+
+
+def test_a_runner_that_reads_no_distributions_is_refused(trained, model, monkeypatch):
+    _, path = trained["sum_rnn"]
+    kind = install(monkeypatch)
+    del kind._get_spec_decode_draft_probs
+    config = engine_config(path, model, 3, draft_sample_method="probabilistic")
+    assert "draft_sample_method=probabilistic: GPUModelRunner has no" in refusal(kind, config, model)
+    kind(engine_config(path, model, 3), model)
+
+
 def test_acceptance_is_our_own_decoders(trained, model, monkeypatch):
     speculator, path = trained["sum_rnn"]
     own = speculative_generate(model, speculator, PROMPTS[1], max_new_tokens=COUNT, eos_token_id=())
@@ -131,7 +215,8 @@ def test_acceptance_is_our_own_decoders(trained, model, monkeypatch):
     assert request.accepted[:-1] == [r.accepted for r in own.rounds[1:-1]]
 
 
-def test_it_traces_as_one_graph(trained, model, monkeypatch):
+@pytest.mark.parametrize(("method", "graphs"), [("greedy", 2), ("probabilistic", 4)])
+def test_it_traces_as_one_graph(trained, model, monkeypatch, method, graphs):
     """What torch.compile gets on CUDA: nothing in it falls back to Python, for any number of requests."""
     _, path = trained["sum_lstm"]
     traced = []
@@ -143,12 +228,12 @@ def test_it_traces_as_one_graph(trained, model, monkeypatch):
     compiled = partial(torch.compile, backend=count, fullgraph=True)
     monkeypatch.setattr("verl_speculator.vllm_plugin.proposer.torch.compile", compiled)
     torch._dynamo.reset()
-    runner = install(monkeypatch)(engine_config(path, model, 3, compile=True), model)
-    warm = len(traced)
-    assert warm == 2
+    runner = install(monkeypatch)(engine_config(path, model, 3, draft_sample_method=method, compile=True), model)
+    assert len(traced) == graphs
     for size in (1, 2, 5):
-        runner.step([Request([4 + i, 5], 5) for i in range(size)])
-    assert len(traced) == warm
+        for runner.temperature in (0.0, 1.0):
+            runner.step([Request([4 + i, 5], 5) for i in range(size)])
+    assert len(traced) == graphs
     torch._dynamo.reset()
 
 
