@@ -53,14 +53,43 @@ def missing(route: str) -> str | None:
     return None
 
 
-def drafting(route: str, checkpoint: Path, drafts: int, *, sampled: bool = False, **settings: Any) -> dict[str, Any]:
+def chat_prompts(base: Path, data: Path, *, longest: int | None = None) -> list[list[int]]:
+    """The first message of every conversation of a parquet file, as the base model reads it; those that have at most
+    `longest` tokens."""
+    import pandas as pd
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompts = [
+        tokenizer.apply_chat_template([dict(messages[0])], add_generation_prompt=True, return_dict=False)
+        for messages in pd.read_parquet(data)["messages"]
+    ]
+    return [prompt for prompt in prompts if longest is None or len(prompt) <= longest]
+
+
+def draft_counts(answers: list[Any], drafts: int) -> dict[str, Any]:
+    """Drafts in answers of our decoder and those that were accepted, in all and by position, as vLLM counts them: with
+    the last round of an answer, where a draft that the limit of tokens cuts off counts as accepted."""
+    rounds = [each for answer in answers for each in answer.rounds[1:]]
+    return {
+        "rounds": len(rounds),
+        "drafted": sum(each.drafted for each in rounds),
+        "accepted": sum(each.accepted for each in rounds),
+        "accepted_per_position": [sum(each.accepted > k for each in rounds) for k in range(drafts)],
+    }
+
+
+def drafting(
+    route: str, checkpoint: Path, drafts: int, *, sampled: bool = False, export_to: Path | None = None, **settings: Any
+) -> dict[str, Any]:
     """Settings of an engine that drafts with a checkpoint.
 
     Args:
-        route: V1 or V2; for V2 the checkpoint is exported, to a directory beside it.
+        route: V1 or V2; for V2 the checkpoint is exported.
         checkpoint: as training wrote it.
         drafts: draft length.
         sampled: draw drafts from the speculator's distribution where a request samples.
+        export_to: directory of the export, by default beside the checkpoint.
         settings: of our proposer on V1, of `speculative_config` on V2.
     """
     speculation: dict[str, Any] = {"method": route, "num_speculative_tokens": drafts}
@@ -73,7 +102,7 @@ def drafting(route: str, checkpoint: Path, drafts: int, *, sampled: bool = False
             "speculative_config": speculation,
             "additional_config": {KEY: {"path": str(checkpoint), **settings}},
         }
-    exported = Path(f"{checkpoint}_vllm")
+    exported = export_to or Path(f"{checkpoint}_vllm")
     if not exported.exists():
         export_speculator(read_checkpoint_info(checkpoint), "vllm", exported)
     return engine | {"speculative_config": speculation | {"model": str(exported), **settings}}

@@ -7,11 +7,12 @@ Needs vLLM, its build for CUDA or its build for CPUs, in this environment or in 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from engines import V1, V2, drafting, engine_settings, missing, on_cuda, run, start
+from engines import V1, V2, chat_prompts, draft_counts, drafting, engine_settings, missing, on_cuda, run, start
 
 from helpers.drafters import load_base
 from helpers.training_runs import overrides, script
@@ -76,14 +77,7 @@ def data(real, chat) -> Path:
 @pytest.fixture(scope="module")
 def prompts(served, data) -> list[list[int]]:
     """More requests than an engine takes at once, of many lengths."""
-    import pandas as pd
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(served)
-    rows = pd.read_parquet(data)["messages"][-20:]
-    return [
-        tokenizer.apply_chat_template([dict(row[0])], add_generation_prompt=True, return_dict=False) for row in rows
-    ]
+    return chat_prompts(served, data)[-20:]
 
 
 class Trained(dict):
@@ -128,25 +122,13 @@ class Ours(dict):
     def __missing__(self, name: str) -> tuple[list[list[int]], dict[str, float]]:
         base, speculator = load_base(self.base, torch.float32), load_speculator(self.trained[name], base=self.base)
         texts = [speculative_generate(base, speculator, prompt, max_new_tokens=COUNT) for prompt in self.prompts]
-        self[name] = [text.tokens for text in texts], acceptance(texts)
+        self[name] = [text.tokens for text in texts], draft_counts(texts, DRAFTS)
         return self[name]
 
 
 @pytest.fixture(scope="module")
 def ours(served, prompts, trained) -> Ours:
     return Ours(served, prompts, trained)
-
-
-def acceptance(texts) -> dict[str, float]:
-    """Drafts of our decoder and those that were accepted, in all and by position, as vLLM counts them: a draft that the
-    limit of a text cuts off counts as accepted."""
-    rounds = [each for text in texts for each in text.rounds[1:]]
-    return {
-        "rounds": len(rounds),
-        "drafted": sum(each.drafted for each in rounds),
-        "accepted": sum(each.accepted for each in rounds),
-        "accepted_per_position": [sum(each.accepted > k for each in rounds) for k in range(DRAFTS)],
-    }
 
 
 def rate(counts) -> float:
@@ -179,7 +161,62 @@ def test_sampled_text_accepts_as_often(sampled, route, served, prompts, trained,
     steps = [{"generate": prompts * 4, "max_tokens": COUNT, "temperature": 1.0}, {"counts": True}]
     engine = engine_settings(served) | drafting(route, trained["sum_rnn"], DRAFTS, sampled=sampled)
     _, seen = run(route, tmp_path, engine, steps)
-    assert rate(seen) == pytest.approx(rate(acceptance(texts)), rel=0.15), seen
+    assert rate(seen) == pytest.approx(rate(draft_counts(texts, DRAFTS)), rel=0.15), seen
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy_drafts", "sampled_drafts"])
+def test_first_tokens_have_the_bases_distribution(sampled, route, served, prompts, trained, tmp_path):
+    """Chi-square tests of the first two and three tokens of 1,500 answers to one prompt, at temperature 1. The first
+    token is sampled before anything is drafted, the others are accepted drafts or their replacements. What is expected
+    of the most likely beginnings follows from the base model's own distributions; all others are one class."""
+    draws, limit = 1500, 0.01 / 8  # 1 % over both kinds of drafts, both routes, two lengths
+    prompt = prompts[0]
+    engine = engine_settings(served, max_num_seqs=64, seed=0) | drafting(
+        route, trained["sum_rnn"], DRAFTS, sampled=sampled
+    )
+    steps = [{"generate": [prompt] * draws, "max_tokens": 4, "temperature": 1.0}, {"counts": True}]
+    result, counts = run(route, tmp_path, engine, steps)
+    assert 0.05 < rate(counts) < 0.95
+    answers = [tuple(tokens) for tokens in result["tokens"]]
+    expected = likely_beginnings(load_base(served, torch.float32), prompt, 3, least=5 / draws)
+    for length in (2, 3):
+        chances = {beginning: chance for beginning, chance in expected.items() if len(beginning) == length}
+        seen = Counter(answer[:length] for answer in answers)
+        observed = [seen[beginning] for beginning in chances]
+        p_value = chi_square_p_value([*observed, draws - sum(observed)], [*chances.values(), 1 - sum(chances.values())])
+        assert len(chances) >= 8, "too few classes"
+        assert p_value > limit, (length, p_value)
+
+
+@torch.no_grad()
+def likely_beginnings(base, prompt: list[int], length: int, *, least: float) -> dict[tuple[int, ...], float]:
+    """Every beginning of an answer of up to `length` tokens whose probability is `least` or more."""
+    found: dict[tuple[int, ...], float] = {}
+    front: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for beginning, chance in front.items():
+            probabilities = chance * base(torch.tensor([[*prompt, *beginning]])).logits[0, -1].softmax(-1)
+            likely = (probabilities >= least).nonzero().flatten().tolist()
+            longer |= {(*beginning, token): probabilities[token].item() for token in likely}
+        found |= longer
+        front = {beginning: chance for beginning, chance in longer.items() if beginning[-1] not in end_tokens(base)}
+    return found
+
+
+def end_tokens(base) -> list[int]:
+    end = base.generation_config.eos_token_id
+    return end if isinstance(end, list) else [end]
+
+
+def chi_square_p_value(observed: list[int], chances: list[float]) -> float:
+    """Of Pearson's statistic, for classes of given chances."""
+    draws = sum(observed)
+    statistic = sum(
+        (seen - chance * draws) ** 2 / (chance * draws) for seen, chance in zip(observed, chances, strict=True)
+    )
+    half = torch.tensor([(len(chances) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return torch.special.gammaincc(half[0], half[1]).item()
 
 
 def test_prompts_in_pieces_and_a_cache_that_is_too_small(route, served, prompts, trained, alone, ours, tmp_path):
