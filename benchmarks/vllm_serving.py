@@ -1,10 +1,11 @@
-"""Text, acceptance and speed of speculators in vLLM, compared with vLLM alone and with our own decoder.
+"""Tokens per second of vLLM with speculators and without, by batch size.
 
-    python benchmarks/vllm_serving.py BASE CHECKPOINT [CHECKPOINT ...] --prompts test.parquet [--requests 1 8]
+    python benchmarks/vllm_serving.py BASE CHECKPOINT [CHECKPOINT ...] --prompts test.parquet --batch 1,4,16
 
-Needs vLLM (docs/rollout.md). Greedy, float32, the first messages of the last conversations. For each checkpoint and
-number of concurrent requests, vLLM with the drafter and vLLM alone alternate in one run; a row holds the medians of the
-trials. On a CPU set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as the launcher does, for both.
+Needs vLLM (docs/rollout.md), for CUDA or for CPUs, whose V2 runner is interpreted and says nothing about speed. Greedy,
+first messages alone. For each batch size and checkpoint, vLLM with drafts and vLLM alone take turns in one process; a
+row holds the medians of the trials, and the share of the time that drafting takes in one more. On a CPU set
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as the launcher does.
 """
 
 from __future__ import annotations
@@ -13,52 +14,73 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from common import append_rows, environment
 
-TOKENS, DRAFT_PATH = 64, "verl_speculator.vllm_plugin.proposer.SpeculatorProposer"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+
+import engines
+from vllm_job import counts
+
+from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.vllm_plugin.compat import installed_vllm, minor_version
+
+ROUTES = {"V1": engines.V1, "V2": engines.V2}
 
 
-def engine(base: Path, requests: int, checkpoint: Path | None, drafts: int) -> Any:
-    """A vLLM engine, with or without a drafter."""
-    from vllm import LLM
-
-    settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
-    if checkpoint is not None:
-        settings |= {
-            "speculative_config": {"method": "custom_class", "model": DRAFT_PATH, "num_speculative_tokens": drafts},
-            "additional_config": {"verl_speculator": {"path": str(checkpoint.resolve())}},
-            "worker_extension_cls": "verl_speculator.vllm_plugin.worker.SpeculatorWorkerExtension",
-        }
-    return LLM(str(base), max_num_seqs=requests, gpu_memory_utilization=0.3, **settings)
-
-
-def generate(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+def generate(model: Any, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
     """Token ids of the answers, and the seconds taken."""
     from vllm import SamplingParams
 
     start = time.perf_counter()
     inputs = [{"prompt_token_ids": tokens} for tokens in prompts]
-    outputs = model.generate(inputs, SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False), use_tqdm=False)
+    outputs = model.generate(inputs, SamplingParams(temperature=0, max_tokens=count, detokenize=False), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs], time.perf_counter() - start
 
 
-def our_decoder(base: Path, checkpoint: Path, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-    """Token ids of the answers, and the accepted share of drafts."""
+def drafting_class(route: str, drafts: int) -> type:
+    """The class whose `propose` makes the drafts of a step."""
+    if route == engines.V1:
+        from verl_speculator.vllm_plugin.proposer import SpeculatorProposer
+
+        return SpeculatorProposer
+    if drafts == 1:
+        from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
+
+        return MTPSpeculator
+    from vllm.v1.worker.gpu.spec_decode.multi_module_mtp.speculator import MultiModuleMTPSpeculator
+
+    return MultiModuleMTPSpeculator
+
+
+@contextmanager
+def clocked(kind: type) -> Iterator[list[float]]:
+    """The seconds of every call of a class's `propose`, with the device's work before it done."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from verl_speculator import load_speculator
-    from verl_speculator.decoding import speculative_generate
+    original, seconds = kind.propose, []
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    speculator = load_speculator(checkpoint, base=base)
-    outputs = [speculative_generate(model, speculator, prompt, max_new_tokens=TOKENS) for prompt in prompts]
-    rounds = [r for output in outputs for r in output.rounds[1:]]
-    return [output.tokens for output in outputs], sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds)
+    def propose(self, *args, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        drafts = original(self, *args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return drafts
+
+    kind.propose = propose
+    try:
+        yield seconds
+    finally:
+        kind.propose = original
 
 
 def main() -> None:
@@ -66,63 +88,88 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--count", type=int, default=16, help="prompts, the last of the file")
+    parser.add_argument("--batch", default="1,4,16", help="requests at a time")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--dtype", default="float32" if not engines.on_cuda() else "bfloat16")
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--route", choices=ROUTES, help="by default that of the installed vLLM")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    import pandas as pd
-    import vllm
-    from transformers import AutoTokenizer
+    version = installed_vllm()
+    if version is None:
+        parser.error("vLLM is not installed in this environment (docs/rollout.md)")
+    name = args.route or ("V2" if minor_version(version) >= (0, 29) else "V1")
+    route = ROUTES[name]
+    # In this process, where the drafter's clock is.
+    os.environ.update(engines.environment(route) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    from vllm import LLM
 
-    from verl_speculator.checkpoint.format import read_checkpoint_info
+    if not engines.on_cuda():
+        import cpu_vllm
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    conversations = pd.read_parquet(args.prompts)["messages"][-args.count :]
-    first = [[dict(messages[0])] for messages in conversations]
-    prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in first]
-    rows = []
-    for requests in args.requests:
-        alone = engine(args.base, requests, None, 0)
+        cpu_vllm.mend()
+    prompts = engines.chat_prompts(args.base, args.prompts, longest=args.max_model_len - args.max_new_tokens)
+    prompts = prompts[-args.count :]
+    common = {"model": str(args.base), "dtype": args.dtype, "max_model_len": args.max_model_len}
+    common |= {"gpu_memory_utilization": 0.4, "disable_log_stats": False, "enforce_eager": not engines.on_cuda()}
+    for batch in map(int, args.batch.split(",")):
+        alone = LLM(**common, max_num_seqs=batch)
         for checkpoint in args.checkpoints:
-            info = read_checkpoint_info(checkpoint)
-            drafting = engine(args.base, requests, checkpoint, info.config.n_predict)
-            ours, our_rate = our_decoder(args.base, checkpoint, prompts)
-            generate(alone, prompts), generate(drafting, prompts)
-            drafting.collective_rpc("acceptance_stats")
-            seconds: dict[str, list[float]] = {"alone": [], "drafting": []}
+            config = read_checkpoint_info(checkpoint).config
+            with tempfile.TemporaryDirectory() as folder:
+                speculation = engines.drafting(
+                    route, checkpoint.resolve(), config.n_predict, export_to=Path(folder) / "export"
+                )
+                drafting = LLM(**common | speculation, max_num_seqs=batch)
+            engine = {"alone": alone, "drafting": drafting}
+            for model in engine.values():
+                generate(model, prompts, args.max_new_tokens)
+            before = counts(drafting)
+            seconds: dict[str, list[float]] = {side: [] for side in engine}
+            text: dict[str, list[list[int]]] = {}
             for _ in range(args.trials):
-                text, took = generate(alone, prompts)
-                seconds["alone"].append(took)
-                drafted, took = generate(drafting, prompts)
-                seconds["drafting"].append(took)
-            stats = drafting.collective_rpc("acceptance_stats")[0]
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            rows.append(
-                {
-                    "vllm": vllm.__version__,
-                    "base": args.base.name,
-                    "method": info.config.method,
-                    "n_predict": info.config.n_predict,
-                    "prompts": len(prompts),
-                    "requests_at_once": requests,
-                    "same_text_as_alone": text == drafted,
-                    "same_text_as_our_decoder": text == ours,
-                    "accepted_length": round(1 + stats["accepted"] / stats["rounds"], 4),
-                    "accept_rate": round(stats["accepted"] / stats["drafted"], 4),
-                    "accept_rate_our_decoder": round(our_rate, 4),
-                    "seconds_alone": round(medians["alone"], 3),
-                    "seconds_drafting": round(medians["drafting"], 3),
-                    "speedup": round(medians["alone"] / medians["drafting"], 3),
-                    "trials": args.trials,
-                    "threads": os.environ.get("OMP_NUM_THREADS", ""),
-                    **environment(),
-                }
-            )
-            sys.stdout.write(f"{rows[-1]}\n")
+                for side, model in engine.items():
+                    text[side], took = generate(model, prompts, args.max_new_tokens)
+                    seconds[side].append(took)
+            after = counts(drafting)
+            with clocked(drafting_class(route, config.n_predict)) as drafting_seconds:
+                _, took = generate(drafting, prompts, args.max_new_tokens)
+            rounds = after["rounds"] - before["rounds"]
+            accepted = [
+                (late - early) / rounds
+                for early, late in zip(before["accepted_per_position"], after["accepted_per_position"], strict=True)
+            ]
+            tokens = sum(map(len, text["alone"]))
+            row = {
+                "vllm": version,
+                "runner": name,
+                "base": args.base.name,
+                "method": config.method,
+                "checkpoint": checkpoint.name,
+                "n_predict": config.n_predict,
+                "dtype": args.dtype,
+                "prompts": len(prompts),
+                "batch": batch,
+                "same_text": sum(a == b for a, b in zip(text["alone"], text["drafting"], strict=True)),
+                "accepted_length": round(1 + sum(accepted), 4),
+                "accepted_per_position": "/".join(f"{share:.3f}" for share in accepted),
+                **{
+                    f"tokens_per_s_{side}": round(tokens / statistics.median(values), 1)
+                    for side, values in seconds.items()
+                },
+                "speedup": round(
+                    statistics.median(a / b for a, b in zip(seconds["alone"], seconds["drafting"], strict=True)), 3
+                ),
+                "drafting_share": round(sum(drafting_seconds) / took, 3),
+                "trials": args.trials,
+                "threads": os.environ.get("OMP_NUM_THREADS", ""),
+                **environment(),
+            }
+            sys.stdout.write(f"{row}\n")
+            append_rows(args.out, [row])
             del drafting
-    append_rows(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from engines import V1, V2, chat_prompts, draft_counts, drafting, engine_setting
 
 from helpers.drafters import load_base
 from helpers.training_runs import overrides, script
-from verl_speculator import load_speculator
+from verl_speculator import build_speculator, load_speculator, save_speculator
+from verl_speculator.checkpoint.format import WEIGHTS_FILE, read_checkpoint_info
 from verl_speculator.decoding import speculative_generate
 
 pytestmark = pytest.mark.slow
@@ -247,16 +248,16 @@ def test_two_tensor_parallel_workers(route, served, prompts, trained, alone, our
     assert rate(seen) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.02)
 
 
-def test_a_newer_speculator_takes_over(route, served, prompts, trained, alone, ours, tmp_path):
-    """First one that knows nothing, then the trained one from its file; the text stays what it is."""
-    from verl_speculator import build_speculator, save_speculator
-    from verl_speculator.checkpoint.format import read_checkpoint_info
+def untrained(checkpoint: Path, base: Path, folder: Path) -> Path:
+    """Another checkpoint of the same configuration, with random weights."""
+    config = read_checkpoint_info(checkpoint).config
+    vocab, width = load_base(base, torch.float32).get_output_embeddings().weight.shape
+    return save_speculator(build_speculator(config, hidden_size=width, vocab_size=vocab, seed=0), folder)
 
-    info = read_checkpoint_info(trained["sum_rnn"])
-    base = load_base(served, torch.float32)
-    vocab, width = base.get_output_embeddings().weight.shape
-    blank = build_speculator(info.config, hidden_size=width, vocab_size=vocab, seed=0)
-    folder = save_speculator(blank, tmp_path / "blank")
+
+def test_a_newer_speculator_takes_over(route, served, prompts, trained, alone, ours, tmp_path):
+    """The untrained speculator, then the trained one from its file; the text stays what it is."""
+    folder = untrained(trained["sum_rnn"], served, tmp_path / "blank")
     steps = [
         *two_steps(prompts),
         {"call": "acceptance_stats"},
@@ -272,6 +273,29 @@ def test_a_newer_speculator_takes_over(route, served, prompts, trained, alone, o
     assert rate(before) < 0.02
     since = {key: after[key] - before[key] for key in ("accepted", "drafted")}
     assert rate(since) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vllms_own_weight_update(name, served, prompts, trained, ours, tmp_path):
+    """The untrained speculator, then the trained one in three chunks."""
+    if (reason := missing(V2)) is not None:
+        pytest.skip(reason)
+    blank = untrained(trained[name], served, tmp_path / "blank")
+    chunks = [{"path": str(trained[name] / WEIGHTS_FILE), "index": i, "count": 3} for i in range(3)]
+    steps = [
+        *two_steps(prompts),
+        {"call": "start_draft_weight_update"},
+        *({"call": "update_weights", "arguments": [chunk]} for chunk in chunks),
+        {"call": "finish_weight_update"},
+        *two_steps(prompts),
+    ]
+    engine = engine_settings(served, weight_transfer_config={"backend": "file"}) | drafting(V2, blank, DRAFTS)
+    results = run(V2, tmp_path, engine, steps)
+    expected, counts = ours[name]
+    assert results[0]["tokens"] == results[-2]["tokens"] == expected
+    before, after = results[1], results[-1]
+    assert rate(before) < rate(counts) / 2
+    assert after["accepted"] - before["accepted"] == pytest.approx(counts["accepted"], rel=0.02)
 
 
 @pytest.mark.skipif(not on_cuda(), reason="only on CUDA an engine sleeps")

@@ -26,6 +26,13 @@ COUNTERS = {
 }
 
 
+def counts(engine: Any) -> dict[str, Any]:
+    """Of an engine's drafts since it started."""
+    metrics = {metric.name: metric for metric in engine.get_metrics()}
+    read = {key: metrics[name] for key, name in COUNTERS.items()}
+    return {key: metric.values if key == "accepted_per_position" else metric.value for key, metric in read.items()}
+
+
 def main(job: Path, result: Path) -> None:
     import vllm
     from vllm import LLM, SamplingParams
@@ -36,6 +43,8 @@ def main(job: Path, result: Path) -> None:
 
         cpu_vllm.mend()
     described = json.loads(job.read_text())
+    if "weight_transfer_config" in described["engine"]:
+        import weights_from_file  # noqa: F401, which registers it
     engine = LLM(**described["engine"])
 
     def generate(step: dict[str, Any]) -> dict[str, Any]:
@@ -50,18 +59,13 @@ def main(job: Path, result: Path) -> None:
         seconds = time.perf_counter() - start
         return {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "seconds": seconds}
 
-    def counts() -> dict[str, Any]:
-        metrics = {metric.name: metric for metric in engine.get_metrics()}
-        read = {key: metrics[name] for key, name in COUNTERS.items()}
-        return {key: metric.values if key == "accepted_per_position" else metric.value for key, metric in read.items()}
-
     def do(step: dict[str, Any]) -> Any:
         if "generate" in step:
             return generate(step)
         if "call" in step:
             return engine.collective_rpc(step["call"], args=tuple(step.get("arguments", ())))
         if "counts" in step:
-            return counts()
+            return counts(engine)
         if "sleep" in step:
             return engine.sleep(level=step["sleep"])
         return engine.wake_up()

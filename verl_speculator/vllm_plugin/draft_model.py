@@ -8,7 +8,7 @@ captured CUDA graphs keep their addresses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +32,18 @@ from verl_speculator.vllm_plugin.compat import check_draft_model
 from verl_speculator.vllm_plugin.proposer import AcceptanceStats
 
 
+def rows_loader(start: int, stop: int | None) -> Callable[..., None]:
+    """A `weight_loader` in vLLM's sense: copies some rows of a checkpoint's tensor to the first rows of a parameter, or
+    of a part of it (`Slot.part`). While vLLM updates weights, it replaces the loader and collects what it is given."""
+
+    def load(param: Tensor, loaded_weight: Tensor, part: tuple[int, int, int] | None = None) -> None:
+        rows = loaded_weight[start:stop]
+        target = param if part is None else param.narrow(*part)
+        target[: len(rows)].copy_(rows)
+
+    return load
+
+
 class VocabularyShard(nn.Module):
     """This worker's rows of an embedding or a head, which every tensor-parallel worker has equally many of.
 
@@ -49,10 +61,9 @@ class VocabularyShard(nn.Module):
         self.weight = nn.Parameter(torch.empty(length, width, device=table.weight.device))
         self.projection = None
 
-    def copy(self, whole: Tensor, part: tuple[int, int, int] | None = None) -> None:
-        """Copy this worker's rows of a whole table, or of a part of its columns (`Slot.part`)."""
-        target = self.weight if part is None else self.weight.narrow(*part)
-        target[: self.stop - self.start].copy_(whole[self.start : self.stop])
+    def copy(self, whole: Tensor) -> None:
+        """Copy this worker's rows of a whole table."""
+        self.weight.weight_loader(self.weight, whole)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., width] of tokens [...]: each worker looks up its own, and all add what they found."""
@@ -92,6 +103,13 @@ class SpeculatorDraftModel(nn.Module):
                 speculator.set_submodule(name.removesuffix(".weight"), self.shards[name])
         speculator.to(torch.get_default_dtype()).to_empty(device=torch.get_default_device())
         self.speculator = speculator.requires_grad_(False).eval()
+        for name, parameter in speculator.named_parameters():
+            shard = self.shards.get(name)
+            parameter.weight_loader = rows_loader(0, None) if shard is None else rows_loader(shard.start, shard.stop)
+        if (tokens := speculator.draft_tokens) is not None:
+            tokens.weight_loader = rows_loader(0, None)
+            # A weight update of vLLM's that does not send a persistent buffer would leave it empty.
+            speculator.register_buffer("draft_tokens", tokens, persistent=False)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         for name, width in widths.items():
             self.register_buffer(name, None if width is None else torch.zeros(rows, width), persistent=False)
@@ -150,7 +168,8 @@ class SpeculatorDraftModel(nn.Module):
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy tensors of a checkpoint, by their names there; one of the names of a tied tensor is enough. The first
-        call must bring all of them, an update may come in several calls.
+        call must bring all of them, an update may come in several calls. Part of vLLM's weight updates
+        (`start_draft_weight_update`): every copy goes through the parameter's `weight_loader`.
 
         Returns:
             The names of the parameters that were written.
@@ -161,8 +180,8 @@ class SpeculatorDraftModel(nn.Module):
         parameters, done = dict(self.speculator.named_parameters()), set()
         for name, tensor in weights:
             if name == DRAFT_TO_TARGET and self.speculator.draft_tokens is not None:
-                tokens = tensor.to(self.speculator.draft_tokens.device)
-                self.speculator.draft_tokens.copy_(tokens + torch.arange(len(tokens), device=tokens.device))
+                buffer = self.speculator.draft_tokens
+                buffer.weight_loader(buffer, tensor + torch.arange(len(tensor), device=tensor.device))
                 done.add(name)
             elif name == TOKEN_MAP and self.speculator.draft_tokens is not None:
                 continue  # the same for vLLM's Medusa
@@ -172,10 +191,8 @@ class SpeculatorDraftModel(nn.Module):
                 raise UserError(f"{name} is {list(tensor.shape)}, the speculator's is {self.shapes[name]}")
             else:
                 slot = self.slots[name]
-                if slot.parameter in self.shards:
-                    self.shards[slot.parameter].copy(tensor, slot.part)
-                else:
-                    slot.of(parameters).copy_(tensor)
+                parameter = parameters[slot.parameter]
+                parameter.weight_loader(parameter, tensor, slot.part)
                 done.add(slot)
         missing = [name for name, slot in self.slots.items() if slot not in done]
         missing += [DRAFT_TO_TARGET] if self.speculator.draft_tokens is not None and DRAFT_TO_TARGET not in done else []
