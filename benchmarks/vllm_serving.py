@@ -26,9 +26,9 @@ from common import append_rows, environment
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 
 import engines
-from vllm_job import counts
 
 from verl_speculator.checkpoint.format import read_checkpoint_info
+from verl_speculator.vllm_plugin.acceptance import engine_counts
 from verl_speculator.vllm_plugin.compat import installed_vllm, minor_version
 
 ROUTES = {"V1": engines.V1, "V2": engines.V2}
@@ -126,14 +126,14 @@ def main() -> None:
             engine = {"alone": alone, "drafting": drafting}
             for model in engine.values():
                 generate(model, prompts, args.max_new_tokens)
-            before = counts(drafting)
+            before = engine_counts(drafting.get_metrics())
             seconds: dict[str, list[float]] = {side: [] for side in engine}
             text: dict[str, list[list[int]]] = {}
             for _ in range(args.trials):
                 for side, model in engine.items():
                     text[side], took = generate(model, prompts, args.max_new_tokens)
                     seconds[side].append(took)
-            after = counts(drafting)
+            after = engine_counts(drafting.get_metrics())
             with clocked(drafting_class(route, config.n_predict)) as drafting_seconds:
                 _, took = generate(drafting, prompts, args.max_new_tokens)
             rounds = after["rounds"] - before["rounds"]

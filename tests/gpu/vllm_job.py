@@ -18,19 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-COUNTERS = {
-    "rounds": "vllm:spec_decode_num_drafts",
-    "drafted": "vllm:spec_decode_num_draft_tokens",
-    "accepted": "vllm:spec_decode_num_accepted_tokens",
-    "accepted_per_position": "vllm:spec_decode_num_accepted_tokens_per_pos",
-}
-
-
-def counts(engine: Any) -> dict[str, Any]:
-    """Of an engine's drafts since it started."""
-    metrics = {metric.name: metric for metric in engine.get_metrics()}
-    read = {key: metrics[name] for key, name in COUNTERS.items()}
-    return {key: metric.values if key == "accepted_per_position" else metric.value for key, metric in read.items()}
+from verl_speculator.vllm_plugin.acceptance import engine_counts
 
 
 def main(job: Path, result: Path) -> None:
@@ -65,7 +53,7 @@ def main(job: Path, result: Path) -> None:
         if "call" in step:
             return engine.collective_rpc(step["call"], args=tuple(step.get("arguments", ())))
         if "counts" in step:
-            return counts(engine)
+            return engine_counts(engine.get_metrics())
         if "sleep" in step:
             return engine.sleep(level=step["sleep"])
         return engine.wake_up()

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from helpers.drafters import states_of
+from helpers.vllm_workers import Workers
 
 
 @dataclass
@@ -108,12 +109,13 @@ def make_runner_class() -> type:
     return GPUModelRunner
 
 
-def install(monkeypatch, version: str = "0.24.0") -> type:
+def install(monkeypatch, version: str = "0.24.0", workers: Workers | None = None) -> type:
     """Let `import vllm` find this, in this process."""
     runner = make_runner_class()
     names = ("vllm", "vllm.v1", "vllm.v1.worker", "vllm.v1.worker.gpu_model_runner")
-    modules = {name: ModuleType(name) for name in names}
+    modules = {name: ModuleType(name) for name in names} | {"vllm.distributed": (workers or Workers(1)).module()}
     modules[names[-1]].GPUModelRunner = runner
+    monkeypatch.delitem(sys.modules, "verl_speculator.vllm_plugin.sharding", raising=False)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     for user in ("vllm_plugin.proposer", "vllm_plugin.compat", "rl.rollout_args"):

@@ -132,6 +132,8 @@ class Speculator(nn.Module, abc.ABC):
     keeps_head_scale: ClassVar[bool] = False
     # Soft cap of the logits, for families with `keeps_head_scale`. It is not linear, so no head can hold it.
     logit_cap: float | None = None
+    # Where a head holds only some rows (vLLM's tensor parallelism): from their logits [..., R] to all [..., V′].
+    gather_logits: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -180,7 +182,8 @@ class Speculator(nn.Module, abc.ABC):
 
     def draft_logits(self, depth: int, states: Tensor) -> Tensor:
         """[..., V′] logits of the draft vocabulary from the states [..., E] of a depth."""
-        return soft_cap(states @ self.head(depth).T, self.logit_cap)
+        logits = states @ self.head(depth).T
+        return soft_cap(logits if self.gather_logits is None else self.gather_logits(logits), self.logit_cap)
 
     def logits(self, depth: int, states: Tensor) -> Tensor:
         """[..., V] logits of the whole vocabulary, −inf for tokens outside of the draft vocabulary."""

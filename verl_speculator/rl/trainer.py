@@ -29,7 +29,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 import verl_speculator.training.plugin  # noqa: F401  (fails loudly in a worker, where verl's own loading fails silently)
 from verl_speculator.training.engine import SpeculatorEngine
 from verl_speculator.training.platform_cpu import start_process_group
-from verl_speculator.vllm_plugin.proposer import rollout_metrics
+from verl_speculator.vllm_plugin.acceptance import rollout_metrics
 
 TRAINER_NAME = "{}_with_speculator"  # by the name of verl's trainer
 

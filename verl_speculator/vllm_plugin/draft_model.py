@@ -8,68 +8,22 @@ captured CUDA graphs keep their addresses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
 
 from verl_speculator.checkpoint.format import DRAFT_TO_TARGET, TOKEN_MAP, parse_checkpoint_info
 from verl_speculator.interop.engine_formats import first_few
 from verl_speculator.models import build_speculator
-from verl_speculator.models.layers import Table, tables_of
-from verl_speculator.models.speculator import DraftState, soft_cap
+from verl_speculator.models.layers import Table
+from verl_speculator.models.speculator import DraftState
 from verl_speculator.utils.settings import UserError
+from verl_speculator.vllm_plugin.acceptance import AcceptanceStats
 from verl_speculator.vllm_plugin.compat import check_draft_model
-from verl_speculator.vllm_plugin.proposer import AcceptanceStats
-
-
-def rows_loader(start: int, stop: int | None) -> Callable[..., None]:
-    """A `weight_loader` in vLLM's sense: copies some rows of a checkpoint's tensor to the first rows of a parameter, or
-    of a part of it (`Slot.part`). While vLLM updates weights, it replaces the loader and collects what it is given."""
-
-    def load(param: Tensor, loaded_weight: Tensor, part: tuple[int, int, int] | None = None) -> None:
-        rows = loaded_weight[start:stop]
-        target = param if part is None else param.narrow(*part)
-        target[: len(rows)].copy_(rows)
-
-    return load
-
-
-class VocabularyShard(nn.Module):
-    """This worker's rows of an embedding or a head, which every tensor-parallel worker has equally many of.
-
-    Args:
-        table: the whole one, without a projection, on any device.
-        rank: of this worker.
-        size: number of workers.
-    """
-
-    def __init__(self, table: Table, rank: int, size: int) -> None:
-        super().__init__()
-        self.whole_shape = rows, width = tuple(table.weight.shape)
-        length = -(-rows // size)
-        self.start, self.stop = (min(rows, (rank + i) * length) for i in (0, 1))
-        self.weight = nn.Parameter(torch.empty(length, width, device=table.weight.device))
-        self.projection = None
-
-    def copy(self, whole: Tensor) -> None:
-        """Copy this worker's rows of a whole table."""
-        self.weight.weight_loader(self.weight, whole)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[..., width] of tokens [...]: each worker looks up its own, and all add what they found."""
-        inside = (tokens >= self.start) & (tokens < self.stop)
-        rows = F.embedding(torch.where(inside, tokens - self.start, 0), self.weight)
-        return tensor_model_parallel_all_reduce(torch.where(inside[..., None], rows, 0))
+from verl_speculator.vllm_plugin.sharding import VocabularyShard, rows_loader, shard_tables
 
 
 class SpeculatorDraftModel(nn.Module):
@@ -96,16 +50,12 @@ class SpeculatorDraftModel(nn.Module):
         self.shapes = {name: list(slot.of(parameters).shape) for name, slot in self.slots.items()}
         cell = speculator.start(torch.empty(1, info.hidden_size, device="meta")).cell
         widths = {"carried": speculator.head(0).shape[1], "cell": None if cell is None else cell.shape[1]}
-        self.shards: dict[str, VocabularyShard] = {}
-        if (size := get_tensor_model_parallel_world_size()) > 1:
-            for name, table in tables_of(speculator).items():
-                self.shards[name] = VocabularyShard(table, get_tensor_model_parallel_rank(), size)
-                speculator.set_submodule(name.removesuffix(".weight"), self.shards[name])
+        self.shards = shard_tables(speculator)
         speculator.to(torch.get_default_dtype()).to_empty(device=torch.get_default_device())
         self.speculator = speculator.requires_grad_(False).eval()
         for name, parameter in speculator.named_parameters():
             shard = self.shards.get(name)
-            parameter.weight_loader = rows_loader(0, None) if shard is None else rows_loader(shard.start, shard.stop)
+            parameter.weight_loader = rows_loader(0, None) if shard is None else shard.load
         if (tokens := speculator.draft_tokens) is not None:
             tokens.weight_loader = rows_loader(0, None)
             # A weight update of vLLM's that does not send a persistent buffer would leave it empty.
@@ -160,10 +110,7 @@ class SpeculatorDraftModel(nn.Module):
         """[R, V] logits of the states [R, E] of a depth: by default that of the last `forward`, since vLLM up to 0.31
         names none. Tokens outside of the draft vocabulary have −inf."""
         depth = self.depth if spec_step_idx is None else spec_step_idx
-        logits = hidden_states @ self.speculator.head(depth).T
-        if self.shards:
-            logits = tensor_model_parallel_all_gather(logits)[..., : self.speculator.head_size]
-        return self.speculator.over_vocabulary(soft_cap(logits, self.speculator.logit_cap))
+        return self.speculator.logits(depth, hidden_states)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

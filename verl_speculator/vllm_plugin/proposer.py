@@ -13,7 +13,6 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from verl_speculator.checkpoint.format import load_speculator, read_checkpoint_info
 from verl_speculator.models import Speculator
 from verl_speculator.utils.settings import UserError
+from verl_speculator.vllm_plugin.acceptance import AcceptanceStats
 from verl_speculator.vllm_plugin.compat import (
     ProposerSettings,
     check_reads_probabilities,
@@ -37,70 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Batch sizes to compile for before the first request: torch.compile makes one graph for 1 and one for all others.
 WARM_UP = (1, 3)
-
-
-@dataclass
-class AcceptanceStats:
-    """Counts of one worker's drafts since they were last taken.
-
-    Attributes:
-        version: of the speculator: 0 as loaded, then that of the last weight update.
-        rounds: verifications of a request that had drafts.
-        drafted: draft tokens in them.
-        accepted: draft tokens of them that were accepted.
-    """
-
-    version: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-    def count(self, sampled: Sequence[Sequence[int]], num_draft_tokens: Sequence[int] | None) -> None:
-        """Add one step of the engine. A request without drafts or without a token is no round."""
-        if num_draft_tokens is None:
-            return
-        for tokens, drafts in zip(sampled, num_draft_tokens, strict=True):
-            if drafts and tokens:
-                self.rounds += 1
-                self.drafted += drafts
-                self.accepted += len(tokens) - 1
-
-    def take(self) -> dict[str, Any]:
-        """The counts as a dictionary; they restart at 0."""
-        counts = asdict(self)
-        self.rounds = self.drafted = self.accepted = 0
-        return counts
-
-
-def rollout_metrics(
-    stats: Sequence[dict[str, Any]], *, trainer_version: int | None = None, prefix: str = "rollout"
-) -> dict[str, float]:
-    """Metrics of a training step, or of a validation, from the statistics of all workers.
-
-    Counts are added before they are divided. Tensor-parallel workers count the same requests: no ratio changes.
-
-    Args:
-        stats: `AcceptanceStats.take` of every worker that drafts.
-        trainer_version: the version that the trainer has.
-        prefix: of the metrics' names.
-
-    Returns:
-        `rollout/speculator_version`, the oldest version that drafted (or that is served, if nothing was drafted); with
-        `trainer_version` also `rollout/speculator_lag`, the staleness in versions. If anything was drafted,
-        `rollout/accepted_length` (τ, tokens per forward pass of the target model) and `rollout/accept_rate` (accepted
-        share of the draft tokens). Empty without stats.
-    """
-    if not stats:
-        return {}
-    drafting = [worker_stats for worker_stats in stats if worker_stats["rounds"]]
-    oldest = min(worker_stats["version"] for worker_stats in drafting or stats)
-    metrics: dict[str, float] = {f"{prefix}/speculator_version": oldest}
-    if trainer_version is not None:
-        metrics[f"{prefix}/speculator_lag"] = trainer_version - oldest
-    rounds, drafted, accepted = (sum(a[name] for a in stats) for name in ("rounds", "drafted", "accepted"))
-    if rounds:
-        metrics |= {f"{prefix}/accepted_length": 1 + accepted / rounds, f"{prefix}/accept_rate": accepted / drafted}
-    return metrics
 
 
 class StepInputs(NamedTuple):
@@ -134,9 +70,9 @@ class DrawnFrom(NamedTuple):
 class SpeculatorProposer:
     """Drafts for vLLM's `GPUModelRunner`, which makes one in each worker.
 
-    Every tensor-parallel worker holds the whole speculator and drafts the same tokens; the scheduler uses those of the
-    first. The weights are allocated here, while the runner is built: what the runner loads later is in the memory pool
-    that a sleeping engine frees, and is empty after it wakes up.
+    Every tensor-parallel worker holds its rows of embeddings and heads and the rest of the speculator, and drafts the
+    same tokens; the scheduler uses those of the first. The weights are allocated here, while the runner is built: what
+    the runner loads later is in the memory pool that a sleeping engine frees, and is empty after it wakes up.
 
     Args:
         vllm_config: vLLM's own.
@@ -157,6 +93,8 @@ class SpeculatorProposer:
         info.check_base(vllm_config.model_config.get_hidden_size(), vllm_config.model_config.get_vocab_size())
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+        from verl_speculator.vllm_plugin.sharding import shard_tables
+
         patch_model_runner(GPUModelRunner)
         self.draws_drafts = draws_drafts(vllm_config.speculative_config)
         if self.draws_drafts:
@@ -164,11 +102,12 @@ class SpeculatorProposer:
         device = torch.device(vllm_config.device_config.device)
         self.dtype = vllm_config.model_config.dtype
         self.draft_up_to = settings.draft_up_to
-        self.speculator = load_speculator(info.directory, device=device, dtype=self.dtype).requires_grad_(False).eval()
+        self.speculator = load_speculator(info.directory, dtype=self.dtype).requires_grad_(False).eval()
+        self.shards = shard_tables(self.speculator)
+        self.speculator.to(device)
         if self.speculator.is_untrained():
             logger.warning("%s: no training step has changed its tensors", info.directory)
         self.stats = AcceptanceStats()
-        self.shards: dict[str, Any] = {}  # every worker holds all of it
         self._step_inputs: StepInputs | None = None
         self._drawn_from: DrawnFrom | None = None
         # Row and newest token of each request, in memory that is copied to a GPU without a stop; `propose` ends with

@@ -21,14 +21,15 @@ from verl_speculator.interop.engine_formats import DRAFT_MODEL, first_few, shape
 from verl_speculator.models import Speculator
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.settings import UserError
-from verl_speculator.vllm_plugin.proposer import AcceptanceStats, SpeculatorProposer
+from verl_speculator.vllm_plugin.acceptance import AcceptanceStats
+from verl_speculator.vllm_plugin.proposer import SpeculatorProposer
 
 
 class ServedSpeculator(Protocol):
     """What a weight update needs of a drafter: `SpeculatorProposer` (V1 runner), `SpeculatorDraftModel` (V2 runner).
 
     Attributes:
-        speculator: the module; under tensor parallelism V2's tables are this worker's rows.
+        speculator: the module; under tensor parallelism its tables are this worker's rows.
         shards: the tables of which this worker holds some rows, by the names of their weights.
         stats: with the version of the weights.
     """

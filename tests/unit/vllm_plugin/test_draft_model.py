@@ -7,13 +7,13 @@ import importlib
 import json
 import pickle
 import sys
-import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.vllm_workers import Workers
 from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.interop.export import export_speculator
@@ -31,44 +31,6 @@ FAMILIES = {
 }
 
 
-class Workers:
-    """Tensor-parallel workers as threads, with the two collectives that the draft model calls."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.barrier, self.sent = size, threading.Barrier(size), [torch.empty(0)] * size
-        self.rank = threading.local()
-
-    def exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        self.sent[self.rank.value] = tensor
-        self.barrier.wait()
-        received = list(self.sent)
-        self.barrier.wait()
-        return received
-
-    def module(self) -> ModuleType:
-        distributed = ModuleType("vllm.distributed")
-        distributed.get_tensor_model_parallel_rank = lambda: self.rank.value
-        distributed.get_tensor_model_parallel_world_size = lambda: self.size
-        distributed.tensor_model_parallel_all_reduce = lambda tensor: sum(self.exchange(tensor))
-        distributed.tensor_model_parallel_all_gather = lambda tensor: torch.cat(self.exchange(tensor), -1)
-        return distributed
-
-    def run(self, work) -> list:
-        """The results of `work(rank)` on all workers."""
-        results: list = [None] * self.size
-
-        def on(rank: int) -> None:
-            self.rank.value = rank
-            results[rank] = work(rank)
-
-        threads = [threading.Thread(target=on, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
 @pytest.fixture
 def draft_model_class(monkeypatch):
     """The class, in a process that has vLLM's two collectives."""
@@ -76,11 +38,13 @@ def draft_model_class(monkeypatch):
     def load(workers: Workers):
         monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
         monkeypatch.setitem(sys.modules, "vllm.distributed", workers.module())
-        monkeypatch.delitem(sys.modules, "verl_speculator.vllm_plugin.draft_model", raising=False)
+        for name in ("draft_model", "sharding"):
+            monkeypatch.delitem(sys.modules, f"verl_speculator.vllm_plugin.{name}", raising=False)
         return importlib.import_module("verl_speculator.vllm_plugin.draft_model").SpeculatorDraftModel
 
     yield load
-    sys.modules.pop("verl_speculator.vllm_plugin.draft_model", None)
+    for name in ("draft_model", "sharding"):
+        sys.modules.pop(f"verl_speculator.vllm_plugin.{name}", None)
 
 
 def export(folder, name):

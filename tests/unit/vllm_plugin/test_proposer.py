@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from functools import partial
@@ -11,16 +12,17 @@ import torch
 
 from helpers.drafters import alone, load_base, states_of, train_quickly
 from helpers.vllm_runner import Request, engine_config, install
+from helpers.vllm_workers import Workers
 from verl_speculator import SpeculatorConfig, build_speculator, save_speculator
 from verl_speculator.decoding import SamplingPolicy, speculative_generate
 from verl_speculator.decoding.drafters import SpeculatorDrafter
 from verl_speculator.utils.settings import UserError
+from verl_speculator.vllm_plugin.acceptance import rollout_metrics
 from verl_speculator.vllm_plugin.compat import ProposerSettings, check_signature, check_version
 from verl_speculator.vllm_plugin.proposer import (
     StepInputs,
     greedy_drafts,
     newest_rows,
-    rollout_metrics,
     sampled_drafts,
 )
 
@@ -201,6 +203,26 @@ def test_a_runner_that_reads_no_distributions_is_refused(trained, model, monkeyp
     config = engine_config(path, model, 3, draft_sample_method="probabilistic")
     assert "draft_sample_method=probabilistic: GPUModelRunner has no" in refusal(kind, config, model)
     kind(engine_config(path, model, 3), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel_workers_draft_the_same_with_their_rows_alone(trained, model, family, monkeypatch):
+    speculator, path = trained[family]
+    workers = Workers(3)
+    kind = install(monkeypatch, workers=workers)
+    importlib.import_module("verl_speculator.vllm_plugin.sharding")
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def work(rank: int) -> tuple[list[list[int]], int]:
+        drafter = kind(engine_config(path, model, 3), model).drafter
+        with drafter.step_inputs(StepInputs(hidden, None)):
+            drafts = drafter.propose([[token] for token in range(5)], None, None)
+        return drafts, sum(parameter.numel() for parameter in drafter.speculator.parameters())
+
+    expected = greedy_drafts(speculator, hidden, torch.arange(5)).tolist()
+    for drafts, held in workers.run(work):
+        assert drafts == expected
+        assert held < 0.6 * sum(parameter.numel() for parameter in speculator.parameters())
 
 
 def test_acceptance_is_our_own_decoders(trained, model, monkeypatch):

@@ -20,7 +20,8 @@ from verl_speculator.rl.rollout_args import WORKER_EXTENSION
 from verl_speculator.rl.trainer import collect_acceptance_stats, sync_speculator, whole_tensors
 from verl_speculator.utils.settings import UserError
 from verl_speculator.vllm_plugin import worker as worker_module
-from verl_speculator.vllm_plugin.proposer import AcceptanceStats, greedy_drafts, rollout_metrics
+from verl_speculator.vllm_plugin.acceptance import AcceptanceStats, rollout_metrics
+from verl_speculator.vllm_plugin.proposer import greedy_drafts
 from verl_speculator.vllm_plugin.worker import SpeculatorWorkerExtension, StreamedUpdate
 
 
