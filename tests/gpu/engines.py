@@ -135,13 +135,15 @@ def environment(route: str) -> dict[str, str]:
     }
 
 
-def start(route: str, folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-    """Run a job; its result is `folder/result.json`."""
+def start(
+    route: str, folder: Path, engine: dict[str, Any], steps: list[dict[str, Any]], **variables: str
+) -> subprocess.CompletedProcess:
+    """Run a job, with more variables in its environment; its result is `folder/result.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps({"engine": engine, "steps": steps}))
     return subprocess.run(
         [PYTHON[route], HERE / "vllm_job.py", folder / "job.json", folder / "result.json"],
-        env=environment(route),
+        env=environment(route) | variables,
         capture_output=True,
         text=True,
     )

@@ -29,6 +29,8 @@ FAMILIES = {
     "sum_lstm": {"method": "sum_lstm", **WIDTHS, "tie_lstm_embs": True},
     "medusa": {"method": "medusa"},
 }
+SINGLE = "a_single_draft"  # V2 has another class for it
+SETTINGS = FAMILIES | {SINGLE: {"method": "sum_rnn", "n_predict": 1, **WIDTHS}}
 
 
 @pytest.fixture(scope="module", params=[V1, V2])
@@ -89,9 +91,10 @@ class Trained(dict):
         self.base, self.data, self.root = base, data, root
 
     def __missing__(self, name: str) -> Path:
-        told = {f"model__speculator__{key}": value for key, value in FAMILIES[name].items()}
+        settings = {"n_predict": DRAFTS} | SETTINGS[name]
+        told = {f"model__speculator__{key}": value for key, value in settings.items()}
         steps = {"trainer__total_training_steps": 40, "trainer__save_freq": 40, "trainer__total_epochs": 30}
-        more = {"data__micro_batch_size_per_gpu": 8, "model__speculator__n_predict": DRAFTS, "optim__lr": 1e-2}
+        more = {"data__micro_batch_size_per_gpu": 8, "optim__lr": 1e-2}
         lines = overrides(self.base, self.data, **steps, **more, **told)
         if name == "medusa":
             lines = [line for line in lines if not line.split("=")[0].endswith("_dim")]
@@ -167,10 +170,11 @@ def test_sampled_text_accepts_as_often(sampled, route, served, prompts, trained,
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy_drafts", "sampled_drafts"])
 def test_first_tokens_have_the_bases_distribution(sampled, route, served, prompts, trained, tmp_path):
-    """Chi-square tests of the first two and three tokens of 1,500 answers to one prompt, at temperature 1. The first
+    """Chi-square tests of the first two and three tokens of many answers to one prompt, at temperature 1. The first
     token is sampled before anything is drafted, the others are accepted drafts or their replacements. What is expected
     of the most likely beginnings follows from the base model's own distributions; all others are one class."""
-    draws, limit = 1500, 0.01 / 8  # 1 % over both kinds of drafts, both routes, two lengths
+    draws = 500 if route == V2 and not on_cuda() else 1500  # an interpreted runner takes half a second for each
+    limit = 0.01 / 8  # 1 % over both kinds of drafts, both routes, two lengths
     prompt = prompts[0]
     engine = engine_settings(served, max_num_seqs=64, seed=0) | drafting(
         route, trained["sum_rnn"], DRAFTS, sampled=sampled
@@ -226,6 +230,28 @@ def test_prompts_in_pieces_and_a_cache_that_is_too_small(route, served, prompts,
     result, seen = run(route, tmp_path, engine | drafting(route, trained["sum_rnn"], DRAFTS), two_steps(prompts))
     assert result["tokens"] == alone
     # What a preempted request had drafted is drafted anew.
+    assert rate(seen) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.1)
+
+
+def test_a_single_draft(served, prompts, trained, ours, tmp_path):
+    if (reason := missing(V2)) is not None:
+        pytest.skip(reason)
+    result, seen = run(V2, tmp_path, engine_settings(served) | drafting(V2, trained[SINGLE], 1), two_steps(prompts))
+    expected, counts = ours[SINGLE]
+    assert result["tokens"] == expected and rate(seen) == pytest.approx(rate(counts), rel=0.02)
+
+
+@pytest.mark.skipif(not on_cuda(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("batch", [1, 16, 64, 256])
+def test_bf16_with_cuda_graphs(batch, route, served, prompts, trained, ours, tmp_path):
+    """In bf16 two tokens may tie, so that a text is another's from there on; most texts and the acceptance stay."""
+    engine = engine_settings(served, max_num_seqs=batch, dtype="bfloat16", enforce_eager=False)
+    many = (prompts * 13)[: max(batch, len(prompts))]
+    (expected,) = run(route, tmp_path / "alone", engine, two_steps(many)[:1])
+    engine |= drafting(route, trained["sum_rnn"], DRAFTS, **({"draft_up_to": batch} if route == V1 else {}))
+    result, seen = run(route, tmp_path / "drafting", engine, two_steps(many))
+    same = sum(a == b for a, b in zip(expected["tokens"], result["tokens"], strict=True))
+    assert same >= 0.7 * len(many)
     assert rate(seen) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.1)
 
 
@@ -330,6 +356,40 @@ def test_refused(route, drafts, more, told, early, served, trained, tmp_path):
     assert done.returncode != 0
     assert told in done.stdout + done.stderr
     assert not early or "Starting to load model" not in done.stdout + done.stderr
+
+
+def refusal(route, folder, engine, **variables) -> str:
+    if (reason := missing(route)) is not None:
+        pytest.skip(reason)
+    done = start(route, folder, engine, [], **variables)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+def test_an_export_in_the_v1_runner_is_refused(served, trained, tmp_path):
+    engine = engine_settings(served) | drafting(V2, trained["sum_rnn"], DRAFTS)
+    assert "SpeculatorDraftModel runs in vLLM's V2 runner alone" in refusal(V1, tmp_path, engine)
+
+
+def test_a_truncated_export_is_refused(served, trained, tmp_path):
+    engine = engine_settings(served) | drafting(V2, trained["sum_rnn"], DRAFTS, export_to=tmp_path / "export")
+    weights = tmp_path / "export" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"{weights}: truncated, or not a file of tensors" in refusal(V2, tmp_path, engine)
+
+
+def test_another_bases_speculator_is_refused(served, trained, tmp_path):
+    config = read_checkpoint_info(trained["sum_rnn"]).config
+    narrow = build_speculator(config, hidden_size=64, vocab_size=96, seed=0)
+    checkpoint = save_speculator(narrow, tmp_path / "narrow")
+    engine = engine_settings(served) | drafting(V2, checkpoint, DRAFTS)
+    assert "trained for a base of width (hidden_size) 64, this base has" in refusal(V2, tmp_path, engine)
+
+
+def test_without_the_plugin_vllm_names_what_it_does_not_know(served, trained, tmp_path):
+    engine = engine_settings(served) | drafting(V2, trained["sum_rnn"], DRAFTS)
+    output = refusal(V2, tmp_path, engine, VLLM_PLUGINS="")
+    assert "mtp" in output and "Starting to load model" not in output
 
 
 def test_medusa_heads_in_vllms_own_drafter(served, prompts, trained, alone, tmp_path):

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.checkpoint.format import CheckpointInfo
+from verl_speculator.checkpoint.format import SAFETENSORS_FILE, CheckpointInfo
 from verl_speculator.interop.engine_formats import (
     DRAFT_MODEL,
     KEY,
@@ -19,6 +19,7 @@ from verl_speculator.interop.engine_formats import (
     draft_model_unsupported_reason,
     proposer_unsupported_reason,
 )
+from verl_speculator.utils.atomic_io import read_tensors
 from verl_speculator.utils.settings import UserError, nearest
 
 OLDEST, NEWEST = (0, 24), (0, 33)
@@ -146,7 +147,7 @@ def check_draft_model(vllm_config: Any, info: CheckpointInfo) -> None:
 
     Raises:
         UserError: for the V1 runner; a family that needs more than the hidden states after the final norm; another
-            draft length than n_predict; another base model; weights that would be random.
+            draft length than n_predict; another base model; weights that would be random; a truncated file.
     """
     if not vllm_config.use_v2_model_runner:
         raise UserError(
@@ -163,6 +164,7 @@ def check_draft_model(vllm_config: Any, info: CheckpointInfo) -> None:
             "load_format=dummy: the draft model's weights would be random as well; expected "
             'speculative_config.draft_load_config={"load_format": "auto"}, with vLLM 0.31 or newer'
         )
+    read_tensors(info.directory / SAFETENSORS_FILE)
 
 
 def _loads_drafts_apart(speculation: Any) -> bool:

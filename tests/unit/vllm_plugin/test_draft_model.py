@@ -200,6 +200,11 @@ def test_what_is_refused_before_a_weight_is_read(draft_model_class, tmp_path, mo
     assert "with vLLM 0.31 or newer" in refusal(config)
     monkeypatch.setattr("verl_speculator.vllm_plugin.compat.installed_vllm", lambda: "0.31.0")
     workers.run(lambda rank: kind(vllm_config=config))
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert refusal(engine(directory)) == f"{weights}: truncated, or not a file of tensors"
+    weights.unlink()
+    assert refusal(engine(directory)) == f"{weights}: no such file"
     content = json.loads((directory / "config.json").read_text())
     content["speculator"] |= {"method": "early_exit", "exit_layer": 0}
     (directory / "config.json").write_text(json.dumps(content))
