@@ -36,7 +36,7 @@ test-slow: setup
 
 # Both of our drafters in a real vLLM: with a GPU in an environment of yours that has it (docs/rollout.md), here without.
 test-vllm: .venv-vllm/.installed .venv-vllm-v2/.installed
-	VLLM_V2_PYTHON=$(CURDIR)/.venv-vllm-v2/bin/python .venv-vllm/bin/python -m pytest -m slow tests/gpu
+	VLLM_V2_PYTHON=$(CURDIR)/.venv-vllm-v2/bin/python .venv-vllm/bin/python -m pytest -m slow --timeout 1800 tests/gpu
 
 .venv-vllm/.installed: tests/gpu/cpu_environment.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/gpu/cpu_environment.sh v1 .venv-vllm

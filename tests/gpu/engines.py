@@ -54,16 +54,13 @@ def missing(route: str) -> str | None:
 
 
 def chat_prompts(base: Path, data: Path, *, longest: int | None = None) -> list[list[int]]:
-    """The first message of every conversation of a parquet file, as the base model reads it; those that have at most
-    `longest` tokens."""
-    import pandas as pd
+    """The first turn of every prompt of a file, as the base model reads it, if it has at most `longest` tokens."""
     from transformers import AutoTokenizer
 
+    from verl_speculator.evaluation.prompts import prompt_ids, read_prompts
+
     tokenizer = AutoTokenizer.from_pretrained(base)
-    prompts = [
-        tokenizer.apply_chat_template([dict(messages[0])], add_generation_prompt=True, return_dict=False)
-        for messages in pd.read_parquet(data)["messages"]
-    ]
+    prompts = [prompt_ids(prompt, tokenizer) for prompt in read_prompts(data)]
     return [prompt for prompt in prompts if longest is None or len(prompt) <= longest]
 
 
