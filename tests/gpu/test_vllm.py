@@ -167,7 +167,7 @@ def test_sampled_text_accepts_as_often(sampled, route, served, prompts, trained,
     base, speculator = load_base(served, torch.float32), load_speculator(trained["sum_rnn"], base=served)
     settings = {"temperature": 1.0, "sampled_drafts": sampled, "max_new_tokens": COUNT}
     texts = [speculative_generate(base, speculator, prompt, seed=i, **settings) for i, prompt in enumerate(prompts * 2)]
-    copies = 2 if interpreted(route) else 4
+    copies = 1 if interpreted(route) else 4
     steps = [{"generate": prompts * copies, "max_tokens": COUNT, "temperature": 1.0}, {"counts": True}]
     engine = engine_settings(served) | drafting(route, trained["sum_rnn"], DRAFTS, sampled=sampled)
     _, seen = run(route, tmp_path, engine, steps)
@@ -179,13 +179,13 @@ def test_first_tokens_have_the_bases_distribution(sampled, route, served, prompt
     """Chi-square tests of the first two and three tokens of many answers to one prompt, at temperature 1. The first
     token is sampled before anything is drafted, the others are accepted drafts or their replacements. What is expected
     of the most likely beginnings follows from the base model's own distributions; all others are one class."""
-    draws = 500 if interpreted(route) else 1500
+    draws = 400 if interpreted(route) else 1500
     limit = 0.01 / 8  # 1 % over both kinds of drafts, both routes, two lengths
     prompt = prompts[0]
     engine = engine_settings(served, max_num_seqs=64, seed=0) | drafting(
         route, trained["sum_rnn"], DRAFTS, sampled=sampled
     )
-    steps = [{"generate": [prompt] * draws, "max_tokens": 4, "temperature": 1.0}, {"counts": True}]
+    steps = [{"generate": [prompt] * draws, "max_tokens": 3, "temperature": 1.0}, {"counts": True}]
     result, counts = run(route, tmp_path, engine, steps)
     assert 0.05 < rate(counts) < 0.95
     answers = [tuple(tokens) for tokens in result["tokens"]]
@@ -195,7 +195,7 @@ def test_first_tokens_have_the_bases_distribution(sampled, route, served, prompt
         seen = Counter(answer[:length] for answer in answers)
         observed = [seen[beginning] for beginning in chances]
         p_value = chi_square_p_value([*observed, draws - sum(observed)], [*chances.values(), 1 - sum(chances.values())])
-        assert len(chances) >= 8, "too few classes"
+        assert len(chances) >= 5, "too few classes"
         assert p_value > limit, (length, p_value)
 
 
