@@ -33,17 +33,17 @@ class Machine:
         name: of model and hardware.
         source: of the times.
         target: ms of the target's pass over so many tokens of so many requests.
-        draft: ms of a draft of K tokens for so many requests.
+        draft: ms for so many requests of a draft of so many tokens.
     """
 
     name: str
     source: str
     target: Callable[[int, int], float]
-    draft: Callable[[int], float]
+    draft: Callable[[int, int], float]
 
     def step(self, batch: int, drafts: int, *, verifies: bool = True) -> float:
         """ms of a step in which `drafts` tokens are drafted for each request, and verified or not."""
-        return self.target(batch * (1 + drafts * verifies), batch) + (self.draft(batch) if drafts else 0.0)
+        return self.target(batch * (1 + drafts * verifies), batch) + (self.draft(batch, drafts) if drafts else 0.0)
 
 
 def measured(path: Path) -> Machine:
@@ -62,7 +62,9 @@ def measured(path: Path) -> Machine:
 
     # 6.6 M parameters a depth in float32, at the rate at which a pass reads the base model's 135 M.
     share = 6.6 / 135
-    return Machine("SmolLM2-135M, 2 CPU threads", path.name, target, lambda batch: 5 * share * target(batch, batch))
+    return Machine(
+        "SmolLM2-135M, 2 CPU threads", path.name, target, lambda batch, drafts: drafts * share * target(batch, batch)
+    )
 
 
 def roofline() -> Machine:
@@ -77,7 +79,7 @@ def roofline() -> Machine:
     def target(count: int, batch: int) -> float:
         return pass_time(weights, count) + batch * CONTEXT * cache / bytes_per_ms
 
-    return Machine("8B, H100", "roofline", target, lambda batch: 5 * (pass_time(depth, batch) + 0.02))
+    return Machine("8B, H100", "roofline", target, lambda batch, drafts: drafts * (pass_time(depth, batch) + 0.02))
 
 
 def rollout(machine: Machine, lengths: np.ndarray, drafts: int, tau: float, limit: int) -> float:

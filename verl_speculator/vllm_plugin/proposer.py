@@ -112,7 +112,7 @@ class SpeculatorProposer:
         self._drawn_from: DrawnFrom | None = None
         # Row and newest token of each request, in memory that is copied to a GPU without a stop; `propose` ends with
         # the copy of the drafts back, so nothing is overwritten before it was read.
-        most_requests = vllm_config.scheduler_config.max_num_seqs
+        most_requests = max(vllm_config.scheduler_config.max_num_seqs, *WARM_UP)
         self._newest = torch.empty(3 * most_requests, dtype=torch.long, pin_memory=device.type == "cuda")
         compiled = device.type == "cuda" if settings.compile is None else settings.compile
         self._greedy, self._sampled = (

@@ -46,8 +46,12 @@ class VocabularyShard(nn.Module):
         self.start, self.stop = (min(rows, (rank + i) * length) for i in (0, 1))
         self.weight = nn.Parameter(table.weight.new_zeros(length, width), requires_grad=False)
         self.load = rows_loader(self.start, self.stop)
-        self.project, self.projection = table.project, table.projection
+        self.projection = table.projection
         self.copy(table.weight.detach())
+
+    def project(self, x: Tensor) -> Tensor:
+        """As `Table.project`, without a reference to the whole table."""
+        return x if self.projection is None else self.projection(x)
 
     @torch.no_grad()
     def copy(self, whole: Tensor) -> None:

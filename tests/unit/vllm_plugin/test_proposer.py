@@ -205,6 +205,18 @@ def test_a_runner_that_reads_no_distributions_is_refused(trained, model, monkeyp
     kind(engine_config(path, model, 3), model)
 
 
+@pytest.mark.parametrize("most_requests", [1, 2])
+def test_an_engine_of_few_requests_is_compiled_for_too(trained, model, monkeypatch, most_requests):
+    _, path = trained["sum_rnn"]
+    eager = partial(torch.compile, backend="eager")
+    monkeypatch.setattr("verl_speculator.vllm_plugin.proposer.torch.compile", eager)
+    config = engine_config(path, model, 3, compile=True)
+    config.scheduler_config.max_num_seqs = most_requests
+    runner = install(monkeypatch)(config, model)
+    runner.step([Request([4, 5], 5) for _ in range(most_requests)])
+    assert [len(drafts) for drafts in runner.seen[0][2]] == [3] * most_requests
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_workers_draft_the_same_with_their_rows_alone(trained, model, family, monkeypatch):
     speculator, path = trained[family]
