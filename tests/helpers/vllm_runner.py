@@ -47,6 +47,7 @@ def make_runner_class() -> type:
             self.input_batch = SimpleNamespace(num_tokens_no_spec=None, token_ids_cpu=None, req_ids=[])
             self._draft_probs = self._draft_prob_req_ids = None
             self.temperature = 0.0
+            self.max_model_len = self.effective_drafter_max_model_len = vllm_config.model_config.max_model_len
             self.seen: list[tuple[list[Request], list[list[int]], list[list[int]]]] = []
 
         def propose_draft_token_ids(
@@ -82,7 +83,7 @@ def make_runner_class() -> type:
             for request in requests:
                 end = min(len(request.tokens), request.read + self.chunk)
                 whole = end == len(request.tokens)
-                drafts = request.drafts if whole else []
+                drafts = request.drafts[: self.max_model_len - 1 - end] if whole else []
                 states = states_of(self.base, request.tokens[:end] + drafts)[-len(drafts) - 1 :]
                 choice = self.base.get_output_embeddings()(states).argmax(-1).tolist()
                 right = 0
@@ -100,7 +101,12 @@ def make_runner_class() -> type:
             self.input_batch.req_ids = [str(id(request)) for request in requests]
             temperature = torch.full([len(requests)], self.temperature) if self.temperature else None
             sampling = SimpleNamespace(temperature=temperature, generators={})
-            found = self.propose_draft_token_ids(None, sampled, sampling, None, hidden, None, metadata, None, None)
+            draft_length = self.vllm_config.speculative_config.num_speculative_tokens
+            longest = max((request.read for request in requests), default=0)
+            if longest + draft_length <= self.effective_drafter_max_model_len:
+                found = self.propose_draft_token_ids(None, sampled, sampling, None, hidden, None, metadata, None, None)
+            else:
+                found = [[0] * draft_length for _ in requests]
             for request, got, drafts in zip(requests, sampled, found, strict=True):
                 request.tokens += got
                 request.drafts = drafts
@@ -123,7 +129,9 @@ def install(monkeypatch, version: str = "0.24.0", workers: Workers | None = None
     return runner
 
 
-def engine_config(path, base, tokens: int, *, draft_sample_method: str = "greedy", **settings):
+def engine_config(
+    path, base, tokens: int, *, draft_sample_method: str = "greedy", max_model_len: int = 1000, **settings
+):
     """vLLM's configuration, as far as it is read."""
     config = base.config
     return SimpleNamespace(
@@ -134,6 +142,7 @@ def engine_config(path, base, tokens: int, *, draft_sample_method: str = "greedy
         scheduler_config=SimpleNamespace(max_num_seqs=16),
         model_config=SimpleNamespace(
             dtype=next(base.parameters()).dtype,
+            max_model_len=max_model_len,
             get_hidden_size=lambda: config.hidden_size,
             get_vocab_size=lambda: config.vocab_size,
         ),

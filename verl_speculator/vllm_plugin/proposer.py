@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -194,7 +195,8 @@ def patch_model_runner(runner: type) -> None:
 
     vLLM passes only tokens to a drafter of `custom_class`. The hidden states are arguments of the method that calls it;
     the wrapper provides them to the proposer for the time of that call, and stores the distributions of sampled drafts
-    where vLLM's own drafters have theirs stored. Everything else it leaves as it is.
+    where vLLM's own drafters have theirs stored. A speculator has no positions, so that it drafts up to the end of the
+    context; vLLM's scheduler cuts off what is beyond. Everything else is left as it is.
 
     Raises:
         UserError: if the method has other parameters than in the versions that are supported.
@@ -210,6 +212,8 @@ def patch_model_runner(runner: type) -> None:
         drafter = getattr(self, "drafter", None)
         if not isinstance(drafter, SpeculatorProposer):
             return original(self, *args, **kwargs)
+        # Within K tokens of this length, which is the target's, vLLM verifies zeros for the whole batch instead.
+        self.effective_drafter_max_model_len = sys.maxsize
         arguments = signature.bind(self, *args, **kwargs).arguments
         verified, sampling = arguments["spec_decode_metadata"], arguments["sampling_metadata"]
         inputs = StepInputs(
@@ -285,18 +289,18 @@ def sampled_drafts(
         hidden: [B, D] as in `greedy_drafts`.
         tokens: [B] as there.
         temperature: [B] of the requests; those with 0 get the most likely tokens.
-        noise: [B, K, V] exponential, larger than 0: argmax q / noise is a draw from q.
+        noise: [B, K, V] float32, exponential, larger than 0: argmax q / noise is a draw from q. It is overwritten.
 
     Returns:
-        [B, K] the drafts, and [B, K, V] in float32 what they were drawn from.
+        [B, K] the drafts, and [B, K, V] what they were drawn from, in the place of the noise.
     """
     is_greedy = (temperature < 1e-5)[:, None]  # as vLLM decides it
     temperature = torch.where(is_greedy, 1.0, temperature[:, None])
-    state, drafts, distributions = speculator.start(hidden), [], []
+    state, drafts = speculator.start(hidden), []
     for depth in range(speculator.n_predict):
         state = speculator.step(state, tokens)
         distribution = (speculator.logits(depth, state.output).float() / temperature).softmax(-1)
         tokens = torch.where(is_greedy, distribution, distribution / noise[:, depth]).argmax(-1)
         drafts.append(tokens)
-        distributions.append(distribution)
-    return torch.stack(drafts, dim=1), torch.stack(distributions, dim=1)
+        noise[:, depth] = distribution
+    return torch.stack(drafts, dim=1), noise

@@ -283,6 +283,23 @@ def test_nothing_is_drafted_for_a_large_batch(trained, model, texts, monkeypatch
     assert requests[0].tokens[: len(texts[0])] == texts[0]
 
 
+def test_one_request_at_the_end_of_its_context_costs_the_others_nothing(trained, model, texts, monkeypatch):
+    """Drafts are the speculator's up to the end, where vLLM verifies zeros for the whole batch otherwise, whatever
+    `draft_up_to` is."""
+    _, path = trained["sum_rnn"]
+    limit = len(PROMPTS[0]) + COUNT
+    runner = install(monkeypatch)(engine_config(path, model, 3, max_model_len=limit, draft_up_to=2), model)
+    requests = [Request(list(prompt), COUNT) for prompt in PROMPTS[:2]]
+    while len(requests[0].answer) < COUNT:
+        runner.step(requests)
+    assert requests[0].tokens == texts[0]
+    assert max(request.read for request in requests) + 3 > limit
+    shown = [tuple(drafts) for _, _, found in runner.seen for drafts in found]
+    assert len(shown) >= 6 and {len(drafts) for drafts in shown} == {3} and (0, 0, 0) not in shown
+    runner.step([*requests, Request([5, 9], 4)])
+    assert runner.seen[-1][2] == [[], [], []]
+
+
 def test_other_drafters_are_left_alone(trained, model, monkeypatch):
     _, path = trained["sum_rnn"]
     kind = install(monkeypatch)
