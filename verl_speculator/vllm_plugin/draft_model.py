@@ -2,14 +2,13 @@
 
 vLLM runs it as it runs multi-token prediction: at every depth over all rows of the batch, each row's token shifted by
 one, and samples from the logits of each request's last row. A row stands for the same position at all depths, so the
-state of the drafts rests in buffers with a row for each token of the batch. Buffers and parameters are allocated once:
+state of the drafts rests in tensors with a row for each token of the batch. They and the parameters are allocated once:
 captured CUDA graphs keep their addresses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ class SpeculatorDraftModel(nn.Module):
         self.slots, parameters = speculator.checkpoint_slots(), dict(speculator.named_parameters())
         self.shapes = {name: list(slot.of(parameters).shape) for name, slot in self.slots.items()}
         cell = speculator.start(torch.empty(1, info.hidden_size, device="meta")).cell
-        widths = {"carried": speculator.head(0).shape[1], "cell": None if cell is None else cell.shape[1]}
+        widths = speculator.head(0).shape[1], None if cell is None else cell.shape[1]
         self.shards = shard_tables(speculator)
         speculator.to(torch.get_default_dtype()).to_empty(device=torch.get_default_device())
         self.speculator = speculator.requires_grad_(False).eval()
@@ -61,12 +60,13 @@ class SpeculatorDraftModel(nn.Module):
             # A weight update of vLLM's that does not send a persistent buffer would leave it empty.
             speculator.register_buffer("draft_tokens", tokens, persistent=False)
         rows = vllm_config.scheduler_config.max_num_batched_tokens
-        for name, width in widths.items():
-            self.register_buffer(name, None if width is None else torch.zeros(rows, width), persistent=False)
+        # No buffers of the module: vLLM's weight updates would miss values for them.
+        self.carried, self.cell = (None if width is None else torch.zeros(rows, width) for width in widths)
         self.loaded, self.depth, self.stats = False, 0, AcceptanceStats()
         # What vLLM compares with the target's, and would set to the target's if it were missing.
         tables = [table for table in self.speculator.modules() if isinstance(table, (Table, VocabularyShard))]
-        self.model, self.lm_head = SimpleNamespace(embed_tokens=tables[0]), tables[-1]
+        self.model, self.lm_head = nn.Module(), tables[-1]
+        self.model.embed_tokens = tables[0]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Part of vLLM's interface, and never called: `forward` embeds tokens itself, and vLLM asks for embeddings only

@@ -114,11 +114,13 @@ def test_it_drafts_what_our_decoder_drafts(name, size, draft_model_class, tmp_pa
         model = kind(vllm_config=engine(directory))
         written = model.load_weights(load_file(directory / "model.safetensors").items())
         assert written == {f"speculator.{name}" for name, _ in model.speculator.named_parameters()}
-        buffers = {name: tensor.data_ptr() for name, tensor in model.named_buffers()}
+        # A weight update of vLLM's expects values for every buffer of a module.
+        assert {name for name, _ in model.named_buffers()} <= {"speculator.draft_tokens"}
+        places = [None if tensor is None else tensor.data_ptr() for tensor in (model.carried, model.cell)]
         first = drafts_in_v2(model, hidden, tokens, last, names_depth=True)
         second = drafts_in_v2(model, hidden, tokens, last, names_depth=False)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert buffers == {name: tensor.data_ptr() for name, tensor in model.named_buffers()}
+        assert places == [None if tensor is None else tensor.data_ptr() for tensor in (model.carried, model.cell)]
         return *first, sum(p.numel() for p in model.parameters())
 
     with torch.inference_mode():
@@ -149,6 +151,16 @@ def test_weights_come_in_pieces_after_the_first_time(size, draft_model_class, tm
         return [torch.equal(now[name][: used.get(name)], (before[name] + 1)[: used.get(name)]) for name in now]
 
     assert all(map(all, workers.run(work)))
+
+
+def test_vllm_looks_for_the_targets_buffers_in_it(draft_model_class, tmp_path):
+    """Where the target has a `topk_indices_buffer` (DeepSeek V3.2), vLLM walks the modules of the draft's `model`."""
+    directory, workers = export(tmp_path, "sum_rnn"), Workers(1)
+    kind = draft_model_class(workers)
+    (model,) = workers.run(lambda rank: kind(vllm_config=engine(directory)))
+    assert not any(hasattr(module, "topk_indices_buffer") for _, module in model.model.named_modules())
+    assert model.model.embed_tokens is model.speculator.emb[0][0]
+    assert all(name.startswith("speculator.") for name, _ in model.named_parameters())
 
 
 def test_what_its_weights_must_be(draft_model_class, tmp_path):
