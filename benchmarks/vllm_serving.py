@@ -3,10 +3,9 @@
     python benchmarks/vllm_serving.py BASE CHECKPOINT [CHECKPOINT ...] --prompts test.parquet --batch 1,4,16
 
 Needs vLLM (docs/rollout.md), for CUDA or for CPUs, whose V2 runner is interpreted and says nothing about speed. Greedy,
-first messages alone, without prefix caching. Each batch size and checkpoint has a process, in which vLLM with drafts and
-vLLM alone take turns; a row holds the medians of the trials, each side by its own tokens, and the share of the time
-that drafting takes in one more. On a CPU set
-MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as the launcher does.
+first messages alone, without prefix caching. Each batch size and checkpoint has a process, in which vLLM with drafts
+and vLLM alone take turns; a row holds the medians of the trials, each side by its own tokens, and the share of the time
+that drafting takes in one more. On a CPU set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ as the launcher does.
 """
 
 from __future__ import annotations

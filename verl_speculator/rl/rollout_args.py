@@ -78,6 +78,7 @@ SERVER = ROLLOUT + "engine_kwargs.vllm."
 SPECULATION = SERVER + "speculative_config."
 EXTENSION = SERVER + "worker_extension_cls"
 BASE = MODEL + "path"
+GATE, PARALLEL = "num_speculative_tokens_per_batch_size", ROLLOUT + "data_parallel_size"
 STRATEGY = "actor_rollout_ref.actor.strategy"
 ARCTIC_SWITCH, RUNNER_SWITCH = "ARCTIC_INFERENCE_ENABLED", "VLLM_USE_V2_MODEL_RUNNER"
 POLICY = "verl_speculator.training.model_config.SpeculatorPolicyConfig"
@@ -256,7 +257,7 @@ def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: b
         settings[ROLLOUT + "load_format"] = Setting(("auto",), "the speculator would have random weights")
     if engine == V2:
         gate = [[1, DRAFT_UP_TO, n_predict], [DRAFT_UP_TO + 1, 2**20, 0]]
-        settings[SPECULATION + "num_speculative_tokens_per_batch_size"] = Setting((gate,), "", new=True)
+        settings[SPECULATION + GATE] = Setting((gate,), "", new=True)
     if purpose == "ppo" and engine in (V2, "vllm-medusa"):  # ArcticInference saves its drafter before level 2
         settings[ROLLOUT + "free_cache_engine"] = Setting(
             (False,), "a sleeping engine gives the speculator's weights back and wakes up with none"
@@ -272,8 +273,12 @@ def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: b
     return settings
 
 
-def _check_overrides(overrides: Sequence[str], required: Mapping[str, Setting], info: CheckpointInfo) -> set[str]:
-    """Refuse overrides of the user that contradict the required settings, and another base model; the keys they set."""
+def _check_overrides(overrides: Sequence[str], required: Mapping[str, Setting], info: CheckpointInfo) -> dict[str, Any]:
+    """Refuse overrides of the user that contradict the required settings, and another base model.
+
+    Returns:
+        The values that they set, by key.
+    """
     parsed = [parse_override(override) for override in overrides]
     values = {override.key_or_group: None if override.is_delete() else override.value() for override in parsed}
     for key, value in values.items():
@@ -281,7 +286,7 @@ def _check_overrides(overrides: Sequence[str], required: Mapping[str, Setting], 
             required[key].check(key, value)
         if key == BASE and isinstance(value, str):
             _check_base(info, value)
-    return set(values)
+    return values
 
 
 def rollout_arguments(
@@ -323,12 +328,17 @@ def rollout_arguments(
         _check_path(info, engine)
     required = _required_settings(info, engine, purpose, train)
     checked = (SYNC_REQUIREMENTS if train else {}) | (LOSSLESS if purpose == "ppo" else {}) | required
-    user_keys = _check_overrides(overrides, checked, info)
+    given = _check_overrides(overrides, checked, info)
     notes += _check_installed(engine)
     if engine == V1:
         notes.append(
             "vLLM 0.24 leaves the speculator out of its memory account: where memory is scarce, lower "
             f"{ROLLOUT}gpu_memory_utilization by its size"
+        )
+    if engine == V2 and given.get(PARALLEL, 1) != 1:
+        notes.append(
+            f"{PARALLEL}={given[PARALLEL]}: vLLM then ignores {SPECULATION}{GATE}, so drafts are verified in a batch "
+            "of any size"
         )
     if engine == "arctic":
         notes += ARCTIC_NOTES
@@ -336,12 +346,12 @@ def rollout_arguments(
             notes.append(f"export {ARCTIC_SWITCH}=1: verl's generation server passes no other variables to its workers")
     if train:
         notes.append("start python -m verl_speculator.train_ppo in place of python -m verl.trainer.main_ppo")
-    if BASE not in user_keys:
+    if BASE not in given:
         notes.append(f"no {BASE}=… among your overrides: the speculator was not held against its base")
     printed = [
         f"{'+' * setting.new}{key}={quote(setting.accepted[0])}"
         for key, setting in required.items()
-        if key not in user_keys
+        if key not in given
     ]
     return Arguments([*printed, *overrides], notes)
 

@@ -177,6 +177,19 @@ def test_verification_that_keeps_the_text_is_the_users_choice(specs):
         assert own in rollout_arguments(info, overrides=[own]).overrides
 
 
+def test_data_parallel_engines_verify_drafts_in_a_batch_of_any_size(specs):
+    export, parallel = of_engine(specs, "vllm-v2", "sum_rnn"), ROLLOUT + "data_parallel_size="
+
+    def notes(engine, *overrides):
+        info = export if engine == "vllm-v2" else read_checkpoint_info(specs["sum_rnn"])
+        every = rollout_arguments(info, engine=engine, overrides=overrides).notes
+        return [note for note in every if "num_speculative_tokens_per_batch_size" in note]
+
+    (note,) = notes("vllm-v2", parallel + "2")
+    assert note.startswith(parallel + "2: vLLM then ignores ")
+    assert not notes("vllm-v2") and not notes("vllm-v2", parallel + "1") and not notes("vllm-v1", parallel + "2")
+
+
 def test_the_same_value_again_is_fine(specs):
     info = read_checkpoint_info(specs["medusa"])
     own = [ROLLOUT + "load_format='auto'", ROLLOUT + "free_cache_engine=False", "+x.y=1"]
