@@ -84,7 +84,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def draft(speculator: torch.nn.Module) -> None:
-        speculator.draft(hidden[:1], tokens[:1, 0], args.k)
+        speculator.draft(speculator.start(hidden[:1]), tokens[:1, 0], args.k)
 
     times: dict[tuple[str, str], list[float]] = {}
     for trial in range(args.trials + 1):

@@ -5,6 +5,7 @@ from torch import nn
 
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.models.speculator import TokenBatch
 
 VARIANTS = {
     "sum_rnn": [
@@ -41,6 +42,17 @@ VARIANTS = {
         {"exit_layer": 0, "trainable": "head_and_block", "n_predict": 4},
         {"exit_layer": 1, "draft_vocab_size": 50},
     ],
+    "eagle3": [
+        {"embedding": "own", "head": "own"},
+        {"num_layers": 2, "embedding": "base", "draft_vocab_size": 50},
+        {"embedding": "base_frozen", "head": "base_frozen", "norm_before_residual": True},
+        {"draft_vocab_size": 50, "n_predict": 2, "ttt_steps": 4},
+    ],
+}
+# What the draft layer of eagle3 takes from a base model.
+LAYER = {
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 24},
+    **{"rms_norm_eps": 1e-6, "rope": {"rope_type": "default", "rope_theta": 1e4}, "positions": 64},
 }
 
 
@@ -81,9 +93,27 @@ def build_attached(config: SpeculatorConfig, hidden_size: int, vocab_size: int, 
     return speculator
 
 
+def as_documents(hidden: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, TokenBatch]:
+    """States and tokens of documents, one row each: a state [T, D], then the tokens [T, K] after it."""
+    count, depths = tokens.shape
+    taken = torch.zeros(1, count * (depths + 1), hidden.shape[1], dtype=hidden.dtype)
+    rows = torch.arange(count) * (depths + 1)
+    taken[0, rows] = hidden
+    lengths = torch.full_like(rows, depths + 1)
+    return taken, TokenBatch(torch.cat([tokens[:, :1], tokens], 1).flatten(), torch.stack([rows, lengths], 1), rows)
+
+
+def unrolled(speculator: Speculator, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[K, T, E] the states of all depths, from states [T, D] and the tokens [T, K] after each."""
+    if speculator.reads_sequence:
+        taken, batch = as_documents(hidden, tokens)
+        hidden = speculator.draft_states(taken, tokens, batch)
+    return speculator.unroll(hidden, tokens)
+
+
 def configurations() -> dict[str, SpeculatorConfig]:
     """Every variant under a name for pytest."""
-    small = {"n_predict": 3, "inner_dim": 24, "emb_dim": 24, "proj_dim": 24}
+    small = {"n_predict": 3, "inner_dim": 24, "emb_dim": 24, "proj_dim": 24, "aux_layers": [0, 1, 2], "layer": LAYER}
     return {
         "-".join([method, *(f"{k}_{v}" for k, v in settings.items())]): SpeculatorConfig(
             method=method, **(small | settings)

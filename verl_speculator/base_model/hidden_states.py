@@ -4,6 +4,8 @@ post_norm         after the final norm: the input of the LM head
 pre_norm          before the final norm
 block_output.3    the output of decoder layer 3
 block_input.3     the input of decoder layer 3, with the other arguments of the call
+block_inputs.1.3  the inputs of decoder layers 1 and 3, side by side; after the last layer's number the next one is the
+                  input of the final norm
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from verl_speculator.utils.settings import UserError
 
 POST_NORM, PRE_NORM, BLOCK_OUTPUT, BLOCK_INPUT = "post_norm", "pre_norm", "block_output", "block_input"
+BLOCK_INPUTS = "block_inputs"
 # Names of the final norm and of the list of decoder layers in transformers' architectures.
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f")
 BLOCK_NAMES = ("layers", "h", "blocks")
@@ -31,10 +34,10 @@ class BlockCall(NamedTuple):
     arguments: dict[str, Any]
 
 
-def block_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+def block_list(decoder: nn.Module, method: str = "early_exit") -> tuple[str, nn.ModuleList]:
     """The decoder layers of a base model's inner model, and the name of their attribute. Raises UserError if there is
     no such list, or its layers do not pass on a single state that a head could read."""
-    method = f"model.speculator.method=early_exit: {type(decoder).__name__}"
+    method = f"model.speculator.method={method}: {type(decoder).__name__}"
     for name in STREAMS:
         if (count := getattr(getattr(decoder, "config", None), name, None) or 1) > 1:
             what = f"passes {count} states of each token between its blocks ({name})"
@@ -52,6 +55,12 @@ def block_of(base: nn.Module, layer: int) -> nn.Module:
         return blocks[layer]
     where = f"model.speculator.exit_layer={layer}: {type(base).__name__}"
     raise UserError(f"{where} has {count} blocks; expected 0 to {count - 1}")
+
+
+def layer_or_norm(base: nn.Module, layer: int) -> nn.Module:
+    """Decoder layer number `layer`; after the last one, the module behind it: the final norm."""
+    _, blocks = block_list(base.base_model, "eagle3")
+    return final_norm(base) if layer == len(blocks) else blocks[layer]
 
 
 def final_norm(base: nn.Module) -> nn.Module:
@@ -106,30 +115,36 @@ class HiddenStateHook:
         self.kind, _, layer = hidden_state_source.partition(".")
         if self.kind == POST_NORM:
             # Some architectures, such as OPT, call this part of their inner model and never the inner model itself.
-            self.module = base.base_model.get_decoder()
+            self.modules = [base.base_model.get_decoder()]
+        elif self.kind == PRE_NORM:
+            self.modules = [final_norm(base)]
+        elif self.kind == BLOCK_INPUTS:
+            self.modules = [layer_or_norm(base, int(number)) for number in layer.split(".")]
         else:
-            self.module = final_norm(base) if self.kind == PRE_NORM else block_of(base, int(layer))
-        self._recorded: Tensor | BlockCall | None = None
+            self.modules = [block_of(base, int(layer))]
+        self._recorded: dict[nn.Module, Tensor | BlockCall] = {}
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._recorded = output if isinstance(output, Tensor) else output[0]
+        self._recorded[module] = output if isinstance(output, Tensor) else output[0]
 
     def _before(self, module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
         state = inputs[0] if inputs else arguments["hidden_states"]
         others = {name: value for name, value in arguments.items() if name != "hidden_states"}
-        self._recorded = BlockCall(state, others) if self.kind == BLOCK_INPUT else state
+        self._recorded[module] = BlockCall(state, others) if self.kind == BLOCK_INPUT else state
 
     def __enter__(self) -> HiddenStateHook:
         if self.kind in (POST_NORM, BLOCK_OUTPUT):
-            self._hook = self.module.register_forward_hook(self._after)
+            self._hooks = [module.register_forward_hook(self._after) for module in self.modules]
         else:
-            self._hook = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._hooks = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in self.modules]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def take(self) -> Tensor | BlockCall:
-        """Return the state [B, T, D] of the last forward pass and forget it; for `block_input` the layer's call."""
-        recorded, self._recorded = self._recorded, None
-        return recorded
+        """Return the state [B, T, D] of the last forward pass and forget it; for `block_input` the layer's call, for
+        `block_inputs` the states of all layers, [B, T, A·D]."""
+        recorded, self._recorded = [self._recorded[module] for module in self.modules], {}
+        return recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=-1)

@@ -53,7 +53,7 @@ class Family:
     Attributes:
         target: `module:Class` of the implementation, imported on first use.
         summary: one line for `inspect`, the model card and the docs.
-        settings: the fields of `SpeculatorConfig` that it reads besides `method` and `n_predict`; others are ignored.
+        settings: the fields of `SpeculatorConfig` that it reads besides those of all families; others are ignored.
         defaults: the values of the settings that are null by default. A width of None means no such layer.
         choices: the values of a setting that it accepts, where they differ from those of other families.
         single_widths: whether each width must be a single number.
@@ -63,6 +63,7 @@ class Family:
             next token is known, 1 if the speculator reads every token itself.
         single_depth: whether training knows one depth only, because each draft token is read before the next is
             drafted.
+        reads_sequence: whether it reads the states of all positions, of the base model's layers `aux_layers`.
         serving_keys: maps the content of `config.json` to the additional keys that serving engines read.
     """
 
@@ -76,14 +77,18 @@ class Family:
     requires: Mapping[str, Any] = field(default_factory=dict)
     first_offset: int = 2
     single_depth: bool = False
+    reads_sequence: bool = False
     serving_keys: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda content: {}
 
 
 _MLP_SETTINGS = ("inner_dim", "emb_dim", "proj_dim", "embedding", "head", "scale_input", "tie_weights")
 _MLP = {
     # η of the hybrid loss: 3 for speculators that read tokens, 10 for Medusa heads (arXiv 2602.23881).
-    "defaults": {"inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024, "head": OWN, "init": "random", "lk_eta": 3.0},
-    "choices": {"head": TABLES},
+    "defaults": {
+        **{"n_predict": 5, "inner_dim": 1024, "emb_dim": 1024, "proj_dim": 1024, "embedding": OWN, "head": OWN},
+        **{"init": "random", "lk_eta": 3.0},
+    },
+    "choices": {"embedding": TABLES, "head": TABLES},
     "merges_widths": True,
     "serving_keys": _arctic_keys,
 }
@@ -105,7 +110,7 @@ FAMILIES: Mapping[str, Family] = {
         target="verl_speculator.models.medusa:Medusa",
         summary="Medusa heads: one residual head for each draft token (Cai et al.)",
         settings=("num_layers", "head", "hidden_state", "inner_dim"),
-        defaults={"inner_dim": None, "head": "copy", "init": "base", "lk_eta": 10.0},
+        defaults={"n_predict": 5, "inner_dim": None, "head": "copy", "init": "base", "lk_eta": 10.0},
         choices={"head": HEADS},
         single_widths=True,
         serving_keys=_vllm_medusa_keys,
@@ -114,8 +119,17 @@ FAMILIES: Mapping[str, Family] = {
         target="verl_speculator.models.early_exit:EarlyExit",
         summary="Early exit: the base model cut behind one of its decoder layers, with an LM head of its own",
         settings=("exit_layer", "trainable"),
-        defaults={"init": "base", "lk_eta": 3.0},
+        defaults={"n_predict": 5, "init": "base", "lk_eta": 3.0},
         first_offset=1,
         single_depth=True,
+    ),
+    "eagle3": Family(
+        target="verl_speculator.models.eagle3:Eagle3",
+        summary="EAGLE-3: a decoder layer over the sequence and three hidden states of the base model (Li et al.)",
+        settings=("aux_layers", "num_layers", "ttt_steps", "embedding", "head", "norm_before_residual", "layer"),
+        # η of the hybrid loss as for other speculators that read tokens.
+        defaults={"n_predict": 7, "embedding": BASE_FROZEN, "head": BASE, "init": "base", "lk_eta": 3.0},
+        choices={"embedding": TABLES, "head": TABLES},
+        reads_sequence=True,
     ),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,10 @@ from verl_speculator.utils.settings import UserError, nearest
 
 PREFIX = "model.speculator."
 DIM_KEYS = ("inner_dim", "emb_dim", "proj_dim")
+NUM_AUX_LAYERS = 3
+# Types of RoPE whose frequencies do not depend on the length of the sequence, or on a part of the head.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DEFAULT_POSITIONS = 8192
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
@@ -31,11 +35,13 @@ File = Annotated[str, pydantic.Field(min_length=1, description="a file")]
 # Checked by parse_dims and by Objective.parse, whose errors say more than a type does.
 Width = Annotated[Any, pydantic.Field(description='an integer, or several layers as "1024.2048"')]
 Loss = Annotated[Any, pydantic.Field(description=LOSS_FORMS)]
+Layers = Annotated[list[NonNegativeInt] | tuple[int, ...], pydantic.Field(description="three integers, [a, b, c]")]
 DepthWeights = Annotated[Any, pydantic.Field(description="a list of numbers, reach, gain")]
 
 
-# Settings that config.json has only where they have another value: engines may refuse a key that they do not know.
-OPTIONAL = {"draft_vocab_size": None, "embedding": OWN, "head": OWN}
+# Settings that config.json has only where they have another value, or another default: engines may refuse a key that
+# they do not know.
+OPTIONAL = {"draft_vocab_size": None, "embedding": OWN, "head": OWN, "layer": None}
 BOUNDS = {"gt": "> {:g}", "ge": "of at least {:g}", "le": "and at most {:g}"}
 
 
@@ -118,6 +124,79 @@ def _check_fields(settings: Any, names: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """The shape of a decoder layer as Llama has it, in the widths and heads of a base model.
+
+    Attributes:
+        head_dim: width of a head.
+        rope: `rope_parameters` of transformers.
+        positions: the longest sequence.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: Mapping[str, Any]
+    positions: int
+
+    @classmethod
+    def of(cls, base: Any) -> LayerShape:
+        """The shape of a base model's layers, by its Hugging Face configuration.
+
+        Raises:
+            UserError: naming what the configuration lacks.
+        """
+        config = base.get_text_config()
+        heads, width = getattr(config, "num_attention_heads", None), config.hidden_size
+        head_dim = getattr(config, "head_dim", None) or (heads and width // heads)
+        if not heads or not head_dim or head_dim % 2:
+            raise UserError(
+                f"{PREFIX}method=eagle3: {config.model_type} has num_attention_heads={heads} and head_dim={head_dim}; "
+                "expected a base model with attention heads of an even width"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        # A rotation of part of a head, or of several axes, is the base model's own affair.
+        known = rope.get("rope_type") in ROPE_TYPES and "mrope_section" not in rope
+        return cls(
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            intermediate_size=getattr(config, "intermediate_size", None) or 4 * width,
+            rms_norm_eps=float(getattr(config, "rms_norm_eps", None) or 1e-6),
+            rope=dict(rope) if known else {"rope_type": "default", "rope_theta": float(rope.get("rope_theta", 1e4))},
+            positions=getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS,
+        )
+
+    def llama_config(self, hidden_size: int, **more: Any) -> Any:
+        """transformers' configuration of a Llama with such layers of width `hidden_size`."""
+        from transformers import LlamaConfig
+
+        values = asdict(self)
+        rope, positions = dict(values.pop("rope")), values.pop("positions")
+        return LlamaConfig(
+            hidden_size=hidden_size, rope_parameters=rope, max_position_embeddings=positions, **values, **more
+        )
+
+
+def default_aux_layers(count: int) -> list[int]:
+    """EAGLE-3's three of `count` decoder layers, as vLLM chooses them; at equal distances where those are too close.
+
+    Raises:
+        UserError: for a base model of a single layer.
+    """
+    layers = [2, count // 2, count - 3]
+    if layers != sorted(set(layers)):
+        layers = [int(count * part / 4 + 0.5) for part in (1, 2, 3)]
+    if layers != sorted(set(layers)):
+        layers = [count - 2, count - 1, count]
+    if layers[0] < 0:
+        raise UserError(f"{PREFIX}method=eagle3: the base has {count} decoder layer; expected at least 2")
+    return layers
+
+
+@dataclass(frozen=True)
 class SpeculatorConfig:
     """The family and the shape of a speculator, the same for training, decoding and serving.
 
@@ -128,7 +207,7 @@ class SpeculatorConfig:
     """
 
     method: Annotated[Literal[*FAMILIES], "family of the speculator"] = "sum_rnn"
-    n_predict: Annotated[Count, "number of draft tokens, K"] = 5
+    n_predict: Annotated[Count | None, "number of draft tokens, K"] = None
     draft_vocab_size: Annotated[
         Count | None,
         "number of tokens that can be drafted: all end tokens, and those that the training answers use most; the heads "
@@ -143,20 +222,20 @@ class SpeculatorConfig:
         None
     )
     embedding: Annotated[
-        Literal[*TABLES],
+        Literal[*TABLES] | None,
         "token embedding: own has weights of its own, base starts as the base model's and is trained, base_frozen is "
         "the base model's and not saved; a projection follows where the first width of emb_dim is not the base model's",
-    ] = OWN
+    ] = None
     scale_input: Annotated[bool, "normalise the base model's hidden state and divide it by √2 at the first depth"] = (
         False
     )
     tie_weights: Annotated[bool, "share embedding, norm and LM head between the depths; sum_lstm needs true"] = True
     tie_lstm_embs: Annotated[bool, "use one embedding for all four gates"] = False
-    num_layers: Annotated[Count, "number of residual blocks of each head"] = 1
+    num_layers: Annotated[Count, "number of residual blocks of each head; eagle3: of decoder layers"] = 1
     head: Annotated[
         Literal[*TABLES, *HEADS] | None,
-        "LM head; sum_rnn, sum_lstm: own, base, base_frozen, as for embedding; medusa, whose heads start as the base "
-        "model's: copy has one for each depth, shared one for all, frozen_shared one that is never trained",
+        "LM head; sum_rnn, sum_lstm, eagle3: own, base, base_frozen, as for embedding; medusa, whose heads start as "
+        "the base model's: copy has one for each depth, shared one for all, frozen_shared one that is never trained",
     ] = None
     hidden_state: Annotated[
         Literal[*HIDDEN_STATES],
@@ -167,6 +246,17 @@ class SpeculatorConfig:
         NonNegativeInt | None, "index of the base model's decoder layer after which the draft exits; must be set"
     ] = None
     trainable: Annotated[Literal[*TRAINABLE], "train the LM head alone, or the exit's decoder layer with it"] = "head"
+    aux_layers: Annotated[
+        Layers | None,
+        "three decoder layers of the base model, of L, whose inputs the draft reads, as [a, b, c]; L is the input of "
+        "the final norm; null: [2, L//2, L-3], in a small base model layers at equal distances",
+    ] = None
+    ttt_steps: Annotated[
+        Count | None, "steps of training, each on the draft's own state of the one before; null: n_predict"
+    ] = None
+    norm_before_residual: Annotated[bool, "add the layer's output to the normalised state instead of the state"] = False
+    # Not a setting: the fields of `LayerShape`, which `for_base` takes from the base model.
+    layer: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_fields(self, ["method"])
@@ -175,6 +265,9 @@ class SpeculatorConfig:
         for setting in fields(self):
             if setting.name not in names:
                 object.__setattr__(self, setting.name, setting.default)
+        names = [name for name in names if name in _declarations(SpeculatorConfig)]
+        if self.n_predict is None:
+            object.__setattr__(self, "n_predict", family.defaults["n_predict"])
         for name, choices in family.choices.items():
             value = family.defaults[name] if getattr(self, name) is None else getattr(self, name)
             try:
@@ -199,6 +292,10 @@ class SpeculatorConfig:
                 f"{PREFIX}emb_dim={self.emb_dim} and {PREFIX}proj_dim={self.proj_dim} must end in the same width: "
                 f"they are summed there, got {self.emb_dims[-1]} and {self.proj_dims[-1]}"
             )
+        if self.aux_layers is not None:
+            if len(self.aux_layers) != NUM_AUX_LAYERS or sorted(set(self.aux_layers)) != list(self.aux_layers):
+                raise UserError(f"{PREFIX}aux_layers={list(self.aux_layers)}: expected three layers, ascending")
+            object.__setattr__(self, "aux_layers", list(self.aux_layers))
         for name, value in family.requires.items():
             if getattr(self, name) != value:
                 setting = f"{PREFIX}{name}={as_written(getattr(self, name))}"
@@ -240,13 +337,14 @@ class SpeculatorConfig:
 
     @property
     def needs_base_modules(self) -> bool:
-        """Whether it copies the final norm or a decoder layer of the base model."""
-        return self.hidden_state == "pre_norm" or self.exit_layer is not None
+        """Whether it copies the final norm or a decoder layer of the base model, or reads the state between layers."""
+        reads_layers = self.exit_layer is not None or FAMILIES[self.method].reads_sequence
+        return self.hidden_state == "pre_norm" or reads_layers
 
     @property
     def depths(self) -> int:
-        """Depths in training: K, or 1 for a family that is trained one token at a time."""
-        return 1 if FAMILIES[self.method].single_depth else self.n_predict
+        """Depths in training: `ttt_steps` or K, or 1 for a family that is trained one token at a time."""
+        return 1 if FAMILIES[self.method].single_depth else self.ttt_steps or self.n_predict
 
     @property
     def drafts_trees(self) -> bool:
@@ -254,12 +352,37 @@ class SpeculatorConfig:
         return not FAMILIES[self.method].single_depth
 
     @property
+    def reads_sequence(self) -> bool:
+        """Whether a draft reads the states of all positions, `Family.reads_sequence`."""
+        return FAMILIES[self.method].reads_sequence
+
+    @property
+    def cached_states(self) -> int:
+        """How many hidden states of a position a cache keeps: those that the draft reads, and with several the one that
+        the LM head reads."""
+        return NUM_AUX_LAYERS + 1 if self.reads_sequence else 1
+
+    @property
     def first_offset(self) -> int:
         """How many tokens ahead the first prediction lies, `Family.first_offset`."""
         return FAMILIES[self.method].first_offset
 
+    def for_base(self, base: Any) -> SpeculatorConfig:
+        """With what a family takes from the base model's Hugging Face configuration: `aux_layers` and `layer`.
+
+        Raises:
+            UserError: for layers that the base model does not have, or if it has no attention heads to go by.
+        """
+        if not FAMILIES[self.method].reads_sequence:
+            return self
+        count = base.get_text_config().num_hidden_layers
+        self.check_blocks(count)
+        layers = default_aux_layers(count) if self.aux_layers is None else self.aux_layers
+        layer = asdict(LayerShape.of(base)) if self.layer is None else self.layer
+        return replace(self, aux_layers=layers, layer=layer)
+
     def check_blocks(self, count: int) -> None:
-        """Refuse an `exit_layer` that a base model with `count` decoder layers does not have.
+        """Refuse an `exit_layer` or `aux_layers` that a base model with `count` decoder layers does not have.
 
         Raises:
             UserError: naming both numbers.
@@ -267,6 +390,9 @@ class SpeculatorConfig:
         if self.exit_layer is not None and self.exit_layer >= count:
             expected = f"expected 0 to {count - 1}"
             raise UserError(f"{PREFIX}exit_layer={self.exit_layer}: the base has {count} blocks; {expected}")
+        if self.aux_layers is not None and self.aux_layers[-1] > count:
+            expected = f"expected 0 to {count}, where {count} is the input of the final norm"
+            raise UserError(f"{PREFIX}aux_layers={self.aux_layers}: the base has {count} decoder layers; {expected}")
 
     @staticmethod
     def read_settings(method: str) -> tuple[str, ...]:
@@ -277,7 +403,9 @@ class SpeculatorConfig:
         """The settings that the family reads: a single width as an integer, several as dotted text. Those that are not
         part of every checkpoint are left out at their default."""
         values = {name: getattr(self, name) for name in self.read_settings(self.method)}
-        return {name: value for name, value in values.items() if name not in OPTIONAL or value != OPTIONAL[name]}
+        defaults = FAMILIES[self.method].defaults
+        usual = {name: value for name, value in OPTIONAL.items() if value == defaults.get(name)}
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
     def differences(self, other: SpeculatorConfig) -> list[str]:
         """Settings in which two configurations differ, as `name (self's value, other's value)`."""

@@ -129,10 +129,13 @@ def misaligned(
     )
 
 
-def states_read(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+def states_read(loss_mask: Tensor, cu_seqlens: Tensor, *, whole: bool = False) -> Tensor:
     """[S] every position, ascending, whose hidden state a draft of any depth may start from or be compared with: those
-    before a token of the assistant's in the same document. Arguments as those of `align`.
+    before a token of the assistant's in the same document. Arguments as those of `align`; `whole` for a family that
+    reads the sequence: all positions.
     """
+    if whole:
+        return torch.arange(loss_mask.numel(), device=loss_mask.device)
     starts = _document_starts(cu_seqlens, loss_mask.numel(), loss_mask.device)
     before_assistant = loss_mask.bool()[1:] & (starts[1:] == starts[:-1])
     return before_assistant.nonzero().squeeze(-1)

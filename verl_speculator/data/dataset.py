@@ -105,13 +105,14 @@ class NumberedDataset(Dataset):
         return self.dataset[item] | {"row": torch.tensor([item])}
 
 
-def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool) -> torch.Tensor:
-    """[len(rows)] the number of hidden states that a draft may read in each of these rows."""
+def count_states(dataset: Dataset, rows: range, num_workers: int, *, show: bool, whole: bool = False) -> torch.Tensor:
+    """[len(rows)] the number of hidden states that a draft may read in each of these rows; `whole` as in
+    `states_read`."""
     loader = DataLoader(Subset(dataset, rows), batch_size=None, num_workers=num_workers)
     counts = torch.zeros(len(rows), dtype=torch.long)
     for i, row in enumerate(tqdm(loader, desc="Counting states", disable=not show)):
         mask = row["loss_mask"]
-        counts[i] = len(states_read(mask, torch.tensor([0, len(mask)])))
+        counts[i] = len(states_read(mask, torch.tensor([0, len(mask)]), whole=whole))
     return counts
 
 

@@ -2,12 +2,12 @@
 
     <directory>/manifest.json     what the states depend on: base model, data, tokenizer, settings, versions
     <directory>/lengths.npy       [N] number of states of each row
-    <directory>/states.bf16       [Σ lengths, D]
+    <directory>/states.bf16       [Σ lengths, D], of a family that reads the sequence [Σ lengths, 4D]
     <directory>/checksums.u32     [N] CRC-32 of each row's states, 0 where they are not written yet
 
 Only the states that a draft may read are kept (`alignment.states_read`), so that one cache serves speculators of any
-family and draft length. A row counts as written once its checksum matches, so a kill costs only the rows that were
-being written.
+draft length and of any family that reads one state. A row counts as written once its checksum matches, so a kill costs
+only the rows that were being written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 
 from verl_speculator.base_model.loading import BaseModelFormat
 from verl_speculator.checkpoint.provenance import file_digest, weights_fingerprint
+from verl_speculator.config.families import FAMILIES
 from verl_speculator.utils.atomic_io import atomic_directory, check_writable
 from verl_speculator.utils.settings import UserError, one_line
 
@@ -63,7 +64,13 @@ def identify_states(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     if fingerprint is None:
         raise UserError(f"{SETTING}: {base} has no *.safetensors, so its weights cannot be told from others")
     custom = data["custom_cls"]["path"]
-    return {
+    speculator = config.model.speculator
+    # The states of several layers are those of one family.
+    layers = {}
+    if FAMILIES[speculator.get("method", "sum_rnn")].reads_sequence:
+        named = speculator.get("aux_layers")
+        layers["model.speculator.aux_layers"] = "default" if named is None else list(named)
+    return layers | {
         "format": FORMAT,
         "versions": {name: metadata.version(name) for name in ("verl_speculator", "transformers")},
         "the base's weights": BaseModelFormat(config.model.quantization).name_of(fingerprint),

@@ -64,7 +64,8 @@ def synchronized_time() -> float:
 
 
 class DraftAndVerify:
-    """The state of one generation: the target's cache, the newest token and the hidden state before it.
+    """The state of one generation: the target's cache, the newest token, and what the drafter has not read yet: hidden
+    states and the token after each.
 
     Args:
         target: entered by the caller.
@@ -102,33 +103,42 @@ class DraftAndVerify:
         Raises:
             UserError: for a base model without a KV cache.
         """
-        self.hidden, logits = self.target.read(prompt, last_only=True)
+        hidden, logits = self.target.read(prompt, last_only=True)
         self.target.check_cache(len(prompt))
-        if self.policy.greedy:
-            self.token = logits.argmax(-1)
+        token = logits.argmax(-1) if self.policy.greedy else draw(self.policy.probabilities(logits), self.uniforms(1))
+        self.hidden, self.tokens = hidden[:0], prompt[:0]
+        self._keep(hidden, torch.cat([prompt[1:], token]))
+        return Round((int(token),))
+
+    def _keep(self, hidden: Tensor, tokens: Tensor) -> None:
+        """Keep states [n, D] and the token after each [n] for the next draft; only the last unless the drafter reads
+        the sequence."""
+        if self.drafter is not None and self.drafter.reads_sequence:
+            self.hidden, self.tokens = torch.cat([self.hidden, hidden]), torch.cat([self.tokens, tokens])
         else:
-            self.token = draw(self.policy.probabilities(logits), self.uniforms(1))
-        return Round((int(self.token),))
+            self.hidden, self.tokens = hidden[-1:].clone(), tokens[-1:]
 
     @torch.inference_mode()
     def advance(self, count: int) -> Round:
         """One round with draft length `count`."""
         length, uniforms = self.target.length, self.uniforms(2 * count + 1)
+        token = self.tokens[-1:]
         with self._timed("draft"):
-            proposal = Proposal(self.token[:0])
+            proposal = Proposal(token[:0])
             if count:
                 draws = None if uniforms is None else uniforms[count + 1 :]
-                proposal = self.drafter.propose(self.hidden, self.token, draws, count)
+                proposal = self.drafter.propose(self.hidden, self.tokens, draws, count, length)
+                self.hidden, self.tokens = self.hidden[:0], self.tokens[:0]
         with self._timed("target"):
             tree = None if self.tree is None else self.attention.arguments(length, len(proposal.tokens))
-            hidden, logits = self.target.read(torch.cat([self.token, proposal.tokens]), tree=tree)
+            hidden, logits = self.target.read(torch.cat([token, proposal.tokens]), tree=tree)
         if self.policy.greedy:
             result, rows = self._verify_greedy(count, proposal.tokens, logits)
         else:
             result, rows = self._verify_sampled(proposal, logits, uniforms[: count + 1])
         # The cache keeps the newest token before this round and the accepted drafts.
         self.target.keep(length, rows)
-        self.hidden = hidden[rows[-1] : rows[-1] + 1]
+        self._keep(hidden[list(rows)], torch.tensor(result.tokens, device=self.device))
         return result
 
     @contextmanager
@@ -144,7 +154,6 @@ class DraftAndVerify:
         parents = range(size) if self.tree is None else self.tree.parents[:size]
         path, last = verify_tree(parents, tokens[size:], tokens[:size])
         rows = [0, *path]
-        self.token = best[rows[-1] : rows[-1] + 1]
         overlap = (1.0,) * len(path) + (0.0,) * (len(path) < count)
         return Round((*(tokens[node - 1] for node in path), last), count, len(path), overlap, size), rows
 
@@ -155,6 +164,5 @@ class DraftAndVerify:
         # One transfer from the device for all that Python needs.
         values = torch.cat([verdict.accepted.view(1), verdict.token.view(1), drafts, verdict.overlap]).tolist()
         accepted, last, *tokens = (int(value) for value in values[: 2 + count])
-        self.token = verdict.token.view(1)
         overlap = tuple(values[2 + count :][: accepted + 1])
         return Round((*tokens[:accepted], last), count, accepted, overlap, count), range(accepted + 1)

@@ -1,4 +1,7 @@
-"""Drafting: from the hidden state before the newest token to the next draft tokens."""
+"""Drafting: from the hidden states that the target has computed to the next draft tokens.
+
+Shapes: n states since the last draft, K drafts, D base width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from verl_speculator.decoding.options import SamplingPolicy
+from verl_speculator.decoding.target import RollbackLayer
 from verl_speculator.decoding.tree import DraftTree
 from verl_speculator.decoding.verification import draw
 from verl_speculator.models.speculator import DraftState, Speculator
@@ -26,7 +30,26 @@ class Proposal(NamedTuple):
     probabilities: Tensor | None = None
 
 
-class SpeculatorDrafter:
+class Drafter:
+    """What drafters of chains and trees share: the caches of a speculator that reads the sequence.
+
+    Args:
+        speculator: of any family.
+    """
+
+    def __init__(self, speculator: Speculator) -> None:
+        self.speculator, self.dtype = speculator, speculator.head(0).dtype
+        self.caches = [RollbackLayer() for _ in range(speculator.cache_layers)]
+        self.reads_sequence = speculator.reads_sequence
+
+    def begin(self, hidden: Tensor, tokens: Tensor, length: int) -> DraftState:
+        """The state before the first step, as `Speculator.begin`; the target has read `length` tokens."""
+        for cache in self.caches:
+            cache.crop(length - len(tokens))
+        return self.speculator.begin(hidden.to(self.dtype), tokens, self.caches)
+
+
+class SpeculatorDrafter(Drafter):
     """Drafts a chain: every token continues the one before it.
 
     Args:
@@ -44,18 +67,20 @@ class SpeculatorDrafter:
         sampled: bool,
         read: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.speculator, self.policy, self.sampled = speculator, policy, sampled and not policy.greedy
-        self.dtype = speculator.head(0).dtype
+        super().__init__(speculator)
+        self.policy, self.sampled = policy, sampled and not policy.greedy
         self.read = None if read is None else lambda tokens: read(tokens).to(self.dtype)
 
-    def propose(self, hidden: Tensor, token: Tensor, uniforms: Tensor | None, count: int) -> Proposal:
+    def propose(self, hidden: Tensor, tokens: Tensor, uniforms: Tensor | None, count: int, length: int) -> Proposal:
         """Draft `count` tokens.
 
         Args:
-            hidden: [1, D] the target's hidden state before `token`; unused with `read`.
-            token: [1] the newest token; the target has not read it yet.
+            hidden: [n, D] the target's hidden states since the last draft; unused with `read`.
+            tokens: [n] the token after each; the target has not read the last one yet. n = 1 unless the speculator
+                reads the sequence.
             uniforms: [count] in [0, 1) to draw with; None if drafts are greedy.
             count: draft length.
+            length: number of tokens that the target has read.
         """
         probabilities: list[Tensor] = []
 
@@ -65,7 +90,8 @@ class SpeculatorDrafter:
             return draw(probabilities[-1], uniform)
 
         choose = sample if self.sampled else None
-        drafts = self.speculator.draft(hidden.to(self.dtype), token, count, choose=choose, read=self.read)
+        state = self.begin(hidden, tokens, length) if self.read is None else None
+        drafts = self.speculator.draft(state, tokens[-1:], count, choose=choose, read=self.read)
         return Proposal(drafts[0], torch.cat(probabilities) if self.sampled else None)
 
 
@@ -110,24 +136,21 @@ def tree_levels(tree: DraftTree, *, reads_tokens: bool, device: torch.device) ->
     return levels
 
 
-class TreeDrafter:
+class TreeDrafter(Drafter):
     """Drafts a tree, one batched step per depth.
 
     Args:
-        speculator: of any family that reads one hidden state.
+        speculator: of any family that does not run layers of the target.
         tree: to be drafted.
     """
 
     def __init__(self, speculator: Speculator, tree: DraftTree) -> None:
-        self.speculator, weight = speculator, speculator.head(0)
-        self.dtype = weight.dtype
-        self.levels = tree_levels(tree, reads_tokens=speculator.reads_tokens, device=weight.device)
+        super().__init__(speculator)
+        self.levels = tree_levels(tree, reads_tokens=speculator.reads_tokens, device=speculator.head(0).device)
 
-    def propose(
-        self, hidden: Tensor, token: Tensor, uniforms: Tensor | None = None, count: int | None = None
-    ) -> Proposal:
-        """Draft the nodes of the first `count` levels of the tree, all by default; as `SpeculatorDrafter.propose`."""
-        state, tokens, drafts = self.speculator.start(hidden.to(self.dtype)), token, []
+    def propose(self, hidden: Tensor, tokens: Tensor, uniforms: None, count: int, length: int) -> Proposal:
+        """Draft the nodes of the first `count` levels of the tree; as `SpeculatorDrafter.propose`."""
+        state, tokens, drafts = self.begin(hidden, tokens, length), tokens[-1:], []
         for depth, level in enumerate(self.levels[:count]):
             state = DraftState(*(x[level.states] if isinstance(x, Tensor) else x for x in state))
             state = self.speculator.step(state, tokens[level.tokens])

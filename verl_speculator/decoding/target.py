@@ -121,15 +121,14 @@ class Target:
 
         Args:
             tokens: [N] token ids.
-            last_only: return the last token's row only.
+            last_only: return the logits of the last token only.
             tree: mask and positions of tokens that form a draft tree (`TreeAttention.arguments`).
 
         Returns:
             The hidden states [N, D] and the logits [N, V] of the tokens that follow.
         """
         logits = self._forward(self.base, self.cache, tokens, last_only, tree)
-        hidden = self._hook.take()[0]
-        return (hidden[-1:] if last_only else hidden), logits
+        return self._hook.take()[0], logits
 
     def _forward(
         self, model: nn.Module, cache: Cache, tokens: Tensor, last_only: bool, tree: Mapping[str, Any] | None

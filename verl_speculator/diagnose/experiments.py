@@ -74,7 +74,8 @@ class BaseWithSpeculator(nn.Module):
         with decoder.target as target:
             hidden, logits = target.read(input_ids, last_only=True)
             token = logits.argmax(-1)
-            drafts = decoder.drafter.propose(hidden, token, None, count).tokens
+            following = torch.cat([input_ids[1:], token])
+            drafts = decoder.drafter.propose(hidden, following, None, count, len(input_ids)).tokens
         return {"token": token, "drafts": drafts, "logits": logits}
 
 

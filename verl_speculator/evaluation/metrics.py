@@ -18,6 +18,7 @@ from verl_speculator.base_model.hidden_states import HiddenStateHook
 from verl_speculator.data.alignment import DraftRows, align, misaligned
 from verl_speculator.losses.reference import drafted_pairs
 from verl_speculator.models import Speculator
+from verl_speculator.models.speculator import TokenBatch
 
 LEVEL = 0.95
 SAMPLES = 1000
@@ -221,7 +222,8 @@ def align_and_unroll(
     rows = align(tokens, loss_mask, borders, speculator.depths, ends, first_offset=offset)
     if any(shifts.values()):
         rows = misaligned(rows, tokens, first_offset=offset, **shifts)
-    hidden = speculator.prepare_hidden_states(hidden_states)[0][rows.positions]
+    batch = TokenBatch(tokens, torch.tensor([[0, len(tokens)]], device=tokens.device), rows.positions)
+    hidden = speculator.draft_states(hidden_states, rows.tokens, batch)
     return rows, speculator.unroll(hidden.to(speculator.head(0).dtype), rows.tokens)
 
 

@@ -38,7 +38,7 @@ from verl_speculator.config.objective import Objective
 from verl_speculator.losses.closed_form import Kernel, Teacher, choose_kernel, compile_once, teacher_distribution
 from verl_speculator.losses.reference import drafted_pairs
 from verl_speculator.models.layers import OutputHead, TokenEmbedding, tables_of
-from verl_speculator.models.speculator import Speculator
+from verl_speculator.models.speculator import Speculator, TokenBatch
 
 # Numbers in the blocks of logits of a chunk: 256 MiB in float32, and on a CPU 32 MiB, whose memory is used again by the
 # next chunk instead of being returned to the kernel. The same on every CPU and every accelerator, so that sums are too.
@@ -147,7 +147,8 @@ def speculator_loss(
 
     Args:
         speculator: any family.
-        hidden: [T, D] hidden states of the base model. Rows without a valid pair cost nothing.
+        hidden: [T, D] hidden states of the base model, or what else `unroll` reads; rows without a valid pair cost
+            nothing.
         tokens: [T, K] the tokens x_{t+1} … x_{t+K}.
         targets: [T, K] the token that each depth predicts.
         valid: [T, K] bool, the pairs that count.
@@ -213,7 +214,7 @@ def speculator_loss(
         teacher_hidden=None if teacher_hidden is None else teacher_hidden.detach(),
         teacher_rows=teacher_rows,
         base_head=base_head,
-        tables=_frozen_buffers(speculator) if tables is None else tables,
+        tables=_unrolled_tables(speculator, _frozen_buffers(speculator) if tables is None else tables),
         # Asked here: inside an autograd function gradients are always off, and `needs_input_grad` ignores no_grad.
         needs_grad=torch.is_grad_enabled(),
         unroll=compile_once(_unroll) if compiled else _unroll,
@@ -253,30 +254,40 @@ class DraftLoss(nn.Module):
         targets: Tensor,
         valid: Tensor,
         *,
-        rows: Tensor | None = None,
+        batch: TokenBatch | None = None,
         teacher_rows: Tensor | None = None,
+        tables: Mapping[str, Tensor] | None = None,
         **more: Any,
     ) -> dict[str, Tensor]:
         """
         Args:
-            hidden: [R, D] hidden states of the rows of `alignment.DraftRows`; with `rows` what `HiddenStateHook` took.
+            hidden: what `HiddenStateHook` took; without `batch` the states of the rows of `alignment.DraftRows` that
+                `unroll` reads.
             tokens, targets, valid: [R, K], [K, R] and [K, R], as in `DraftRows`.
-            rows: [R] their indices in the flattened batch; None if `hidden` already holds these rows.
+            batch: the tokens that the base model read, and the rows.
             teacher_rows: [K, R] the row of `teacher_hidden` that predicts each target.
-            more: `counts`, `teacher_hidden`, `base_head` and `tables` of `speculator_loss`.
+            tables: of `speculator_loss`.
+            more: `counts`, `teacher_hidden` and `base_head` of `speculator_loss`.
 
         Returns:
             `total`, which carries the gradient, and `sums` [9, K] for `DraftSums`. A dictionary, because sharding
             wrappers look for tensors in it but not in a class. Without any row the loss is 0 and its gradients are
             zeros, so that every rank takes part in every reduction.
         """
-        if rows is not None:
-            hidden = self.speculator.prepare_hidden_states(hidden)
-            hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
+        if batch is not None:
+            hidden = self.speculator.draft_states(hidden, tokens, batch, tables)
         options = {"loss": self.objective, "chunk_rows": self.chunk_rows, "compiled": self.compiled}
         teacher_rows = None if teacher_rows is None else teacher_rows.T
         total, sums = speculator_loss(
-            self.speculator, hidden, tokens, targets.T, valid.T, teacher_rows=teacher_rows, **options, **more
+            self.speculator,
+            hidden,
+            tokens,
+            targets.T,
+            valid.T,
+            teacher_rows=teacher_rows,
+            tables=tables,
+            **options,
+            **more,
         )
         return {"total": total, "sums": torch.stack(tuple(sums.values()))}
 
@@ -299,6 +310,12 @@ def _without_parameter_views(module: nn.Module) -> Iterator[None]:
 def _frozen_buffers(speculator: Speculator) -> dict[str, Tensor]:
     """The base model's tables that a speculator is attached to, by the names of their buffers."""
     return {name: table.weight for name, table in tables_of(speculator).items() if table.source == BASE_FROZEN}
+
+
+def _unrolled_tables(speculator: Speculator, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that `unroll` and heads use: one that reads the sequence has looked up its embeddings before."""
+    layers, is_done = tables_of(speculator), speculator.reads_sequence
+    return {name: table for name, table in tables.items() if not (is_done and layers[name].embeds)}
 
 
 def _unroll(speculator: Speculator, parameters: dict[str, Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from verl_speculator.base_model.hidden_states import BLOCK_INPUT, BLOCK_OUTPUT, BlockCall, FrozenNorm, block_of
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.models.layers import NORM_CONSTANTS, OutputHead
-from verl_speculator.models.speculator import DraftState, Speculator
+from verl_speculator.models.speculator import DraftState, Speculator, TokenBatch
 from verl_speculator.utils.settings import UserError
 
 
@@ -112,10 +112,16 @@ class EarlyExit(Speculator):
         output = functional_call(self._code, dict(self.block.named_parameters()), (state,), arguments)
         return output if isinstance(output, Tensor) else output[0]
 
-    def prepare_hidden_states(self, taken: Tensor | BlockCall) -> Tensor:
-        if self.block is None:
-            return taken
-        return self.run_block(taken.state.to(next(self.block.parameters()).dtype), **taken.arguments)
+    def draft_states(
+        self,
+        taken: Tensor | BlockCall,
+        tokens: Tensor,
+        batch: TokenBatch,
+        tables: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        if self.block is not None:
+            taken = self.run_block(taken.state.to(next(self.block.parameters()).dtype), **taken.arguments)
+        return super().draft_states(taken, tokens, batch)
 
     def unroll_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if not name.startswith("block.")}

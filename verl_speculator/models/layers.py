@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,30 @@ def base_table(table: Table, speculator: Speculator, base: nn.Module) -> Tensor:
     if table.embeds:
         return base.get_input_embeddings().weight.detach()
     return drafted_rows(speculator, base.get_output_embeddings().weight.detach())
+
+
+class SpeculatorWithTables(Speculator):
+    """A speculator whose embedding and heads may be the base model's own tables."""
+
+    _attached: list[Any] | None = None  # which tables of the base model were taken
+
+    def attach(self, base: nn.Module, *, tables: bool = True) -> None:
+        """Take the tables without a copy where device and dtype are the speculator's and there is no draft vocabulary.
+        They are taken again only if the base model's have changed."""
+        if not (tables and self.config.frozen_tables):
+            return
+        sources = [m.weight for m in (base.get_input_embeddings(), base.get_output_embeddings())]
+        own = next(self.parameters())
+        state = [(w.data_ptr(), None if w.is_inference() else w._version, own.device, own.dtype) for w in sources]
+        if state != self._attached:
+            for name, table in self.frozen_tables(base).items():
+                module = self.get_submodule(name.removesuffix(".weight"))
+                module.weight = table.to(device=own.device, dtype=own.dtype)
+            self._attached = state
+
+    def frozen_tables(self, base: nn.Module) -> dict[str, Tensor]:
+        tables = tables_of(self).items()
+        return {name: base_table(table, self, base) for name, table in tables if table.source == BASE_FROZEN}
 
 
 INIT, RANDOM = "model.speculator.init=base", "model.speculator.init=random"

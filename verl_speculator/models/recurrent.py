@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from verl_speculator.config.families import BASE_FROZEN, OWN
+from verl_speculator.config.families import OWN
 from verl_speculator.config.schema import SpeculatorConfig
-from verl_speculator.models.layers import EPS, OutputHead, TokenEmbedding, base_table, tables_of
-from verl_speculator.models.speculator import DraftState, Slot, Speculator
+from verl_speculator.models.layers import EPS, OutputHead, SpeculatorWithTables, TokenEmbedding
+from verl_speculator.models.speculator import DraftState, Slot
 
 
 def rms_normalise(x: Tensor) -> Tensor:
@@ -129,10 +128,8 @@ def with_head_names(slots: dict[str, Slot], n_predict: int, *, tied: bool) -> di
     return named
 
 
-class RecurrentSpeculator(Speculator):
+class RecurrentSpeculator(SpeculatorWithTables):
     """What sum_rnn and sum_lstm share: tables of their own or of the base model, with projections."""
-
-    _attached: list[Any] | None = None  # which tables of the base model were taken
 
     def _embedding(self, width: int) -> TokenEmbedding:
         """The token embedding, whose output has `width`."""
@@ -149,24 +146,6 @@ class RecurrentSpeculator(Speculator):
         if head.projection is None:
             return DraftState(output, cell, state.depth + 1)
         return DraftState(head.project(output), cell, state.depth + 1, output)
-
-    def attach(self, base: nn.Module, *, tables: bool = True) -> None:
-        """Take the tables without a copy where device and dtype are the speculator's and there is no draft vocabulary.
-        They are taken again only if the base model's have changed."""
-        if not (tables and self.config.frozen_tables):
-            return
-        sources = [m.weight for m in (base.get_input_embeddings(), base.get_output_embeddings())]
-        own = next(self.parameters())
-        state = [(w.data_ptr(), None if w.is_inference() else w._version, own.device, own.dtype) for w in sources]
-        if state != self._attached:
-            for name, table in self.frozen_tables(base).items():
-                module = self.get_submodule(name.removesuffix(".weight"))
-                module.weight = table.to(device=own.device, dtype=own.dtype)
-            self._attached = state
-
-    def frozen_tables(self, base: nn.Module) -> dict[str, Tensor]:
-        tables = tables_of(self).items()
-        return {name: base_table(table, self, base) for name, table in tables if table.source == BASE_FROZEN}
 
 
 class SumRNN(RecurrentSpeculator):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -86,6 +86,27 @@ class Slot(NamedTuple):
         return parameter if self.part is None else parameter.narrow(*self.part)
 
 
+class TokenBatch(NamedTuple):
+    """A batch of documents as the base model reads it, flattened to N tokens.
+
+    Attributes:
+        tokens: [N]
+        documents: [B, 2] the first token of each document, ascending, and their number. Other tokens are padding.
+        rows: [R] the tokens to draft after, ascending.
+    """
+
+    tokens: Tensor
+    documents: Tensor
+    rows: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """[N] the place of each token in its document."""
+        index, starts = torch.arange(len(self.tokens), device=self.tokens.device), self.documents[:, 0]
+        document = torch.searchsorted(starts, index.to(starts), right=True) - 1
+        return index - starts[document.clamp(min=0)]
+
+
 class DraftState(NamedTuple):
     """What a draft carries from one depth to the next.
 
@@ -95,12 +116,14 @@ class DraftState(NamedTuple):
         cell: [T, M] further state of the family (an LSTM's cell, the hidden state itself), or None.
         depth: the depth that the next step computes.
         recurrent: [T, E] the state that the next step reads, where it is not `output`.
+        sequence: what the draft reads of the tokens before, the same for all rows that continue one sequence.
     """
 
     output: Tensor
     cell: Tensor | None
     depth: int
     recurrent: Tensor | None = None
+    sequence: Any = None
 
     @property
     def carried(self) -> Tensor:
@@ -127,6 +150,10 @@ class Speculator(nn.Module, abc.ABC):
     shared_layers: int | None = None
     # Whether the state of a depth depends on the tokens before it.
     reads_tokens: ClassVar[bool] = True
+    # Whether a draft depends on the states and tokens of all positions before it, not on one state alone.
+    reads_sequence: ClassVar[bool] = False
+    # Number of its own attention layers, each with a cache of the sequence in decoding.
+    cache_layers: int = 0
     # Whether the heads read states like the base model's. A head copied from the LM head then keeps its scale, with
     # the base model's logit scale folded in, and the logits get the base model's soft cap.
     keeps_head_scale: ClassVar[bool] = False
@@ -160,9 +187,21 @@ class Speculator(nn.Module, abc.ABC):
     def copy_block(self, base: nn.Module) -> None:
         """Initialise the trained decoder layer, if there is one, from the base model's."""
 
-    def prepare_hidden_states(self, taken: Any) -> Tensor:
-        """[B, T, D] the states that `unroll` reads, from what `HiddenStateHook` took of the base model."""
-        return taken
+    def draft_states(
+        self, taken: Any, tokens: Tensor, batch: TokenBatch, tables: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What `unroll` reads for each row.
+
+        Args:
+            taken: what `HiddenStateHook` took of the base model, for all tokens of the batch.
+            tokens: [R, K] the tokens after each row.
+            batch: its tokens, documents and rows.
+            tables: as in `losses.speculator_loss`.
+
+        Returns:
+            [R, D] hidden states. A family that reads the sequence computes all depths here: [R, K, D].
+        """
+        return taken.reshape(-1, taken.shape[-1])[batch.rows]
 
     def unroll_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that `unroll` and `head` use, by name."""
@@ -171,6 +210,17 @@ class Speculator(nn.Module, abc.ABC):
     def start(self, hidden: Tensor) -> DraftState:
         """The state before the first step, from the hidden state [T, D] (`hidden_state_source`)."""
         return DraftState(hidden, None, 0)
+
+    def begin(self, hidden: Tensor, tokens: Tensor, caches: Sequence[Any] = ()) -> DraftState:
+        """The state before the first step of a draft in one sequence.
+
+        Args:
+            hidden: [n, D] the hidden states that the base model has computed since the last draft, in the dtype of the
+                parameters; a family that does not read the sequence uses the last one alone.
+            tokens: [n] the token after each; the base model has not read the last one yet.
+            caches: `cache_layers` cache layers of transformers, which hold the positions before. They are extended.
+        """
+        return self.start(hidden[-1:])
 
     @abc.abstractmethod
     def step(self, state: DraftState, token: Tensor) -> DraftState:
@@ -215,7 +265,7 @@ class Speculator(nn.Module, abc.ABC):
         """All depths at once, for training.
 
         Args:
-            hidden: [T, D] hidden state at position t, as `hidden_state_source` names it.
+            hidden: [T, D] hidden state at position t, as `hidden_state_source` names it; what `draft_states` returns.
             tokens: [T, K] the tokens x_{t+1} … x_{t+K}.
 
         Returns:
@@ -233,7 +283,7 @@ class Speculator(nn.Module, abc.ABC):
 
     def draft(
         self,
-        hidden: Tensor,
+        state: DraftState | None,
         tokens: Tensor,
         count: int,
         *,
@@ -243,7 +293,7 @@ class Speculator(nn.Module, abc.ABC):
         """Draft depth by depth: each token is chosen from the logits that follow the token before it.
 
         Args:
-            hidden: [T, D] hidden states before `tokens`, in the dtype of the parameters.
+            state: of `start` or `begin`; unused with `read`.
             tokens: [T] the newest tokens; the base model has not read them yet.
             count: draft length.
             choose: from logits [T, V] to tokens [T]; by default the most likely ones.
@@ -253,7 +303,7 @@ class Speculator(nn.Module, abc.ABC):
         Returns:
             [T, count] draft tokens.
         """
-        state, drafts = self.start(hidden), []
+        drafts = []
         for depth in range(count):
             if read is not None:
                 state = self.start(read(tokens))

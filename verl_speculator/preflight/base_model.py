@@ -6,7 +6,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from verl_speculator.checkpoint.format import (
 )
 from verl_speculator.checkpoint.provenance import weights_fingerprint
 from verl_speculator.config.draft_vocabulary import DraftVocabulary, check_size, vocabulary_digest
+from verl_speculator.config.families import OWN
 from verl_speculator.config.hydra import RunConfig
 from verl_speculator.config.schema import PREFIX, SpeculatorConfig, SpeculatorSettings
 from verl_speculator.data.run_record import RECORD, compare_records, earlier_record, record_settings
@@ -40,10 +41,12 @@ class Base:
     """What the checks need to know of the base model.
 
     Attributes:
+        config: of the speculator, with what it takes from the base model's configuration.
         block_shapes: of the parameters of the decoder layer that an early exit trains, empty without one.
         logit_cap: the soft cap of a speculator's logits that starts from this base model.
     """
 
+    config: SpeculatorConfig
     hidden_size: int
     vocab_size: int
     tokenizer: Any
@@ -103,8 +106,9 @@ def check_base(run: RunConfig) -> Base:
         tokenizer.chat_template = model.custom_chat_template
     ensure_chat_template(tokenizer)
     text_config, generation_config = hf_config.get_text_config(), form.read_generation_config(name, hf_config)
-    sizes = (text_config.hidden_size, text_config.vocab_size)
-    copied = _check_copied_modules(run.speculator, hf_config, **options)
+    config = run.speculator.config.for_base(hf_config)
+    sizes = (config, text_config.hidden_size, text_config.vocab_size)
+    copied = _check_copied_modules(replace(run.speculator, config=config), hf_config, **options)
     ends = end_token_ids(tokenizer, generation_config)
     check_size(run.speculator.config.draft_vocab_size, text_config.vocab_size, ends)
     if file := run.speculator.training.draft_vocab_file:
@@ -130,7 +134,7 @@ def _check_copied_modules(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from verl_speculator.base_model.hidden_states import block_of, final_norm
+    from verl_speculator.base_model.hidden_states import block_of, final_norm, layer_or_norm
     from verl_speculator.models.layers import block_shapes, check_copied_head
 
     with torch.device("meta"):  # the modules, without a weight
@@ -139,16 +143,18 @@ def _check_copied_modules(
         check_copied_head(model)
     if "head" in config.base_tables:
         check_copied_head(model, f"{PREFIX}head={config.head}", f"{PREFIX}head=own")
-    if config.needs_base_modules:
+    if config.needs_base_modules and not (config.reads_sequence and config.head == OWN):
         final_norm(model)
     if config.exit_layer is not None:
         block_of(model, config.exit_layer)
+    for layer in config.aux_layers or ():
+        layer_or_norm(model, layer)
     return block_shapes(model, config), logit_cap
 
 
 def check_checkpoints(run: RunConfig, base: Base, train_rows: int) -> None:
     """Check that the checkpoints to start from and to resume are complete, and fit this run."""
-    tree, config, training = run.tree, run.speculator.config, run.speculator.training
+    tree, config, training = run.tree, base.config, run.speculator.training
     logit_cap = base.logit_cap
     if training.path is not None:  # it keeps the cap that it was trained with
         logit_cap = _check_speculator(f"{PREFIX}path={training.path}", training.path, config, base).logit_cap
@@ -195,7 +201,7 @@ def _check_record(
 ) -> None:
     """Check that the run continues the one that wrote the checkpoint; one line names values that may change."""
     comparison = compare_records(*_records(info.provenance, run, base, train_rows))
-    if refused := (*comparison.refused, *info.differences(run.speculator.config, logit_cap)):
+    if refused := (*comparison.refused, *info.differences(base.config, logit_cap)):
         raise UserError(f"{setting}: the run differs (its own, this run's): {', '.join(refused)}{NEW_RUN}")
     for text, names in (
         ("goes on with this run's values (its own, this run's):", comparison.adjusted),

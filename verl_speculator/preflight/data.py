@@ -194,6 +194,7 @@ def check_cache(config: DictConfig, base: Base, train: Rows) -> None:
             counts.append(min(len(tokenize_texts(base.tokenizer, [value], plain=True)[0]), config.data.max_length))
         elif i in sample:
             messages = check_messages(value, f"data.train_files, row {i}: {train.column}")
-            counts.append(sum(tokenize_conversation(base.tokenizer, messages)[1][: config.data.max_length]))
-    states = sum(counts) * train.count // len(counts)
+            mask = tokenize_conversation(base.tokenizer, messages)[1][: config.data.max_length]
+            counts.append(len(mask) if base.config.reads_sequence else sum(mask))
+    states = sum(counts) * train.count // len(counts) * base.config.cached_states
     check_space(directory, states * base.hidden_size * BYTES, estimated=True)

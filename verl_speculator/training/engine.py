@@ -33,7 +33,7 @@ from verl_speculator.data.hidden_state_cache import StateCache
 from verl_speculator.losses import DraftLoss, pair_counts
 from verl_speculator.models import Speculator, build_speculator
 from verl_speculator.models.layers import block_shapes, copy_base_tables, copy_norm, start_from_base
-from verl_speculator.models.speculator import logit_transform
+from verl_speculator.models.speculator import TokenBatch, logit_transform
 from verl_speculator.training import MODEL_TYPE
 from verl_speculator.training.base_model import (
     PACKING_TOLERANCE,
@@ -340,9 +340,13 @@ class SpeculatorEngine(FSDPEngineWithLMHead):
         def in_batch(positions: Tensor) -> Tensor:
             return positions if is_packed else padded_positions(positions, offsets, base_ids.shape[1])
 
-        indices = {"rows": in_batch(rows.positions), "teacher_rows": in_batch(rows.teachers)}
+        documents = torch.stack([in_batch(offsets[:-1]), offsets.diff()], dim=1)
+        batch = TokenBatch(base_ids.flatten(), documents, in_batch(rows.positions))
+        indices = {"batch": batch, "teacher_rows": in_batch(rows.teachers)}
         if self.state_cache is not None and "row" in micro_batch:
-            positions = in_batch(states_read(micro_batch["loss_mask"].values(), offsets))
+            mask = micro_batch["loss_mask"].values()
+            whole = self.model_config.speculator_config.reads_sequence
+            positions = in_batch(states_read(mask, offsets, whole=whole))
             if not self._skip_base_forward:
                 return indices | {"cache_positions": positions}
             states = self.state_cache.read(_row_numbers(micro_batch)).to(get_device_id())

@@ -111,6 +111,10 @@ class ModelWithSpeculator(nn.Module):
         self._unchecked = [setting for setting, used in uses.items() if used]
         self.freeze_base, self.detach_hidden = settings.freeze_base_model, training.detach_hidden
         self.hidden_state_source = draft.speculator.hidden_state_source
+        # Whether a teacher, or a cache of states for any teacher, needs states that the final norm cannot compute from
+        # those that the draft reads.
+        needs_teacher = self.head is not None or draft.speculator.reads_sequence
+        self.needs_head_states = needs_teacher and self.hidden_state_source not in (POST_NORM, PRE_NORM)
         draft.speculator.attach(base, tables=False)
         # Which of the base model's modules each call of the draft needs whole.
         frozen, self.shared = draft.speculator.config.frozen_tables, []
@@ -134,27 +138,31 @@ class ModelWithSpeculator(nn.Module):
     def forward(self, *, draft: dict[str, Tensor] | None = None, **base_inputs: Any) -> Any:
         """
         Args:
-            draft: the arguments `tokens`, `targets`, `valid` and `counts` of `DraftLoss`, with `rows` [R] and
-                `teacher_rows` [K, R], indices into the flattened batch. With a cache of hidden states either
-                `cached_states` [B · T, D], which replace the base model's forward pass, or `cache_positions` [S], the
-                indices of the states to cache. None runs the base model alone.
+            draft: the arguments `tokens`, `targets`, `valid`, `counts` and `batch` of `DraftLoss`, with `teacher_rows`
+                [K, R], indices into the flattened batch. With a cache of hidden states either `cached_states`
+                [B · T, S · D] (S as `SpeculatorConfig.cached_states`), which replace the base model's forward pass, or
+                `cache_positions`, the indices of the states to cache. None runs the base model alone.
             base_inputs: of the base model's forward.
 
         Returns:
-            Without `draft` the base model's output. With it the output of `DraftLoss`, with `states_to_cache` [S, D] in
+            Without `draft` the base model's output. With it the output of `DraftLoss`, with `states_to_cache` in
             bf16 if there are `cache_positions`, and the base model's output (None if it is frozen: its logits are not
             computed).
         """
         if draft is None:
             with self._base_autocast(base_inputs):
                 return self.base(**base_inputs)
-        hidden, teacher_hidden, base_output = draft.pop("cached_states", None), None, None
-        if hidden is None:
+        states, teacher_hidden, base_output, to_cache = draft.pop("cached_states", None), None, None, {}
+        if states is None:
             hidden, teacher_hidden, base_output = self._run_base(base_inputs)
-        to_cache = {}
         if "cache_positions" in draft:  # rounded as in the cache, so that every epoch trains on the same states
-            hidden, teacher_hidden = hidden.flatten(0, 1).to(torch.bfloat16), None
-            to_cache["states_to_cache"] = hidden[draft.pop("cache_positions")]
+            parts = [hidden] if teacher_hidden is None else [hidden, teacher_hidden]
+            states = torch.cat(parts, dim=-1).flatten(0, 1).to(torch.bfloat16)
+            to_cache["states_to_cache"] = states[draft.pop("cache_positions")]
+        if states is not None:
+            hidden, teacher_hidden = states, None
+            if self.needs_head_states:
+                hidden, teacher_hidden = states.tensor_split([-self.config.get_text_config().hidden_size], dim=-1)
         self._check_head(base_inputs)
         teacher = {}
         if self.head is not None:
@@ -176,7 +184,6 @@ class ModelWithSpeculator(nn.Module):
     def _run_base(self, base_inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Any]:
         """What the speculator reads; the states [B, T, D] that the LM head reads, if a teacher needs them and the final
         norm cannot compute them; and the base model's output if it is trained."""
-        needs_head_states = self.head is not None and self.hidden_state_source not in (POST_NORM, PRE_NORM)
         with (
             HiddenStateHook(self.base, self.hidden_state_source) as draft_hook,
             HiddenStateHook(self.base, POST_NORM) as head_hook,
@@ -191,7 +198,7 @@ class ModelWithSpeculator(nn.Module):
         if output is not None and self.detach_hidden:
             is_call = isinstance(hidden, BlockCall)
             hidden = hidden._replace(state=hidden.state.detach()) if is_call else hidden.detach()
-        return hidden, head_states.detach() if needs_head_states else None, output
+        return hidden, head_states.detach() if self.needs_head_states else None, output
 
     def _check_head(self, base_inputs: dict[str, Any]) -> None:
         """Once, on 8 tokens of the first batch: `BaseHead.check`. The base model's weights are whole here."""

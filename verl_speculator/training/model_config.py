@@ -73,9 +73,11 @@ class SpeculatorModelConfig(HFModelConfig):
         self._adapt_base_config()
         settings: Mapping[str, Any] = dict(self.speculator)
         if path := settings.get("path"):
-            settings = read_checkpoint_info(path).config.to_dict() | settings
+            trained = read_checkpoint_info(path).config.to_dict()
+            trained.pop("layer", None)  # follows from the base model
+            settings = trained | settings
         parsed = SpeculatorSettings.parse(settings)
-        self.speculator_config, self.speculator_training = parsed.config, parsed.training
+        self.speculator_config, self.speculator_training = parsed.config.for_base(self.hf_config), parsed.training
         self.draft_tokens = self._given_draft_tokens()
         if ensure_chat_template(self.tokenizer):
             logger.info("base %s has no chat template: using the plain default, 'Role: content'", self.path)

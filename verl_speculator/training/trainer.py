@@ -138,10 +138,13 @@ class SpeculatorTrainer(SFTTrainer):
         if not from_rank_0(rank == 0 and check_directory(directory, identity)):
             rank_rows = range(rank, len(self.train_dataset), ranks)
             lengths = torch.zeros(len(self.train_dataset), dtype=torch.long)
-            lengths[rank::ranks] = count_states(self.train_dataset, rank_rows, data.num_workers, show=rank == 0)
+            whole = model.speculator_config.reads_sequence
+            lengths[rank::ranks] = count_states(
+                self.train_dataset, rank_rows, data.num_workers, show=rank == 0, whole=whole
+            )
             dist.all_reduce(lengths)
             if rank == 0:
-                width = model.hf_config.get_text_config().hidden_size
+                width = model.hf_config.get_text_config().hidden_size * model.speculator_config.cached_states
                 cache = StateCache.create(directory, identity, lengths.numpy(), width)
                 logger.info("%s: %s for %d states", directory, say_size(cache.size), lengths.sum())
             dist.barrier()

@@ -76,7 +76,9 @@ def training_of(**settings):
 
 def test_init_unset_is_the_default_of_the_family():
     init = {method: training_of(method=method, exit_layer=0).init for method in FAMILIES}
-    assert init == {"sum_rnn": "random", "sum_lstm": "random", "medusa": "base", "early_exit": "base"}
+    mlp = {"sum_rnn": "random", "sum_lstm": "random"}
+    # eagle3 starts as the base model's tables, which `embedding` and `head` say.
+    assert init == mlp | {"medusa": "base", "early_exit": "base", "eagle3": None}
     assert training_of(method="medusa", init="random").init == "random"
     assert training_of(init="base").init == "base"
 
@@ -84,7 +86,7 @@ def test_init_unset_is_the_default_of_the_family():
 def test_lk_eta_unset_is_the_default_of_the_family():
     """arXiv 2602.23881: 3 for speculators that read tokens, 10 for Medusa's heads, which do not."""
     eta = {method: training_of(method=method, exit_layer=0).objective.lk_eta for method in FAMILIES}
-    assert eta == {"sum_rnn": 3.0, "sum_lstm": 3.0, "medusa": 10.0, "early_exit": 3.0}
+    assert eta == {"sum_rnn": 3.0, "sum_lstm": 3.0, "medusa": 10.0, "early_exit": 3.0, "eagle3": 3.0}
     assert training_of(method="medusa", lk_eta=3).objective.lk_eta == 3
     overrides = ["trainer.default_local_dir=x", "model.speculator.method=medusa"]
     assert load_settings(overrides).model.speculator.lk_eta == 10

@@ -200,7 +200,7 @@ def test_tree_drafter_drafts_each_node_by_its_path(model, method, draft_vocab_si
     speculator = untrained_speculator(model, 4, method=method, draft_vocab_size=draft_vocab_size)
     hidden, token = torch.randn(1, speculator.hidden_size, dtype=torch.float64), torch.tensor([9])
     with torch.no_grad():
-        drafts = TreeDrafter(speculator, TREE).propose(hidden, token).tokens
+        drafts = TreeDrafter(speculator, TREE).propose(hidden, token, None, TREE.depth, 1).tokens
         for node, path in zip(drafts.tolist(), TREE.paths, strict=True):
             state, newest = speculator.start(hidden), token
             for depth, rank in enumerate(path):
@@ -235,7 +235,7 @@ def test_tree_drafter_steps_one_row_without_reads_tokens(model, text):
     blind = TokenBlind(model)
     assert generate(model, blind, TREE).tokens == text
     hidden = torch.randn(1, blind.hidden_size, dtype=torch.float64)
-    tokens = TreeDrafter(blind, TREE).propose(hidden, torch.tensor([9])).tokens.tolist()
+    tokens = TreeDrafter(blind, TREE).propose(hidden, torch.tensor([9]), None, TREE.depth, 1).tokens.tolist()
     for token, path in zip(tokens, TREE.paths, strict=True):
         order = (hidden @ blind.head(len(path) - 1).T).argsort(descending=True)
         assert token == int(order[0, path[-1]])

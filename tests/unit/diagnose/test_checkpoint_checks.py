@@ -142,7 +142,7 @@ def test_measure_trained_speculator_equals_drafting_from_every_position(good, an
         with Target(answers.base) as target, torch.no_grad():
             states, _ = target.read(torch.tensor(tokens))
         for t in range(mask.index(1) - 1, len(tokens) - 4):
-            drafts = drafter.propose(states[t : t + 1], torch.tensor(tokens[t + 1 : t + 2]), None, 3).tokens.tolist()
+            drafts = drafter.propose(states[t : t + 1], torch.tensor(tokens[t + 1 : t + 2]), None, 3, 1).tokens.tolist()
             rejected = [k for k in range(3) if drafts[k] != tokens[t + 2 + k]]
             accepted.append(min(rejected, default=3))
     acceptance = answers.measure(good)

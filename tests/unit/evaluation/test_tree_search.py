@@ -82,7 +82,8 @@ def test_ranks_and_tau_equal_drafting_and_verifying_a_tree(world, base):
                 state = speculator.step(state, torch.tensor([text[start + 1 + depth]]))
                 order = (state.output @ speculator.head(depth).T)[0].argsort(descending=True).tolist()
                 assert ranks[row, depth] == order.index(text[start + 2 + depth])
-            drafts = drafter.propose(hidden[start : start + 1], torch.tensor([text[start + 1]])).tokens.tolist()
+            newest = torch.tensor([text[start + 1]])
+            drafts = drafter.propose(hidden[start : start + 1], newest, None, tree.depth, 1).tokens.tolist()
         follows = [text[start + 2]] + [
             text[start + 2 + len(path)] if start + 2 + len(path) < len(text) else -1 for path in tree.paths
         ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.family_variants import VARIANTS, build_attached, configurations
+from helpers.family_variants import VARIANTS, as_documents, build_attached, configurations, unrolled
 from verl_speculator import SpeculatorConfig, load_speculator, save_speculator
 from verl_speculator.config.families import FAMILIES
+from verl_speculator.decoding.target import RollbackLayer
 from verl_speculator.losses import DraftLoss
 from verl_speculator.models import family_class
 from verl_speculator.utils.settings import UserError
@@ -31,7 +32,8 @@ def perturb(speculator):
 
 def inputs(config, rows=T, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
+    width = 3 * D if config.reads_sequence else D
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     return hidden, torch.randint(V, (rows, config.depths), generator=generator)
 
 
@@ -47,8 +49,8 @@ def config(request):
 
 def test_family_shapes(config):
     speculator = build(config)
-    states = speculator.unroll(*inputs(config))
-    width = D if speculator.keeps_head_scale or config.head != "own" else config.inner_dims[-1]
+    states = unrolled(speculator, *inputs(config))
+    width = D if config.reads_sequence or speculator.keeps_head_scale or config.head != "own" else config.inner_dims[-1]
     assert states.shape == (config.depths, T, width)
     for k in range(config.depths):
         assert speculator.head(k).shape == (config.draft_vocab_size or V, width)
@@ -56,26 +58,29 @@ def test_family_shapes(config):
 
 def test_family_unroll_equals_repeated_step(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
-    states, state = speculator.unroll(hidden, tokens), speculator.start(hidden)
-    for k in range(config.depths):
-        state = speculator.step(state, tokens[:, k])
-        torch.testing.assert_close(state.output, states[k], rtol=0, atol=1e-12)
+    states = unrolled(speculator, hidden, tokens)
+    for row in range(T):
+        caches = [RollbackLayer() for _ in range(speculator.cache_layers)]
+        state = speculator.begin(hidden[row : row + 1], tokens[row, :1], caches)
+        for k in range(config.depths):
+            state = speculator.step(state, tokens[row, k : k + 1])
+            torch.testing.assert_close(state.output[0], states[k, row], rtol=0, atol=1e-12)
 
 
 def test_family_rows_are_independent(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
-    together = speculator.unroll(hidden, tokens)
-    apart = torch.cat([speculator.unroll(hidden[i : i + 1], tokens[i : i + 1]) for i in range(T)], 1)
+    together = unrolled(speculator, hidden, tokens)
+    apart = torch.cat([unrolled(speculator, hidden[i : i + 1], tokens[i : i + 1]) for i in range(T)], 1)
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
 
 
 def test_family_depth_reads_no_later_token(config):
     speculator, (hidden, tokens) = build(config), inputs(config)
-    before = speculator.unroll(hidden, tokens)
+    before = unrolled(speculator, hidden, tokens)
     for k in range(config.depths):
         changed = tokens.clone()
         changed[:, k] = (changed[:, k] + 1) % V
-        after = speculator.unroll(hidden, changed)
+        after = unrolled(speculator, hidden, changed)
         assert torch.equal(after[:k], before[:k])
         assert torch.equal(after[k], before[k]) != speculator.reads_tokens
 
@@ -84,10 +89,11 @@ def test_family_every_parameter_gets_a_gradient(config):
     loss = DraftLoss(perturb(build(config)))
     hidden, tokens = inputs(config)
     targets = torch.randint(V, (config.depths, T))
-    loss(hidden, tokens, targets, torch.ones_like(targets, dtype=torch.bool))["total"].backward()
+    hidden, batch = as_documents(hidden, tokens) if config.reads_sequence else (hidden, None)
+    loss(hidden, tokens, targets, torch.ones_like(targets, dtype=torch.bool), batch=batch)["total"].backward()
     grads = {name: p.grad for name, p in loss.speculator.named_parameters()}
     # A block of the base is trained through the base's own pass: tests/unit/models/test_early_exit.py.
-    elsewhere = set(grads) - set(loss.speculator.unroll_parameters())
+    elsewhere = set(grads) - set(loss.speculator.unroll_parameters()) if config.method == "early_exit" else set()
     assert all(name.startswith("block.") for name in elsewhere)
     frozen = loss.speculator.frozen() | elsewhere
     assert {name for name, grad in grads.items() if grad is None} == frozen
@@ -103,11 +109,15 @@ def test_family_no_rows_give_zero_gradients(config):
     loss = DraftLoss(build(config))
     hidden, tokens = inputs(config, rows=0)
     nothing = torch.zeros(config.depths, 0, dtype=torch.long)
-    output = loss(hidden, tokens, nothing, nothing.bool())
+    batch = None
+    if config.reads_sequence:  # tokens, of which none is drafted after
+        hidden, batch = as_documents(*inputs(config))
+        batch = batch._replace(rows=batch.rows[:0])
+    output = loss(hidden, tokens, nothing, nothing.bool(), batch=batch)
     output["total"].backward()
     assert not output["sums"].any()
-    unrolled = loss.speculator.unroll_parameters().values()
-    assert all(p.grad is not None and not p.grad.any() for p in unrolled if p.requires_grad)
+    parameters = loss.speculator.parameters() if batch else loss.speculator.unroll_parameters().values()
+    assert all(p.grad is not None and not p.grad.any() for p in parameters if p.requires_grad)
 
 
 def test_family_reset_parameters_is_seeded_with_the_right_spread(config):
@@ -147,6 +157,11 @@ def test_family_checkpoint_holds_tied_tensors_under_every_name(config, tmp_path)
     if config.method == "early_exit":
         assert {n for n in tensors if "head" in n} == {"exit_head.weight"}
         return
+    if config.method == "eagle3":
+        kept = {n for n in ("lm_head.weight", "embed_tokens.weight") if n in tensors}
+        tables = {"lm_head.weight": config.head, "embed_tokens.weight": config.embedding}
+        assert kept == {n for n, source in tables.items() if source != "base_frozen"}
+        return
     if config.head == "base_frozen":
         assert not {f"head.{k}.weight" for k in range(config.n_predict)} & set(tensors)
         has_projection = config.inner_dims[-1] != D
@@ -176,7 +191,7 @@ def test_family_load_wrong_key_set_is_refused_by_name(config, fault, tmp_path):
     else:
         key = f"head.{config.n_predict - 1}.weight"
         if (
-            config.method in ("medusa", "early_exit")
+            config.method in ("medusa", "early_exit", "eagle3")
             or not config.tie_weights
             or key not in tensors
             or key == "head.0.weight"
@@ -200,7 +215,7 @@ def test_family_is_untrained_until_the_first_optimizer_step(config):
         hidden, tokens = inputs(config)
         trained = [p for p in speculator.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        speculator.unroll(hidden.to(dtype), tokens).float().pow(2).sum().backward()
+        unrolled(speculator, hidden.to(dtype), tokens).float().pow(2).sum().backward()
         optimizer.step()
         assert not speculator.is_untrained()
 

@@ -124,7 +124,7 @@ def test_it_drafts_what_our_decoder_drafts(name, size, draft_model_class, tmp_pa
         return *first, sum(p.numel() for p in model.parameters())
 
     with torch.inference_mode():
-        expected = whole.draft(hidden[last], tokens[last], DEPTHS)
+        expected = whole.draft(whole.start(hidden[last]), tokens[last], DEPTHS)
         states = whole.unroll(hidden[last], torch.cat([tokens[last, None], expected[:, :-1]], 1))
         logits = torch.stack([whole.logits(k, states[k]) for k in range(DEPTHS)])
     for drafts, seen, count in workers.run(work):

@@ -119,7 +119,7 @@ def test_a_served_batch_drafts_what_our_decoder_drafts(trained, model, texts, fa
                 continue
             before = history[id(request)]
             hidden, token = states_of(model, before[:-1])[-1:], torch.tensor(before[-1:])
-            assert found == propose(hidden, token, None, speculator.n_predict).tokens.tolist()
+            assert found == propose(hidden, token, None, speculator.n_predict, 1).tokens.tolist()
     assert kinds >= {0, 1, 2}
     account = runner.drafter.stats.take()
     accepted = [n for request in requests for n in request.accepted]
