@@ -527,7 +527,7 @@ class _ChunkedPass:
 
     def _state_gradients(self, states: Tensor, gradient: Tensor) -> Tensor:
         """[K, r, E] the gradient by the states, from that by the logits [K, r, V′]; adds the gradients of the heads."""
-        state_gradients = torch.empty_like(states)
+        state_gradients = states.new_empty(states.shape)  # contiguous, for the products to be written into it
         for index, ks in self.heads:
             logit_gradient, total = gradient[ks].flatten(0, 1), self.gradients[index]
             if total is not None:  # in the accumulation dtype: rounding to bf16 before the product would lose digits

@@ -356,10 +356,7 @@ class Eagle3(SpeculatorWithTables):
             slots[name if module is None else names[module] + name.removeprefix(module)] = Slot(name)
         return slots
 
-    def constants(self) -> dict[str, float]:
-        outputs = [f"layers.{i}.mlp.down_proj.weight" for i in range(len(self.layers))]
-        return super().constants() | dict.fromkeys(outputs, 0.0)
-
     def is_untrained(self) -> bool:
-        """Whether every MLP still puts out 0. In bf16 the norms may stay what they were, and the last one is a copy."""
-        return not any(bool(layer.mlp.down_proj.weight.any()) for layer in self.layers)
+        """Whether all norms of the layers are as they were initialised; the last one may be a copy."""
+        norms = [p for name, p in self.layers.named_parameters() if p.dim() == 1]
+        return all(bool((p == 1).all()) for p in norms)

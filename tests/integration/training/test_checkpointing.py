@@ -51,8 +51,12 @@ MEDUSA = {"method": "medusa", "hidden_state": "pre_norm", "head": "frozen_shared
         *((name, {"method": "sum_lstm"}) for name in ARCHITECTURES),
         *((name, MEDUSA) for name in ("gemma2", "qwen2_untied")),
         *((name, EARLY_EXIT) for name in ("gemma2", "qwen2_untied")),
+        *((name, {"method": "eagle3"}) for name in ("gemma2", "qwen2_untied")),
     ],
-    ids=[*ARCHITECTURES, "gemma2-medusa", "untied-medusa", "gemma2-early_exit", "untied-early_exit"],
+    ids=[
+        *ARCHITECTURES,
+        *(f"{name}-{method}" for method in ("medusa", "early_exit", "eagle3") for name in ("gemma2", "untied")),
+    ],
 )
 def test_what_is_saved_comes_back(bases, rows, tmp_path, name, joint, speculator):
     options = {"freeze_base_model": not joint, "speculator": speculator}

@@ -73,6 +73,7 @@ CASES = [
     ("qwen2_untied", {"loss": "kl", "method": "medusa", "hidden_state": "pre_norm", "inner_dim": None}),
     ("qwen2_untied", {"loss": "kl", "method": "early_exit", "exit_layer": 0, "trainable": "head_and_block"}),
     ("qwen2_untied", {"loss": "tv", "embedding": "base_frozen", "head": "base_frozen"}),
+    ("qwen2_untied", {"loss": "kl", "method": "eagle3"}),
 ]
 
 
@@ -88,7 +89,9 @@ def gradients_of_two_ranks(bases, chat, tmp_path_factory):
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["sum_rnn", "untied", "medusa", "early_exit", "tables"])
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=["sum_rnn", "untied", "medusa", "early_exit", "tables", "eagle3"]
+)
 def test_gradients_do_not_depend_on_the_ranks(bases, rows, gradients_of_two_ranks, case):
     """An untied head is a sharding unit of its own, and the teacher needs it whole on every rank."""
     name, settings = CASES[case]
@@ -337,7 +340,7 @@ def test_a_row_reads_no_other_document(engine, rows):
         alone = DraftSums(*torch.tensor(found)).pairs[0]
         whole_batch, given = states[0]
         hidden, tokens, targets, valid = (
-            whole_batch.flatten(0, 1)[given["rows"]],
+            whole_batch.flatten(0, 1)[given["batch"].rows],
             *(given[name] for name in ("tokens", "targets", "valid")),
         )
         count = int(alone)
