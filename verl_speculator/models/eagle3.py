@@ -315,9 +315,11 @@ class Eagle3(SpeculatorWithTables):
         """[R, K, D] the state z of every depth, before the norm."""
         table = (tables or {}).get(EMBEDDING, self.embedding.weight)
         embed = lambda tokens: F.embedding(tokens, table).to(self.fc.weight.dtype)  # noqa: E731
-        hidden, index = taken.reshape(-1, taken.shape[-1]), torch.arange(len(batch.tokens), device=tokens.device)
-        positions = batch.positions
-        # The entries of the document's last token and of padding have no token after them, and no row attends to them.
+        hidden, (kept, batch) = taken.reshape(-1, taken.shape[-1]), batch.without_padding()
+        if len(kept) < len(hidden):  # numbers in padding may be anything, NaN too
+            hidden = hidden[kept]
+        positions, index = batch.positions, torch.arange(len(kept), device=tokens.device)
+        # The last entry of a document has no token of its own after it, and no row attends to it.
         spans = document_spans(index, batch.documents)
         split = lambda _, entries: entries.permute(1, 2, 0, 3).unbind()  # noqa: E731
         fused, entries = self.enter(hidden, batch.tokens.roll(-1), positions, embed, split, index, spans)

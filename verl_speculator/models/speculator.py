@@ -106,6 +106,15 @@ class TokenBatch(NamedTuple):
         document = torch.searchsorted(starts, index.to(starts), right=True) - 1
         return index - starts[document.clamp(min=0)]
 
+    def without_padding(self) -> tuple[Tensor, TokenBatch]:
+        """The indices [n] of the tokens that are part of documents, and the batch of these alone."""
+        starts, lengths = self.documents.to(self.tokens.device).unbind(1)
+        ends = lengths.cumsum(0)
+        shifts = (starts - ends + lengths).repeat_interleave(lengths)
+        index = torch.arange(len(shifts), device=shifts.device) + shifts
+        documents = torch.stack([ends - lengths, lengths], dim=1)
+        return index, TokenBatch(self.tokens[index], documents, torch.searchsorted(index, self.rows))
+
 
 class DraftState(NamedTuple):
     """What a draft carries from one depth to the next.
