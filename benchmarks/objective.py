@@ -134,19 +134,19 @@ def summarise(path: Path) -> None:
     """τ by recipe and learning rate, from the CSV."""
     rows = pd.read_csv(path)
     table = Table(title=f"{path.name}: E[accepted] = τ − 1, means over seeds")
-    for name in ("recipe", "lr", "steps", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
-        table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
-    means = rows.groupby(["recipe", "lr", "steps"], sort=False).agg(
+    for name in ("family", "recipe", "lr", "steps", "seeds", "τ", "τ − 1 against ce at its best", "depth 0", "depth 4"):
+        table.add_column(name, justify="left" if name in ("family", "recipe") else "right", overflow="fold")
+    means = rows.groupby(["method", "recipe", "lr", "steps"], sort=False).agg(
         tau=("tau", "mean"),
         seeds=("seed", "nunique"),
         first=("accept_depth_0", "mean"),
         last=("accept_depth_4", "mean"),
     )
     means = means.sort_index()
-    plain = means.loc["ce", "tau"].max() - 1 if "ce" in means.index.get_level_values(0) else float("nan")
-    for (name, lr, steps), row in means.sort_values("tau").iterrows():
+    plain = means.query("recipe == 'ce'").tau.max() - 1
+    for (method, name, lr, steps), row in means.sort_values("tau").iterrows():
         cells = (f"{row.tau:.3f}", f"{(row.tau - 1) / plain - 1:+.1%}", f"{row['first']:.1%}", f"{row['last']:.1%}")
-        table.add_row(name, f"{lr:g}", f"{steps}", f"{row.seeds:.0f}", *cells)
+        table.add_row(method, name, f"{lr:g}", f"{steps}", f"{row.seeds:.0f}", *cells)
     Console().print(table)
 
 

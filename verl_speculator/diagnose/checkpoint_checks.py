@@ -41,7 +41,7 @@ from verl_speculator.diagnose.experiments import import_external
 from verl_speculator.diagnose.trace_file import Trace, distance, read_trace, stats_of
 from verl_speculator.evaluation.metrics import acceptance, align_and_unroll
 from verl_speculator.evaluation.prompts import Prompt, prompt_ids, read_prompts, read_texts
-from verl_speculator.models import Speculator, build_speculator
+from verl_speculator.models import DraftState, Speculator, build_speculator
 from verl_speculator.utils.process import evenly_spaced, progress_bar
 from verl_speculator.utils.settings import UserError
 
@@ -155,7 +155,8 @@ class AlignedTexts:
             hidden_state_source: the states that it is given; its own by default.
             shifts: `token_shift` and `target_shift` of `alignment.misaligned`.
         """
-        depths = speculator.n_predict
+        is_early_exit = speculator.shared_layers is not None
+        depths = speculator.n_predict if is_early_exit else speculator.depths
         histogram = np.zeros(depths + 1)
         speculator.attach(self.base)
         all_states = self.states(hidden_state_source or speculator.hidden_state_source)
@@ -164,7 +165,7 @@ class AlignedTexts:
             rows, outputs = align_and_unroll(speculator, states, tokens, mask, self.ends, **shifts)
             drafts = torch.stack([speculator.most_likely(k, output) for k, output in enumerate(outputs)])
             correct, valid = drafts == rows.targets, rows.valid.all(0)
-            if speculator.depths < depths:  # it drafts every depth with its first one, at the next position
+            if is_early_exit:  # it drafts every depth with its first one, at the next position
                 count = max(len(rows.positions) - depths + 1, 0)
                 starts, ends = rows.positions[:count], rows.positions[depths - 1 :][:count]
                 correct, valid = (torch.stack([x[k:][:count] for k in range(depths)]) for x in (correct[0], valid))
@@ -287,14 +288,17 @@ def _first_hidden_state(
     if not trace.tokens or max(trace.tokens) >= speculator.vocab_size:
         return None
     tokens, dtype = torch.tensor(trace.tokens, device=base.device), next(speculator.parameters()).dtype
-    expected = {}
-    for source in HIDDEN_STATES:
+    first, expected = speculator.start, {}
+    if speculator.reads_sequence:
+        first = lambda state: DraftState(state, None, 0)  # noqa: E731
+    for source in (speculator.hidden_state_source,) if speculator.reads_sequence else HIDDEN_STATES:
         with Target(base, source) as target:
             states, _ = target.read(tokens)
         for back, state in enumerate(states.flip(0)[:3]):
-            expected[source, back] = stats_of(speculator.start(state[None].to(dtype)).output)
+            expected[source, back] = stats_of(first(state[None].to(dtype)).output)
+    (count,) = {state.count for state in expected.values()}
     for call in trace.calls:
-        given = [x for x in call.inputs if x.is_float and x.count == speculator.hidden_size]
+        given = [x for x in call.inputs if x.is_float and x.count == count]
         if call.name in modules and given:
             distances = {key: min(distance(x, state) for x in given) for key, state in expected.items()}
             nearest = min(distances, key=lambda key: distances[key])
