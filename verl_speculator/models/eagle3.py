@@ -19,8 +19,8 @@ j earlier depths, K depths.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,35 @@ from verl_speculator.models.layers import OutputHead, SpeculatorWithTables, Toke
 from verl_speculator.models.speculator import DraftState, Slot, TokenBatch
 
 EMBEDDING = "embedding.weight"  # the base model's table among those of a training step
-# With more numbers than this in the activations of all depths, training computes those of a depth again in the backward
-# pass instead of keeping them.
+# With more numbers than this in the activations of all depths, training computes them again in the backward pass.
 KEPT_NUMBERS = 2**28
-# (first row, end, first entry, end) of a document.
-Span = tuple[int, int, int, int]
+# Rows whose scores are in memory at once, where they are computed again in the backward pass.
+BLOCK = 256
 
 
-def document_spans(rows: Tensor, documents: Tensor) -> list[Span]:
-    """The rows [R], ascending, of each document and its tokens; documents [B, 2] as in `TokenBatch`."""
-    starts, ends = documents[:, 0], documents.sum(1)
-    first, end = (torch.searchsorted(rows, x.to(rows)) for x in (starts, ends))
-    return [tuple(span) for span in torch.stack([first, end, starts.to(first), ends.to(first)], 1).tolist()]
+class Span(NamedTuple):
+    """Rows `first` to `end` of one document, and the entries `start` to `stop` that the last of them attends to."""
+
+    first: int
+    end: int
+    start: int
+    stop: int
+
+    @property
+    def scores(self) -> int:
+        """Their number for each head."""
+        return (self.end - self.first) * (self.stop - self.start)
+
+
+def row_spans(rows: Tensor, documents: Tensor) -> list[Span]:
+    """Blocks of the rows [R], ascending, each inside one of the documents [B, 2] of `TokenBatch`."""
+    last, starts, ends = rows.tolist(), documents[:, 0].contiguous().to(rows), documents.sum(1).to(rows)
+    borders = torch.stack([torch.searchsorted(rows, starts), torch.searchsorted(rows, ends), starts], dim=1)
+    return [
+        Span(first, min(first + BLOCK, stop), start, last[min(first + BLOCK, stop) - 1] + 1)
+        for begin, stop, start in borders.tolist()
+        for first in range(begin, stop, BLOCK)
+    ]
 
 
 class Rotation:
@@ -125,37 +142,59 @@ class DraftLayer(nn.Module):
         return y + self.mlp(self.post_attention_layernorm(y))
 
 
-def attend_to_sequence(
-    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None, spans: Sequence[Span] = ()
-) -> tuple[Tensor, Tensor]:
-    """Causal attention within documents, from some of their rows.
+@dataclass(frozen=True)
+class Prefix:
+    """The positions of a sequence, or of several documents, up to the rows that are drafted after.
 
-    Args:
-        query: [R, G, Q, h]
-        keys, values: [G, n, h] of the entries.
+    Attributes:
+        positions: [R] RoPE position of each row, or [1] if all rows have the same one.
+        embed: the token embedding, from [R] to [R, D].
         rows: [R] the last entry that each row attends to, ascending; None if every row attends to all entries.
-        spans: of the documents.
-
-    Returns:
-        The averaged values [R, G, Q, h], and the logarithm of the sum of the exponentials of the scores, [R, G, Q].
+        spans: of the rows; without `rows` there are none.
+        recomputes: whether scores are computed again in the backward pass.
+        entries: of each layer keys and values, [G, n, h].
     """
-    if rows is None:
-        spans = [(0, query.shape[0], 0, keys.shape[1])]
-    averages, totals = [query[:0]], [query[:0, ..., 0]]
-    for first, end, start, stop in spans:
-        if first == end:
-            continue
-        key, value = keys[:, start:stop], values[:, start:stop]
-        scores = query[first:end].transpose(0, 1).flatten(1, 2) @ key.mT  # [G, r·Q, T]
-        scores = (scores * query.shape[-1] ** -0.5).to(torch.promote_types(scores.dtype, torch.float32))
-        if rows is not None:
-            later = torch.arange(start, stop, device=rows.device) > rows[first:end, None]
-            scores = scores.masked_fill(later.repeat_interleave(query.shape[2], 0), -torch.inf)
-        total = scores.logsumexp(-1)
-        average = (scores - total.unsqueeze(-1)).exp().to(value.dtype) @ value
-        averages.append(average.unflatten(1, (end - first, -1)).transpose(0, 1))
-        totals.append(total.unflatten(1, (end - first, -1)).transpose(0, 1).to(query.dtype))
-    return torch.cat(averages), torch.cat(totals)
+
+    positions: Tensor
+    embed: Callable[[Tensor], Tensor]
+    rows: Tensor | None = None
+    spans: Sequence[Span] = ()
+    recomputes: bool = False
+    entries: Sequence[tuple[Tensor, Tensor]] = ()
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Causal attention within documents.
+
+        Args:
+            query: [R, G, Q, h]
+            keys, values: [G, n, h] of the entries.
+
+        Returns:
+            The averaged values [R, G, Q, h], and the logarithm of the sum of the exponentials of the scores, [R, G, Q].
+        """
+        averages, totals = [query[:0]], [query[:0, ..., 0]]
+        spans = [Span(0, len(query), 0, keys.shape[1])] if self.rows is None else self.spans
+        for first, end, start, stop in spans:
+            last = None if self.rows is None else self.rows[first:end] - start
+            arguments = (query[first:end], keys[:, start:stop], values[:, start:stop], last)
+            parts = checkpoint(attention, *arguments, use_reentrant=False) if self.recomputes else attention(*arguments)
+            averages.append(parts[0])
+            totals.append(parts[1])
+        return torch.cat(averages), torch.cat(totals)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `Prefix.attend`, of rows that attend to the entries up to their `last` one."""
+    scores = query.transpose(0, 1).flatten(1, 2) @ key.mT  # [G, r·Q, T]
+    scores = (scores * query.shape[-1] ** -0.5).to(torch.promote_types(scores.dtype, torch.float32))
+    if last is not None:
+        later = torch.arange(key.shape[1], device=last.device) > last[:, None]
+        scores = scores.masked_fill(later.repeat_interleave(query.shape[2], 0), -torch.inf)
+    total = scores.logsumexp(-1)
+    average = (scores - total.unsqueeze(-1)).exp().to(value.dtype) @ value
+    by_row = (len(query), -1)
+    average, total = average.unflatten(1, by_row).transpose(0, 1), total.unflatten(1, by_row).transpose(0, 1)
+    return average, total.to(query.dtype)
 
 
 def attend_to_depths(query: Tensor, own: Tensor, average: Tensor, total: Tensor) -> Tensor:
@@ -164,7 +203,7 @@ def attend_to_depths(query: Tensor, own: Tensor, average: Tensor, total: Tensor)
     Args:
         query: [R, G, Q, h]
         own: [R, 2, j, G, h] keys and values of the depths.
-        average, total: of `attend_to_sequence`.
+        average, total: of `Prefix.attend`.
 
     Returns:
         The averaged values of both, [R, G, Q, h].
@@ -174,24 +213,6 @@ def attend_to_depths(query: Tensor, own: Tensor, average: Tensor, total: Tensor)
     weights = torch.cat([total.unsqueeze(-1), scores], dim=-1)
     weights = weights.softmax(-1, dtype=torch.promote_types(weights.dtype, torch.float32)).to(value.dtype)
     return weights[..., :1] * average + torch.einsum("rgqj,rjgh->rgqh", weights[..., 1:], value)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What all depths of a row attend to: the entries of the positions up to it.
-
-    Attributes:
-        entries: of each layer keys and values, [G, n, h].
-        positions: [R] RoPE position of the first depth, or [1] if all rows have the same one.
-        rows, spans: of `attend_to_sequence`.
-        embed: the token embedding, from [R] to [R, D].
-    """
-
-    entries: Sequence[tuple[Tensor, Tensor]]
-    positions: Tensor
-    embed: Callable[[Tensor], Tensor]
-    rows: Tensor | None = None
-    spans: Sequence[Span] = ()
 
 
 class Eagle3(SpeculatorWithTables):
@@ -248,33 +269,28 @@ class Eagle3(SpeculatorWithTables):
         self,
         hidden: Tensor,
         tokens: Tensor,
-        positions: Tensor,
-        embed: Callable[[Tensor], Tensor],
+        prefix: Prefix,
         extend: Callable[[int, Tensor], tuple[Tensor, Tensor]],
-        rows: Tensor,
-        spans: Sequence[Span],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Make the entries of positions, as the first depth does.
 
         Args:
             hidden: [n, A·D] the base model's states.
             tokens: [n] the token after each.
-            positions: [n] for RoPE.
-            embed: from tokens to embeddings.
+            prefix: of these positions, without entries.
             extend: takes the number of a layer and its new entries [n, 2, G, h], and returns keys and values of all
                 entries.
-            rows, spans: of `attend_to_sequence`, for these positions among all entries.
 
         Returns:
             The fused states [n, D], and keys and values of each layer.
         """
         fused = state = self.fc(hidden.to(self.fc.weight.dtype))
-        embedding, rotation, entries = embed(tokens), self.rotation(positions), []
+        embedding, rotation, entries = prefix.embed(tokens), self.rotation(prefix.positions), []
         for i, layer in enumerate(self.layers):
             x, residual = layer.inputs(embedding, state)
             entries.append(extend(i, layer.self_attn.entries(x, rotation)))
             if i + 1 < len(self.layers):  # of the last layer nothing else is needed
-                average, _ = attend_to_sequence(layer.self_attn.query(x, rotation), *entries[i], rows, spans)
+                average, _ = prefix.attend(layer.self_attn.query(x, rotation), *entries[i])
                 state = layer.output(average, residual)
         return fused, entries
 
@@ -286,9 +302,9 @@ class Eagle3(SpeculatorWithTables):
             keys, values = caches[layer].update(*entries.permute(1, 2, 0, 3).unsqueeze(1))
             return keys[0], values[0]
 
-        spans = [(0, len(tokens), 0, length + len(tokens))]
-        fused, entries = self.enter(hidden, tokens, index, self.embedding, extend, index, spans)
-        return DraftState(fused[-1:], None, 0, sequence=Prefix(entries, index[-1:], self.embedding))
+        new = Prefix(index, self.embedding, index, [Span(0, len(tokens), 0, length + len(tokens))])
+        fused, entries = self.enter(hidden, tokens, new, extend)
+        return DraftState(fused[-1:], None, 0, sequence=Prefix(index[-1:], self.embedding, entries=entries))
 
     def start(self, hidden: Tensor) -> DraftState:
         raise TypeError("a draft of eagle3 begins with all states and tokens of the sequence: call begin()")
@@ -300,7 +316,7 @@ class Eagle3(SpeculatorWithTables):
         for i, layer in enumerate(self.layers):
             inputs, residual = layer.inputs(embedding, x)
             query = layer.self_attn.query(inputs, rotation)
-            average, total = attend_to_sequence(query, *prefix.entries[i], prefix.rows, prefix.spans)
+            average, total = prefix.attend(query, *prefix.entries[i])
             if state.depth:  # the entry of the first depth is part of the sequence
                 new = layer.self_attn.entries(inputs, rotation).unsqueeze(2)
                 own.append(new if state.cell is None else torch.cat([state.cell[:, i], new], dim=2))
@@ -319,24 +335,43 @@ class Eagle3(SpeculatorWithTables):
         if len(kept) < len(hidden):  # numbers in padding may be anything, NaN too
             hidden = hidden[kept]
         positions, index = batch.positions, torch.arange(len(kept), device=tokens.device)
+        every = row_spans(index, batch.documents) if len(self.layers) > 1 else []
+        spans = row_spans(batch.rows, batch.documents)
+        recomputes = torch.is_grad_enabled() and self.kept_numbers(tokens, [*every, *spans]) > KEPT_NUMBERS
+        whole = Prefix(positions, embed, index, every, recomputes)
+        rows = Prefix(positions[batch.rows], embed, batch.rows, spans, recomputes)
         # The last entry of a document has no token of its own after it, and no row attends to it.
-        spans = document_spans(index, batch.documents)
-        split = lambda _, entries: entries.permute(1, 2, 0, 3).unbind()  # noqa: E731
-        fused, entries = self.enter(hidden, batch.tokens.roll(-1), positions, embed, split, index, spans)
-        spans = document_spans(batch.rows, batch.documents)
-        prefix = Prefix(entries, positions[batch.rows], embed, batch.rows, spans)
-        state, states = DraftState(fused[batch.rows], None, 0, sequence=prefix), []
-        recomputes = tokens.numel() * self.numbers_of_a_step > KEPT_NUMBERS and torch.is_grad_enabled()
+        return self.sequence_states(hidden, batch.tokens.roll(-1), tokens, whole, rows)
+
+    def sequence_states(self, hidden: Tensor, following: Tensor, tokens: Tensor, whole: Prefix, rows: Prefix) -> Tensor:
+        """The training-time test.
+
+        Args:
+            hidden: [N, A·D] the base model's states.
+            following: [N] the token after each.
+            tokens: [R, K] the tokens after each row.
+            whole: of all positions.
+            rows: of those to draft after.
+
+        Returns:
+            [R, K, D] the state z of every depth.
+        """
+        fused, entries = self.enter(hidden, following, whole, lambda _, new: new.permute(1, 2, 0, 3).unbind())
+        state, states = DraftState(fused[rows.rows], None, 0, sequence=replace(rows, entries=entries)), []
         for token in tokens.unbind(1):
-            state = checkpoint(self.step, state, token, use_reentrant=False) if recomputes else self.step(state, token)
+            if rows.recomputes:
+                state = checkpoint(self.step, state, token, use_reentrant=False)
+            else:
+                state = self.step(state, token)
             states.append(state.carried)
         return torch.stack(states, dim=1)
 
-    @property
-    def numbers_of_a_step(self) -> int:
-        """About how many numbers autograd keeps of a step of one row."""
-        queries = self.shape.num_attention_heads * self.shape.head_dim
-        return len(self.layers) * (10 * self.hidden_size + 4 * queries + 4 * self.shape.intermediate_size)
+    def kept_numbers(self, tokens: Tensor, spans: Sequence[Span]) -> int:
+        """About how many numbers autograd keeps of all steps, for tokens [R, K], if nothing is computed again."""
+        heads = self.shape.num_attention_heads
+        of_row = 10 * self.hidden_size + 4 * heads * self.shape.head_dim + 4 * self.shape.intermediate_size
+        scores = 3 * heads * sum(span.scores for span in spans)
+        return len(self.layers) * (tokens.numel() * of_row + tokens.shape[1] * scores)
 
     def unroll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """[K, R, D] the normalised states, from those of `draft_states` [R, K, D]."""

@@ -199,3 +199,14 @@ def test_settings_that_cannot_be_used_are_refused(model, settings, message):
 def test_ttt_steps_and_n_predict_default_to_each_other():
     made = [SpeculatorConfig(method="eagle3", **settings) for settings in ({}, {"n_predict": 5}, {"ttt_steps": 3})]
     assert [(config.n_predict, config.depths) for config in made] == [(7, 7), (5, 5), (7, 3)]
+
+
+def test_blocks_of_rows_change_nothing(model, documents, monkeypatch):
+    found = []
+    for block in (eagle3.BLOCK, 3):
+        monkeypatch.setattr(eagle3, "BLOCK", block)
+        speculator = drafter_of(model, "two")
+        states, batch, rows, _ = packed(model, speculator, documents)
+        with torch.no_grad():
+            found.append(speculator.draft_states(states, rows.tokens, batch))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
