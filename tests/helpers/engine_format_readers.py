@@ -1,7 +1,8 @@
 """Serving engines' formats read a second time, in plain torch, from config.json and the file of tensors alone.
 
-Written from ArcticInference 0.3.0 (vllm/spec_dec/arctic_speculator.py) and vLLM 0.24.0 (model_executor/models/
-medusa.py), without a line of the package: what they compute from a directory is what such an engine computes.
+Written from ArcticInference 0.3.0 (vllm/spec_dec/arctic_speculator.py), vLLM 0.24.0 (model_executor/models/medusa.py)
+and vLLM 0.32.0 (model_executor/models/llama_eagle3.py), without a line of the package: what they compute from a
+directory is what such an engine computes.
 """
 
 from __future__ import annotations
@@ -110,4 +111,72 @@ def vllm_medusa(directory: Path, hidden: torch.Tensor, tokens: torch.Tensor) -> 
             whole[:, w["token_map"]] = products
             products = whole
         logits.append(products)
+    return torch.stack(logits)
+
+
+def rms(x, weight, eps):
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def turned(x, config):
+    """RoPE of [positions, heads, width], from position 0 on, its angles in float32."""
+    width = x.shape[-1]
+    frequencies = 1 / config["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
+    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    else:
+        assert scaling["rope_type"] == "default"
+    angles = torch.arange(len(x)).float()[:, None] * frequencies
+    cos, sin = (f(angles).repeat(1, 2)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+def eagle3_layer(config, w, prefix, x, residual):
+    """A decoder layer of Llama over all positions, from what its projections read [T, D or 2D] and the residual."""
+    heads, groups, width = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    q, k, v = ((x @ w[f"{prefix}.self_attn.{n}_proj.weight"].T).unflatten(-1, (-1, width)) for n in "qkv")
+    q, k = turned(q, config), turned(k, config).repeat_interleave(heads // groups, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(width)
+    scores = scores + torch.full_like(scores[0], -torch.inf).triu(1)
+    y = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(heads // groups, 1)).flatten(1)
+    residual = residual + y @ w[f"{prefix}.self_attn.o_proj.weight"].T
+    z = rms(residual, w[f"{prefix}.post_attention_layernorm.weight"], config["rms_norm_eps"])
+    gate, up = (z @ w[f"{prefix}.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+    return residual + (gate * gate.sigmoid() * up) @ w[f"{prefix}.mlp.down_proj.weight"].T
+
+
+def eagle3(config, w, hidden, tokens, count, embedding=None):
+    """[count, V] logits of Eagle3LlamaForCausalLM for the drafts after the last state of a text.
+
+    Args:
+        config: of config.json.
+        w: the tensors.
+        hidden: [n, 3D] the target model's states.
+        tokens: [n + count − 1] the token after each state, then the drafts.
+        embedding: the target model's, used if the tensors have none.
+    """
+    assert config["model_type"] == "llama" and config["hidden_act"] == "silu" and not config.get("attention_bias")
+    eps, normed = config["rms_norm_eps"], config.get("norm_before_residual", False)
+    names = [
+        "midlayer" if "midlayer.hidden_norm.weight" in w else f"layers.{i}" for i in range(config["num_hidden_layers"])
+    ]
+    embedded = w.get("embed_tokens.weight", embedding)[tokens]
+    states, logits = hidden @ w["fc.weight"].T, []
+    for _ in range(count):
+        # Earlier drafts' states stay as their own steps computed them; all layers are computed anew.
+        x = embedded[: len(states)]
+        e = rms(x, w[f"{names[0]}.input_layernorm.weight"], eps)
+        u = rms(states, w[f"{names[0]}.hidden_norm.weight"], eps)
+        out = eagle3_layer(config, w, names[0], torch.cat([e, u], -1), u if normed else states)
+        for name in names[1:]:
+            out = eagle3_layer(config, w, name, rms(out, w[f"{name}.input_layernorm.weight"], eps), out)
+        products = rms(out[-1], w["norm.weight"], eps) @ w["lm_head.weight"].T * config.get("logit_scale", 1.0)
+        if "d2t" in w:
+            whole = torch.full((config["vocab_size"],), -torch.inf, dtype=products.dtype)
+            whole[torch.arange(len(products)) + w["d2t"]] = products
+            products = whole
+        logits.append(products)
+        states = torch.cat([states, out[-1:]])
     return torch.stack(logits)

@@ -40,10 +40,11 @@ PROVENANCE_KEY = "verl_speculator"
 BLOCK_KEY = "block_shapes"
 BLOCK_PREFIX = "block."
 CAP_KEY = "logit_cap"
-NESTED_KEY = "speculator"  # in an export for vLLM's V2 runner: the content of the checkpoint's own config.json
+NESTED_KEY = "speculator"  # in an export that vLLM loads as a draft model: the content of the checkpoint's config.json
 DRAFT_TOKENS = "draft_tokens"  # the module's name of the draft vocabulary
-# On disk: what to add to the number of a head's row for its token, and the tokens as vLLM's Medusa reads them.
-DRAFT_TO_TARGET, TOKEN_MAP = "d2t", "token_map"
+# On disk: what to add to the number of a head's row for its token, and the tokens as vLLM's Medusa reads them; in
+# EAGLE-3's exports also which tokens those are.
+DRAFT_TO_TARGET, TOKEN_MAP, TARGET_TO_DRAFT = "d2t", "token_map", "t2d"
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class CheckpointInfo:
         provenance: base model, data, step, seed and versions; empty for checkpoints of other programs.
         logit_cap: the soft cap of its logits, None without one.
         base_architectures: `architectures` of the base model's configuration.
-        is_draft_model: whether the directory is an export for vLLM's V2 runner.
+        is_draft_model: whether the directory is an export that vLLM loads as a draft model.
     """
 
     directory: Path
@@ -248,7 +249,7 @@ def parse_checkpoint_info(directory: str | Path, content: Any) -> CheckpointInfo
 
     Args:
         directory: where it is from, for messages and to find the weights.
-        content: decoded; that of an export for vLLM's V2 runner holds a checkpoint's under one key.
+        content: decoded; that of an export that vLLM loads as a draft model holds a checkpoint's under one key.
     """
     directory = Path(directory)
     invalid = f"{directory / CONFIG_FILE}: not a speculator's configuration"
@@ -389,8 +390,9 @@ def read_weights(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     module = build_speculator(info.config, **info.shape, device="meta")
     slots, parameters = module.checkpoint_slots(), dict(module.named_parameters())
     names = [*slots, *vocabulary_tensors(info.config, module.draft_tokens)]
+    optional = {TARGET_TO_DRAFT} if DRAFT_TO_TARGET in names else set()
     faults = [f"missing {key}" for key in names if key not in tensors]
-    faults += [f"unexpected {key}" for key in tensors if key not in names]
+    faults += [f"unexpected {key}" for key in tensors if key not in names and key not in optional]
     tensor_of_slot: dict[Slot, torch.Tensor] = {}
     for key, slot in slots.items():
         if key not in tensors:
@@ -423,7 +425,18 @@ def _draft_tokens(tensors: Mapping[str, torch.Tensor], size: int, vocab_size: in
         return tokens, [f"{DRAFT_TO_TARGET} names no ascending tokens below {vocab_size}"]
     if not torch.equal(tensors.get(TOKEN_MAP, tokens), tokens):
         return tokens, [f"{TOKEN_MAP} names other tokens than {DRAFT_TO_TARGET}"]
+    if TARGET_TO_DRAFT in tensors and not torch.equal(tensors[TARGET_TO_DRAFT], vocabulary_mask(tokens, vocab_size)):
+        return tokens, [f"{TARGET_TO_DRAFT} names other tokens than {DRAFT_TO_TARGET}"]
     return tokens, []
+
+
+def vocabulary_mask(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[V] whether each token is in the draft vocabulary: `t2d`."""
+    import torch
+
+    mask = torch.zeros(vocab_size, dtype=torch.bool, device=tokens.device)
+    mask[tokens] = True
+    return mask
 
 
 def join_slots(tensors: Mapping[Slot, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

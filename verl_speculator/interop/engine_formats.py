@@ -20,10 +20,12 @@ from verl_speculator.checkpoint.format import (
     WEIGHTS_FILE,
 )
 from verl_speculator.config.schema import SpeculatorConfig
+from verl_speculator.interop import eagle3
 
 Shapes = dict[str, tuple[int, ...]]
 ARCTIC = "ArcticInference 0.3.0 (vLLM 0.26.0)"
 VLLM_MEDUSA = "vLLM 0.24 to 0.32 without plugins"
+VLLM_EAGLE3 = "vLLM 0.24 to 0.32 without plugins, as EAGLE-3"
 PROPOSER_ENGINE = "vLLM 0.24 to 0.33 with SpeculatorProposer (V1 runner)"
 DRAFT_MODEL_ENGINE = "vLLM 0.29 to 0.33 with SpeculatorDraftModel (V2 runner)"
 GATES = ("forget", "input", "output", "cell")
@@ -39,10 +41,15 @@ KEY = "verl_speculator"
 _VOCABULARY = "draft_vocab_size={}: it drafts from the whole vocabulary; train with draft_vocab_size=null"
 
 
+def _as_eagle3(config: SpeculatorConfig) -> str:
+    """For messages: that vLLM serves this one by itself."""
+    return ", and vLLM serves eagle3 by itself: --format vllm-eagle3" if config.method == "eagle3" else ""
+
+
 def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why ArcticInference 0.3.0 cannot serve a speculator, and what to train instead; None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm"):
-        return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these"
+        return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these{_as_eagle3(config)}"
     for name in config.base_tables:
         setting = f"{name}={getattr(config, name)}"
         return f"{setting}: it reads weights of the speculator's own; export it with --format arctic, which writes them"
@@ -85,7 +92,8 @@ def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
 def medusa_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why vLLM 0.24 to 0.32 cannot serve a speculator as Medusa heads, None if it can."""
     if config.method != "medusa":
-        return f"method={config.method}: no released version serves it by itself; train medusa"
+        by = "as Medusa heads" if config.method == "eagle3" else "by itself"
+        return f"method={config.method}: no released version serves it {by}; train medusa{_as_eagle3(config)}"
     if config.inner_dim is not None:
         return f"inner_dim={config.inner_dim}: it knows no bottleneck; train with inner_dim=null"
     return proposer_unsupported_reason(config)
@@ -93,7 +101,7 @@ def medusa_unsupported_reason(config: SpeculatorConfig) -> str | None:
 
 def proposer_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why this package's drafter for vLLM's V1 runner cannot serve a speculator, None if it can."""
-    for name in config.frozen_tables:
+    for name in () if config.reads_sequence else config.frozen_tables:
         return (
             f"{name}=base_frozen: vLLM gives drafters no weights of the base model; train with another setting, or "
             "export it with --format safetensors, which writes them out"
@@ -104,7 +112,7 @@ def proposer_unsupported_reason(config: SpeculatorConfig) -> str | None:
 def draft_model_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why this package's draft model for vLLM's V2 runner cannot serve a speculator, None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
-        return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa"
+        return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa{_as_eagle3(config)}"
     if config.hidden_state == "post_norm":
         return None
     return (
@@ -121,6 +129,7 @@ def serving_engines(config: SpeculatorConfig) -> dict[str, str | None]:
         PROPOSER_ENGINE: proposer_unsupported_reason(config),
         ARCTIC: arctic_unsupported_reason(config),
         VLLM_MEDUSA: medusa_unsupported_reason(config),
+        VLLM_EAGLE3: eagle3.unsupported_reason(config),
     }
 
 
@@ -215,6 +224,8 @@ class EngineFormat:
         optional_keys: keys that it may have.
         method: of vLLM's `speculative_config`, for the engine's own drafter; None without one.
         ours: whether `load_speculator` and `SpeculatorProposer` read the format too.
+        shares_embedding: whether the engine takes the base model's embedding where the file has none.
+        vocabulary_mask: whether the file has the mask of the draft vocabulary, `t2d`.
     """
 
     engine: str
@@ -227,6 +238,8 @@ class EngineFormat:
     optional_keys: frozenset[str] = frozenset()
     method: str | None = None
     ours: bool = True
+    shares_embedding: bool = False
+    vocabulary_mask: bool = False
 
 
 _MLP_KEYS = frozenset(
@@ -277,6 +290,18 @@ FORMATS: Mapping[str, EngineFormat] = MappingProxyType(
             SAFETENSORS_FILE,
             content=_draft_model_content,
             method="mtp",
+        ),
+        "vllm-eagle3": EngineFormat(
+            VLLM_EAGLE3,
+            eagle3.unsupported_reason,
+            SAFETENSORS_FILE,
+            tensors=eagle3.served_shapes,
+            content=eagle3.served_content,
+            keys=eagle3.SERVED_KEYS,
+            optional_keys=frozenset({"draft_vocab_size"}),
+            method="eagle3",
+            shares_embedding=True,
+            vocabulary_mask=True,
         ),
         "safetensors": EngineFormat("verl_speculator, and " + PROPOSER_ENGINE, lambda config: None, SAFETENSORS_FILE),
     }

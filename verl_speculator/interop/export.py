@@ -14,12 +14,14 @@ from verl_speculator.checkpoint.format import (
     CONFIG_FILE,
     DRAFT_TOKENS,
     PROVENANCE_KEY,
+    TARGET_TO_DRAFT,
     CheckpointInfo,
     load_speculator,
     read_weights,
+    vocabulary_mask,
     vocabulary_tensors,
 )
-from verl_speculator.config.families import FAMILIES, OWN
+from verl_speculator.config.families import BASE_FROZEN, FAMILIES, OWN
 from verl_speculator.config.schema import SpeculatorConfig
 from verl_speculator.interop.engine_formats import (
     FORMATS,
@@ -61,10 +63,13 @@ def check_export(
     for option, value, known in (("format", name, FORMATS), ("dtype", dtype, EXPORT_DTYPES)):
         if value not in known:
             raise UserError(f"--{option} {value}: expected one of {', '.join(known)}{nearest(value, known)}")
-    if (reason := FORMATS[name].unsupported_reason(_own_config(info.config))) is not None:
+    config = _own_config(info.config, name)
+    if (reason := FORMATS[name].unsupported_reason(config)) is not None:
         raise UserError(f"--format {name}: {FORMATS[name].engine} cannot load {info.directory}: {reason}")
-    if info.config.frozen_tables and base is None:
-        named = ", ".join(f"{table}=base_frozen" for table in info.config.frozen_tables)
+    if (
+        written := [table for table in info.config.frozen_tables if table not in config.frozen_tables]
+    ) and base is None:
+        named = ", ".join(f"{table}=base_frozen" for table in written)
         raise UserError(
             f"--format {name}: {info.directory} has {named}, and an export writes the base model's weights out; "
             f"expected --base, the directory or hub name of {info.base_name}"
@@ -76,17 +81,22 @@ def check_export(
         raise UserError(f"--out {out}: is there already; expected a new directory, or --overwrite")
 
 
-def _own_config(config: SpeculatorConfig) -> SpeculatorConfig:
-    """The configuration of the same speculator with tables of its own."""
-    return replace(config, embedding=OWN, head=OWN) if config.base_tables else config
+def _own_config(config: SpeculatorConfig, name: str) -> SpeculatorConfig:
+    """The configuration of the same speculator with tables of its own, but for an embedding that the engine takes from
+    the base model by itself."""
+    if not config.base_tables:
+        return config
+    is_shared = FORMATS[name].shares_embedding and config.embedding == BASE_FROZEN
+    return replace(config, embedding=BASE_FROZEN if is_shared else OWN, head=OWN)
 
 
-def own_state(info: CheckpointInfo, base: str | None) -> dict[str, torch.Tensor]:
-    """The state of the same speculator with tables of its own (`_own_config`): the base model's tables are written out,
-    and a projection is multiplied into its table, since both are linear.
+def own_state(info: CheckpointInfo, own: SpeculatorConfig, base: str | None) -> dict[str, torch.Tensor]:
+    """The state of the same speculator with tables of its own: the base model's tables are written out, and a
+    projection is multiplied into its table, since both are linear.
 
     Args:
         info: the checkpoint.
+        own: of `_own_config`.
         base: where to take the tables of base_frozen from.
 
     Raises:
@@ -98,12 +108,13 @@ def own_state(info: CheckpointInfo, base: str | None) -> dict[str, torch.Tensor]
 
     from verl_speculator.models.layers import Table
 
-    speculator = load_speculator(info.directory, base=base if info.config.frozen_tables else None)
-    if info.config.frozen_tables:
+    needs_base = info.config.frozen_tables != own.frozen_tables
+    speculator = load_speculator(info.directory, base=base if needs_base else None)
+    if needs_base:
         speculator.attach(load_base(base, device="cpu", dtype=torch.float32))
     state = speculator.state_dict()
     for name, table in speculator.named_modules():
-        if isinstance(table, Table):
+        if isinstance(table, Table) and not (table.embeds and own.embedding == BASE_FROZEN):
             weight, projection = table.weight.detach(), state.pop(f"{name}.projection.weight", None)
             if projection is not None:
                 weight = weight @ (projection.T if table.embeds else projection)
@@ -125,7 +136,10 @@ def exported_tensors(
     from verl_speculator.models import build_speculator
 
     state = dict(state)
-    vocabulary = vocabulary_tensors(info.config, state.pop(DRAFT_TOKENS, None))
+    tokens = state.pop(DRAFT_TOKENS, None)
+    vocabulary = vocabulary_tensors(info.config, tokens)
+    if tokens is not None and FORMATS[name].vocabulary_mask:
+        vocabulary[TARGET_TO_DRAFT] = vocabulary_mask(tokens, info.vocab_size)
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
     slots = build_speculator(info.config, **info.shape, device="meta").checkpoint_slots()
     tensor_of_slot = {slot: slot.of(state).contiguous() for slot in slots.values()}
@@ -168,14 +182,14 @@ def export_speculator(
     form = FORMATS[name]
     exported = replace(
         info,
-        config=_own_config(info.config),
+        config=_own_config(info.config, name),
         dtype=DTYPES.get(dtype, info.dtype),
         base_architectures=base_architectures or info.base_architectures,
     )
     content = exported.content()
     del content[PROVENANCE_KEY]
     content = form.content(content)
-    tensors = exported_tensors(exported, own_state(info, base), name, getattr(torch, exported.dtype))
+    tensors = exported_tensors(exported, own_state(info, exported.config, base), name, getattr(torch, exported.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if faults := contract_faults(name, exported.config, info.hidden_size, info.vocab_size, shapes, content):
         raise RuntimeError(f"export to {name} departs from its contract: {first_few(faults)}")
