@@ -173,26 +173,36 @@ def test_a_run_that_reads_all_equals_the_one_that_wrote(written, runs, make):
     assert (runs / "states" / STATES).read_bytes() == before
 
 
-def test_the_base_rests(written, runs, make, base, chat, gloo, rows):
-    """Counted in the engine itself: no forward pass of the base once its states are there."""
+@pytest.mark.parametrize("settings", [{}, {"method": "eagle3", "loss": "ce"}, {"method": "eagle3", "loss": "kl"}])
+def test_the_base_rests(tmp_path, base, gloo, rows, settings):
+    """Counted in the engine itself: no forward pass of the base once its states are there. eagle3 reads the states of
+    all tokens, of three layers, and a fourth one for any teacher."""
     from helpers.engine_harness import build_engine, make_batch, run_batch
 
-    engine = build_engine(base)
-    lengths = [len(states_read(row["loss_mask"], torch.tensor([0, len(row["loss_mask"])]))) for row in rows]
-    engine.state_cache = StateCache.create(runs / "counted", IDENTITY, lengths, 32)
+    engine = build_engine(base, speculator=settings)
+    reads_sequence = engine.speculator.reads_sequence
+    lengths = [
+        len(states_read(row["loss_mask"], torch.tensor([0, len(row["loss_mask"])]), whole=reads_sequence))
+        for row in rows
+    ]
+    assert not reads_sequence or lengths == [len(row["input_ids"]) for row in rows]
+    width = 32 * engine.model_config.speculator_config.cached_states
+    assert width == (128 if reads_sequence else 32)
+    engine.state_cache = StateCache.create(tmp_path / "counted", IDENTITY, lengths, width)
     calls = []
     engine.base.base_model.register_forward_hook(lambda *_: calls.append(1))
     numbered = [row | {"row": torch.tensor([i])} for i, row in enumerate(rows)]
     first = run_batch(engine, make_batch(numbered, micro=4))["metrics"]["draft_sums"]
-    assert len(calls) == 4
-    plain = run_batch(build_engine(base), make_batch(rows, micro=4))["metrics"]["draft_sums"]
+    made = len(calls)
+    assert made == (4 if settings.get("loss") != "kl" else 6)  # with a teacher two more check its head
+    plain = run_batch(build_engine(base, speculator=settings), make_batch(rows, micro=4))["metrics"]["draft_sums"]
     assert first[0] == pytest.approx(plain[0], rel=1e-2) and first[0] != plain[0]
     for more in ({"micro": 4}, {"micro": 4, "packed": False}):
         again = run_batch(engine, make_batch(numbered, **more))["metrics"]["draft_sums"]
-        assert len(calls) == 4
+        assert len(calls) == made
         torch.testing.assert_close(torch.tensor(again), torch.tensor(first), rtol=1e-5, atol=1e-5)
-    half = build_engine(base)
-    half.state_cache = StateCache.create(runs / "padded", IDENTITY, lengths, 32)
+    half = build_engine(base, speculator=settings)
+    half.state_cache = StateCache.create(tmp_path / "padded", IDENTITY, lengths, width)
     run_batch(half, make_batch(numbered, micro=4, packed=False))
     torch.testing.assert_close(
         half.state_cache.read(range(16)), engine.state_cache.read(range(16)), rtol=0.02, atol=0.02
