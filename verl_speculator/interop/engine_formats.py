@@ -79,7 +79,10 @@ def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
 def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """As `arctic_unsupported_reason`, for its MLP speculator: sum_rnn with one width."""
     if config.method != "sum_rnn":
-        return f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
+        return (
+            f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
+            f"{_as_eagle3(config)}"
+        )
     if config.draft_vocab_size is not None:
         return _VOCABULARY.format(config.draft_vocab_size)
     dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
