@@ -16,6 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 GROUPED = "verl_speculator_grouped"
 # Smaller weights may stay in a processor's caches, and then a packed layer's longer call costs more than it saves.
 LEAST_PACKED_BYTES = 64 * 2**20
+# Up to so many queries of each head are a decoding step's.
+FEW_QUERIES = 64
 
 
 def grouped_attention(
@@ -31,13 +33,36 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa` attention without its copy of keys and values for each of the query heads that share them,
     which takes longer on a CPU than the attention itself. Shapes: query [N, H, T, d], key and value [N, H′, L, d].
+
+    In bf16 torch's kernel reads the keys of a shared head once for each query head, a number at a time: few queries
+    become rows of one head, and those of several texts two products of matrices.
     """
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = is_causal and query.shape[2] > 1 and attention_mask is None
-    output = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, is_causal=is_causal, scale=scaling, enable_gqa=True
-    )
+    if query.dtype == torch.bfloat16 and query.shape[2] <= FEW_QUERIES and not is_causal:
+        groups, count = key.shape[1], query.shape[1] // key.shape[1]
+        rows, mask = query.unflatten(1, (groups, count)).flatten(2, 3), attention_mask  # [N, H′, count · T, d]
+        if mask is not None and mask.shape[1] == 1 and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, count, 1)
+        elif mask is not None and mask.shape[1] > 1:
+            mask = mask.unflatten(1, (groups, count)).flatten(2, 3)
+        attend = F.scaled_dot_product_attention if len(query) == 1 else matmul_attention
+        output = attend(rows, key, value, mask, scale=scaling).unflatten(2, (count, -1)).flatten(1, 2)
+    else:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout, is_causal=is_causal, scale=scaling, enable_gqa=True
+        )
     return output.transpose(1, 2).contiguous(), None
+
+
+def matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None) -> Tensor:
+    """`scaled_dot_product_attention` as two products of matrices and a softmax in float32, without dropout."""
+    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

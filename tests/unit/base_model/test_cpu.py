@@ -1,14 +1,17 @@
 """A base model prepared for a CPU computes what it computed before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from helpers.drafters import untrained_speculator
 from helpers.tiny_models import ARCHITECTURES, base_config
 from verl_speculator.base_model import cpu
-from verl_speculator.base_model.cpu import GROUPED, PackedLinear, optimize_for_cpu
+from verl_speculator.base_model.cpu import FEW_QUERIES, GROUPED, PackedLinear, grouped_attention, optimize_for_cpu
 from verl_speculator.decoding import speculative_generate
 
 EXIT = {"method": "early_exit", "exit_layer": 0}
@@ -104,3 +107,27 @@ def test_packed_bf16():
 def test_other_dtypes_are_not_packed(dtype, monkeypatch):
     _, prepared = models("llama", monkeypatch, dtype)
     assert not any(isinstance(module, PackedLinear) for module in prepared.modules())
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("queries", [1, 5, FEW_QUERIES + 1])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("masked", ["all", "each head", "added", None])
+def test_attention_in_bf16_is_torchs(texts, queries, groups, masked):
+    """On the same rounded numbers; a mask for all heads or for each, as booleans or numbers to add."""
+    generator = torch.Generator().manual_seed(texts + 10 * queries)
+    query = torch.randn(texts, 6, queries, 8, generator=generator)
+    key, value = torch.randn(2, texts, groups, 12, 8, generator=generator)
+    mask = torch.rand(texts, 6 if masked == "each head" else 1, queries, 12, generator=generator) < 0.7
+    mask[..., 0] = True
+    if masked == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    elif masked is None:
+        mask = None
+    narrow = [x.bfloat16() for x in (query, key, value)]
+    narrow_mask = mask.bfloat16() if masked == "added" else mask
+    module = SimpleNamespace(is_causal=False)
+    found, _ = grouped_attention(module, *narrow, narrow_mask, scaling=0.3)
+    wide = [x.float() for x in narrow]
+    expected = F.scaled_dot_product_attention(*wide, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
