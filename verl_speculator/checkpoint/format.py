@@ -291,7 +291,13 @@ def _check_is_speculator(directory: Path, content: Mapping[str, Any]) -> None:
             f"{directory}: Medusa heads in another format; expected a checkpoint of ours, which "
             f"`verl-speculator convert {directory} --out DIR` makes of it"
         )
-    if named := content.get("architectures") or content.get("model_type"):
+    named = content.get("architectures") or content.get("model_type")
+    if "speculators_model_type" in content or "eagle3" in str(named).lower():
+        raise UserError(
+            f"{directory}: an EAGLE-3 draft in another format; expected a checkpoint of ours, which "
+            f"`verl-speculator convert {directory} --out DIR` makes of it"
+        )
+    if named:
         kind = ", ".join(named) if isinstance(named, list) else named
         raise UserError(
             f"{directory}: a model ({kind}), expected a speculator's checkpoint, as training writes it: a "

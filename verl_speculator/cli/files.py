@@ -91,7 +91,8 @@ def inspect(directory: Checkpoint, as_json: Annotated[bool, Option("for programs
 
 
 def convert(settings: ConvertSettings) -> None:
-    """Take over Medusa heads that FasterDecoding's trainer or vLLM's format holds, checked tensor by tensor."""
+    """Take over Medusa heads (FasterDecoding's format, vLLM's) or an EAGLE-3 draft (SafeAILab's format, speculators'),
+    checked tensor by tensor."""
     from verl_speculator.interop.convert import convert as run
 
     typer.echo(run(settings).summary())

@@ -5,24 +5,17 @@ Read from the sources of FasterDecoding/Medusa and of vLLM's Medusa model. Impor
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
 
-from verl_speculator.checkpoint.format import CAP_KEY, CONFIG_FILE, WEIGHTS_FILE
+from verl_speculator.checkpoint.format import CAP_KEY
 from verl_speculator.config.families import HEADS, HIDDEN_STATES
 from verl_speculator.interop.engine_formats import first_few
-from verl_speculator.utils.atomic_io import read_tensors
-from verl_speculator.utils.settings import UserError, nearest
-
-if TYPE_CHECKING:
-    import torch
+from verl_speculator.interop.source import COUNT, POSITIVE, TRUTH, Accepted
+from verl_speculator.utils.settings import UserError
 
 AUTO = "auto"
 PARTS = ("weight", "bias")
@@ -30,8 +23,6 @@ PARTS = ("weight", "bias")
 PREFIXES = ("medusa_heads.", "medusa_head.")
 # Names of a norm in front of the heads.
 NORMS = ("norm", "final_norm", "model.norm")
-SUFFIXES = (".safetensors", ".pt", ".bin", ".pth")
-FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", WEIGHTS_FILE)
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,6 @@ KEY_MAPS: Mapping[str, KeyMap] = MappingProxyType(
         ),
     }
 )
-SOURCE_FORMATS = (AUTO, *KEY_MAPS)
 
 
 @dataclass(frozen=True)
@@ -196,83 +186,11 @@ def _without_prefixes(keys: Iterable[str], where: str) -> dict[str, str]:
     return key_of
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_cap(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
 COUNTS = {key for key_map in KEY_MAPS.values() for key in (*key_map.heads_settings, *key_map.layers_settings)}
 WIDTHS = ("hidden_size", "input_hidden_dim")
 VOCABULARIES = ("vocab_size", "truncated_vocab_size")
-# The known settings of config.json: their values, or a check and what it accepts. Null is no statement.
-SETTINGS: Mapping[str, tuple[Any, ...] | tuple[Callable[[Any], bool], str]] = MappingProxyType(
-    {key: (_is_count, "an integer of at least 1") for key in (*COUNTS, *WIDTHS, *VOCABULARIES)}
-    | {key: (lambda value: isinstance(value, bool), "true or false") for key in ("medusa_fc_bias", "original_lm_head")}
-    | {"hidden_state": HIDDEN_STATES, "head": HEADS, "logit_scale": (1,), CAP_KEY: (_is_cap, "a number above 0")}
+SETTINGS: Mapping[str, Accepted] = MappingProxyType(
+    dict.fromkeys((*COUNTS, *WIDTHS, *VOCABULARIES), COUNT)
+    | dict.fromkeys(("medusa_fc_bias", "original_lm_head"), TRUTH)
+    | {"hidden_state": HIDDEN_STATES, "head": HEADS, "logit_scale": (1,), CAP_KEY: POSITIVE}
 )
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """A file of tensors, and the `config.json` in its directory.
-
-    Attributes:
-        file: of tensors.
-        config: the settings of config.json that are not null; empty if there is no such file.
-    """
-
-    file: Path
-    config: Mapping[str, Any]
-
-    @property
-    def config_file(self) -> Path:
-        """Where `config` was read."""
-        return self.file.parent / CONFIG_FILE
-
-    @cached_property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by its key, as `read_tensors`."""
-        return read_tensors(self.file)
-
-    def check_settings(self) -> None:
-        """Check the values of all known settings, each by itself. Raises UserError naming the setting and the values
-        that it may have."""
-        for key in self.config.keys() & SETTINGS.keys():
-            value, accepted = self.config[key], SETTINGS[key]
-            if callable(accepted[0]):
-                is_valid, expected = accepted[0](value), accepted[1]
-            else:
-                words = list(map(str, accepted))
-                is_valid = value in accepted
-                expected = f"{'one of ' * (len(words) > 1)}{', '.join(words)}{nearest(str(value), words)}"
-            if not is_valid:
-                raise UserError(f"{self.config_file}: {key}={value}: expected {expected}")
-
-
-def find_source(path: Path) -> TensorFile:
-    """A directory's file of tensors, or the file itself, and the configuration, whose settings are checked. Raises
-    UserError if there is none, or its config.json is no JSON object or has an invalid value."""
-    file = path
-    if path.is_dir():
-        file = next((path / name for name in FILES if (path / name).is_file()), None)
-        if file is None:
-            raise UserError(f"source={path}: holds none of {', '.join(FILES)}; expected one of them, or a file")
-    elif not path.is_file():
-        raise UserError(f"source={path}: no such file or directory")
-    elif path.suffix not in SUFFIXES:
-        raise UserError(f"source={path}: expected a directory, or a file that ends in {', '.join(SUFFIXES)}")
-    config_file = file.parent / CONFIG_FILE
-    try:
-        config = json.loads(config_file.read_text())
-    except FileNotFoundError:
-        config = {}
-    except ValueError as error:
-        raise UserError(f"{config_file}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{config_file}: expected a JSON object, got {type(config).__name__}")
-    source = TensorFile(file, {key: value for key, value in config.items() if value is not None})
-    source.check_settings()
-    return source

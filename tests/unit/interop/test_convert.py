@@ -127,7 +127,7 @@ def test_the_heads_say_what_the_source_says(tmp_path, hidden, name, layers, kind
     file = FILES[name][kind]
     folder = put(tmp_path / "src", named(drawn, name, prefix), file, configured(drawn, name))
     said = convert(ConvertSettings(source=folder, out=tmp_path / "out"))
-    assert (said.layout.format, said.config) == (
+    assert (said.contents.format, said.config) == (
         name,
         SpeculatorConfig(method="medusa", n_predict=3, num_layers=layers),
     )
@@ -205,7 +205,7 @@ def test_our_own_checkpoint_is_in_vllms_format(tmp_path, settings):
     base = {"name": "my/base", "weights_fingerprint": "abc"}
     save_speculator(speculator, tmp_path / "ours", provenance={"base": base})
     said = convert(ConvertSettings(source=tmp_path / "ours", out=tmp_path / "out"))
-    assert (said.layout.format, said.config) == ("vllm", config)
+    assert (said.contents.format, said.config) == ("vllm", config)
     before, after = speculator.state_dict(), load_speculator(tmp_path / "out").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     info = read_checkpoint_info(tmp_path / "out")
@@ -309,9 +309,9 @@ def test_heads_that_would_end_in_a_matrix_of_the_base_with_a_bias_are_refused(tm
 
 def test_types(tmp_path):
     folder = put(tmp_path / "src", named(heads(dtype=torch.bfloat16), "vllm"), "model.safetensors")
-    assert convert(ConvertSettings(source=folder, out=tmp_path / "kept")).dtype == "bfloat16"
+    assert convert(ConvertSettings(source=folder, out=tmp_path / "kept")).contents.dtype == torch.bfloat16
     assert read_checkpoint_info(tmp_path / "kept").dtype == "bfloat16"
-    assert convert(ConvertSettings(source=folder, out=tmp_path / "wide", dtype="fp32")).dtype == "float32"
+    assert convert(ConvertSettings(source=folder, out=tmp_path / "wide", dtype="fp32")).contents.dtype == torch.float32
     kept, wide = (load_file(folder / "model.safetensors"), load_speculator(tmp_path / "wide").state_dict())
     assert all(torch.equal(kept[key].float(), wide[key]) for key in kept)
 
@@ -476,7 +476,10 @@ def test_what_lies_in_the_way(tmp_path, source):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"format": "vlm"}, "format=vlm: expected one of auto, fasterdecoding, vllm (did you mean 'vllm'?)"),
+        (
+            {"format": "vlm"},
+            "format=vlm: expected one of auto, fasterdecoding, vllm, eagle3, speculators (did",
+        ),
         ({"first_offset": 3}, "first_offset=3: expected 2 (the first head predicts the token after the next), or 1"),
         ({"hidden_state": "pre-norm"}, "hidden_state=pre-norm: expected one of post_norm, pre_norm (did you mean"),
         ({"dtype": "float32"}, "dtype=float32: expected one of fp32, bf16, fp16, fp64"),

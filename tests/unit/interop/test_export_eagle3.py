@@ -1,4 +1,4 @@
-"""EAGLE-3 for serving engines and from elsewhere: the same logits over a text and several drafts, and refusals."""
+"""EAGLE-3 for serving engines: the same logits over a text and several drafts, and refusals."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from helpers import engine_format_readers as readings
+from helpers.eagle3_drafts import D, V, check_drafts, logits, text
 from helpers.family_variants import LAYER, Tables, build_attached, configurations
 from verl_speculator import SpeculatorConfig, load_speculator, save_speculator
 from verl_speculator.checkpoint.format import read_checkpoint_info
 from verl_speculator.interop.engine_formats import FORMATS, contract_faults, serving_engines
 from verl_speculator.interop.export import export_speculator, model_card
-from verl_speculator.models.speculator import TokenBatch
 from verl_speculator.utils.settings import UserError
 
-D, V = 20, 61
 CONFIGURATIONS = {name: config for name, config in configurations().items() if config.reads_sequence}
 SMALL = {"method": "eagle3", "n_predict": 3, "aux_layers": [0, 1, 2], "layer": LAYER}
-LENGTH = 9
 
 
 @pytest.fixture
@@ -43,31 +41,6 @@ def checkpoint(config, folder):
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
     save_speculator(speculator, folder, base_architectures=["Qwen2ForCausalLM"])
     return speculator.requires_grad_(False)
-
-
-def text(count):
-    """States [n, 3D] of a text, and its tokens with `count` more."""
-    generator = torch.Generator().manual_seed(2)
-    hidden = torch.randn(LENGTH + count, 3 * D, generator=generator, dtype=torch.float64)
-    return hidden, torch.randint(V, (LENGTH + count,), generator=generator)
-
-
-def logits(speculator, hidden, tokens, count):
-    """[rows, count, V] of ours for the drafts after each of the first `LENGTH` positions."""
-    rows = torch.arange(LENGTH)
-    after = torch.stack([tokens[row + 1 : row + 1 + count] for row in range(LENGTH)])
-    batch = TokenBatch(tokens, torch.tensor([[0, len(tokens)]]), rows)
-    states = speculator.unroll(speculator.draft_states(hidden[None], after, batch), after)
-    return torch.stack([speculator.logits(k, states[k]) for k in range(count)], dim=1)
-
-
-def check_drafts(read, speculator, count=3):
-    """That a reader, from (states, tokens, count) to logits, computes what ours does, after every position."""
-    hidden, tokens = text(count)
-    ours = logits(speculator, hidden, tokens, count)
-    for row in range(LENGTH):
-        theirs = read(hidden[: row + 1], tokens[1 : row + 1 + count], count)
-        torch.testing.assert_close(theirs, ours[row], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
