@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_speculator.base_model.loading import base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, read_checkpoint_info
 from verl_speculator.config.schema import SpeculatorConfig, SpeculatorSettings
+from verl_speculator.interop import eagle3
 from verl_speculator.interop.engine_formats import (
     KEY,
     PROPOSER,
@@ -52,6 +53,7 @@ class Engine(NamedTuple):
         newest: (major, minor) of vLLM.
         versions: of vLLM, for messages.
         package: what to install.
+        format: of the export that it loads, None where it loads the checkpoint.
     """
 
     unsupported_reason: Callable[[SpeculatorConfig], str | None]
@@ -60,16 +62,25 @@ class Engine(NamedTuple):
     newest: tuple[int, int] = NEWEST
     versions: str = VERSIONS
     package: str = "verl_speculator[vllm]"
+    format: str | None = None
 
 
-OURS, V1, V2 = "vllm", "vllm-v1", "vllm-v2"
+OURS, V1, V2, EAGLE3 = "vllm", "vllm-v1", "vllm-v2", "vllm-eagle3"
 ENGINES = {
     V1: Engine(proposer_unsupported_reason, "custom_class"),
-    V2: Engine(draft_model_unsupported_reason, "mtp", (0, 28), versions="0.28 to 0.33"),
+    V2: Engine(draft_model_unsupported_reason, "mtp", (0, 28), versions="0.28 to 0.33", format="vllm"),
     "arctic": Engine(
         arctic_unsupported_reason, "arctic", (0, 26), (0, 26), "0.26.0", package="arctic-inference==0.3.0"
     ),
     "vllm-medusa": Engine(medusa_unsupported_reason, "medusa", newest=(0, 32), versions="0.24 to 0.32"),
+    EAGLE3: Engine(
+        eagle3.unsupported_reason,
+        "eagle3",
+        newest=(0, 32),
+        versions="0.24 to 0.32",
+        package="vllm",
+        format="vllm-eagle3",
+    ),
 }
 PURPOSES = ("ppo", "generation")
 MODEL = "actor_rollout_ref.model."
@@ -132,7 +143,8 @@ ARCTIC_NOTES = (
     "ArcticInference 0.3.0 needs vLLM 0.26.0 exactly, where verl 0.9.1's own extra pins 0.24.0",
     f"ArcticInference drafts for at most 64 requests at a time: +{SPECULATION}disable_by_batch_size=N raises that",
 )
-# vLLM chooses the method of a draft model by these words in its path, whatever the setting `method` is.
+# vLLM chooses the method of a draft model by these words in its path, whatever the setting `method` is, unless that is
+# eagle3.
 METHOD_WORDS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
@@ -171,16 +183,17 @@ def quote(value: Any) -> str:
 def _check_path(info: CheckpointInfo, engine: str) -> None:
     """Refuse a path in which vLLM would find another method, and a file that the engine does not load."""
     path = str(info.directory.resolve())
-    word = next((word for word in METHOD_WORDS if word in path.lower()), None)
+    words = () if engine == EAGLE3 else METHOD_WORDS
+    word = next((word for word in words if word in path.lower()), None)
     if word is not None:
         raise UserError(
             f"{path}: vLLM takes a draft model with {word!r} anywhere in its path for another method; expected a path "
             f"without {', '.join(METHOD_WORDS)}"
         )
-    if engine == V2 and not info.is_draft_model:
+    if (name := ENGINES[engine].format) is not None and not info.is_draft_model:
         raise UserError(
-            f"{info.directory}: --engine {V2} loads an export; expected the directory of "
-            f"`verl-speculator export {info.directory} --format vllm --out DIR`"
+            f"{info.directory}: --engine {engine} loads an export; expected the directory of "
+            f"`verl-speculator export {info.directory} --format {name} --out DIR`"
         )
     if engine == "arctic" and not (info.directory / WEIGHTS_FILE).is_file():
         raise UserError(f"{info.directory}: no {WEIGHTS_FILE}; expected verl-speculator export --format arctic")
@@ -206,7 +219,7 @@ def _check_installed(name: str) -> list[str]:
     """Refuse installed versions that cannot serve; a note if none is installed."""
     engine, version = ENGINES[name], installed_vllm()
     forced, runner = os.environ.get(RUNNER_SWITCH), "0" if name != V2 else "1"
-    if forced in ("0", "1") and forced != runner:
+    if name != EAGLE3 and forced in ("0", "1") and forced != runner:
         raise UserError(
             f"{RUNNER_SWITCH}={forced}: --engine {name} drafts in vLLM's {'V2' if name == V2 else 'V1'} runner alone; "
             f"expected {runner}"
@@ -232,7 +245,10 @@ def _check_installed(name: str) -> list[str]:
 
 def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: bool) -> dict[str, Setting]:
     """Every setting that decides whether the trained weights draft."""
-    path, is_proposer = str(info.directory.resolve()), engine == V1
+    path, is_proposer, version = str(info.directory.resolve()), engine == V1, installed_vllm()
+    in_v2 = engine == V2 or (engine == EAGLE3 and _runner(version)[0] == V2)
+    # Those that load a drafter apart from the target model; the V2 runner does from 0.31 on.
+    loads_apart = engine in (V2, EAGLE3) and (not in_v2 or minor_version(version or "0.33") >= (0, 31))
     other_drafter, n_predict = "another drafter would run", info.config.n_predict
     settings = {
         ROLLOUT + "name": Setting(("vllm",), "the speculator would not be served"),
@@ -248,17 +264,17 @@ def _required_settings(info: CheckpointInfo, engine: str, purpose: str, train: b
             settings[EXTENSION] = SYNC_REQUIREMENTS[EXTENSION]
     if purpose == "generation":
         settings[ROLLOUT + "load_format"] = Setting(("auto",), "the base that answers would have random weights")
-    elif engine == V2 and minor_version(installed_vllm() or "0.33") >= (0, 31):
+    elif loads_apart:
         settings[SPECULATION + "draft_load_config.load_format"] = Setting(
             ("auto",), "the speculator would have random weights", new=True
         )
     elif not is_proposer:
         # The target model gets the trainer's weights before the first rollout; a drafter of vLLM's own never does.
         settings[ROLLOUT + "load_format"] = Setting(("auto",), "the speculator would have random weights")
-    if engine == V2:
+    if in_v2:
         gate = [[1, DRAFT_UP_TO, n_predict], [DRAFT_UP_TO + 1, 2**20, 0]]
         settings[SPECULATION + GATE] = Setting((gate,), "", new=True)
-    if purpose == "ppo" and engine in (V2, "vllm-medusa"):  # ArcticInference saves its drafter before level 2
+    if purpose == "ppo" and engine in (V2, EAGLE3, "vllm-medusa"):  # ArcticInference saves its drafter before level 2
         settings[ROLLOUT + "free_cache_engine"] = Setting(
             (False,), "a sleeping engine gives the speculator's weights back and wakes up with none"
         )
@@ -301,7 +317,8 @@ def rollout_arguments(
 
     Args:
         info: the checkpoint.
-        engine: vllm (our drafter for the installed vLLM: vllm-v1 or vllm-v2), arctic or vllm-medusa.
+        engine: vllm (our drafter for the installed vLLM, vllm-v1 or vllm-v2; for eagle3 vLLM's own, vllm-eagle3),
+            arctic, vllm-medusa or vllm-eagle3.
         purpose: ppo (`verl.trainer.main_ppo`) or generation (`verl.trainer.main_generation_server`).
         train: the actor trains the speculator and sends it to the rollout (`verl_speculator.train_ppo`).
         overrides: the user's, which are checked against the required ones.
@@ -316,6 +333,8 @@ def rollout_arguments(
     notes = []
     if engine == OURS:
         engine, reason = _runner(installed_vllm())
+        if eagle3.unsupported_reason(info.config) is None:
+            engine, reason = EAGLE3, f"vLLM itself serves {info.config.method}"
         notes = [f"--engine {engine}, since {reason}"]
     if train and (engine, purpose) != (V1, "ppo"):
         raise UserError(
@@ -335,7 +354,7 @@ def rollout_arguments(
             "vLLM 0.24 leaves the speculator out of its memory account: where memory is scarce, lower "
             f"{ROLLOUT}gpu_memory_utilization by its size"
         )
-    if engine == V2 and given.get(PARALLEL, 1) != 1:
+    if SPECULATION + GATE in required and given.get(PARALLEL, 1) != 1:
         notes.append(
             f"{PARALLEL}={given[PARALLEL]}: vLLM then ignores {SPECULATION}{GATE}, so drafts are verified in a batch "
             "of any size"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from helpers.vllm_runner import install
@@ -215,6 +216,57 @@ def test_paths_that_vllm_would_misread(word, tmp_path):
         told = refusal(read_checkpoint_info(path), engine="vllm-medusa")
         assert "for another method; expected a path without eagle-, eagle3, dflash, dspark" in told
         assert rollout_arguments(read_checkpoint_info(path))  # our drafter's path is no draft model's
+
+
+@pytest.fixture(scope="module")
+def draft(base, tmp_path_factory):
+    """An EAGLE-3 draft of the base model in a directory of that name, and its export."""
+    config = SpeculatorConfig(method="eagle3", n_predict=3, draft_vocab_size=20, head="own")
+    width, vocab = base_shape(base)
+    shape = {"hidden_size": width, "vocab_size": vocab, "draft_tokens": list(range(20))}
+    folder = tmp_path_factory.mktemp("eagle3") / "my-eagle3"
+    save_speculator(build_speculator(config.for_base(AutoConfig.from_pretrained(base)), **shape, seed=0), folder)
+    export_speculator(read_checkpoint_info(folder), "vllm-eagle3", folder.parent / "export-eagle3")
+    return folder, folder.parent / "export-eagle3"
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+@pytest.mark.parametrize(
+    ("version", "apart", "has_gate"), [(None, True, False), ("0.28.0", True, False), ("0.30.0", False, True)]
+)
+def test_eagle3_in_vllms_own_drafter(version, apart, has_gate, purpose, draft, monkeypatch):
+    """In either runner; the V2 runner loads a drafter apart from 0.31 on, and the V1 runner always."""
+    if version is not None:
+        install(monkeypatch, version)
+    arguments = rollout_arguments(read_checkpoint_info(draft[1]), purpose=purpose)
+    assert arguments.notes[0] == "--engine vllm-eagle3, since vLLM itself serves eagle3"
+    config = ppo(arguments.overrides)
+    expected = {"method": "eagle3", "model": str(draft[1]), "num_speculative_tokens": 3}
+    if has_gate:
+        expected["num_speculative_tokens_per_batch_size"] = [[1, 32, 3], [33, 2**20, 0]]
+    if apart and purpose == "ppo":
+        expected["draft_load_config"] = {"load_format": "auto"}
+    assert served(config) == {"speculative_config": expected}
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.load_format == ("dummy" if apart and purpose == "ppo" else "auto")
+    assert rollout.free_cache_engine == (purpose == "generation")
+
+
+def test_what_eagle3_needs(draft, specs, monkeypatch):
+    info, export = map(read_checkpoint_info, draft)
+    assert "expected the directory of `verl-speculator export" in refusal(info)
+    assert "--format vllm-eagle3 --out DIR`" in refusal(info, engine="vllm-eagle3")
+    for engine in ("arctic", "vllm-medusa", "vllm-v1", "vllm-v2"):
+        assert "vLLM serves eagle3 by itself: --format vllm-eagle3" in refusal(export, engine=engine)
+    assert "method=medusa: it serves eagle3" in refusal(read_checkpoint_info(specs["medusa"]), engine="vllm-eagle3")
+    assert "only our own drafter in the V1 runner receives newer" in refusal(export, train=True)
+    assert "gives the speculator's weights back" in refusal(export, overrides=[FREED])
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    install(monkeypatch, "0.32.0")
+    lines = rollout_arguments(export).overrides
+    assert any("per_batch_size=" in line for line in lines) and any("draft_load_config" in line for line in lines)
+    install(monkeypatch, "0.33.0")
+    assert "vllm 0.33.0: --engine vllm-eagle3 needs 0.24 to 0.32" in refusal(export)
 
 
 def test_relative_paths_become_absolute(specs, monkeypatch):
