@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from verl_speculator.checkpoint.format import DRAFT_TOKENS, read_checkpoint_info, read_weights
-from verl_speculator.interop.engine_formats import DRAFT_MODEL, first_few, shape_faults
+from verl_speculator.interop.engine_formats import DRAFT_MODEL, PROPOSER, first_few, shape_faults
 from verl_speculator.models import Speculator
 from verl_speculator.utils.atomic_io import atomic_file
 from verl_speculator.utils.settings import UserError
@@ -101,9 +101,14 @@ class SpeculatorWorkerExtension:
         drafter = getattr(self.model_runner, "drafter", None)
         if isinstance(drafter, SpeculatorProposer):
             return drafter
-        # V1's runner has this method too, for drafters with a language model of their own.
-        draft_model = self.model_runner.get_draft_model() if hasattr(self.model_runner, "get_draft_model") else None
+        draft_model = self._draft_model()
         return draft_model if type(draft_model).__name__ == DRAFT_MODEL else None
+
+    def _draft_model(self) -> Any:
+        """The runner's draft model, None without one. The V1 runner of 0.24 has no method for it."""
+        if hasattr(self.model_runner, "get_draft_model"):
+            return self.model_runner.get_draft_model()
+        return getattr(getattr(self.model_runner, "drafter", None), "model", None)
 
     def update_speculator(
         self, source: str | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int | None = None
@@ -118,10 +123,16 @@ class SpeculatorWorkerExtension:
             The version.
 
         Raises:
-            UserError: for another speculator's parameters; the served one is unchanged.
+            UserError: for another speculator's parameters, and if a draft model of vLLM's own drafts (eagle3); the
+                served one is unchanged.
         """
         served = self._served_speculator()
         if served is None:
+            if (draft_model := self._draft_model()) is not None:
+                raise UserError(
+                    f"update_speculator: vLLM's own {type(draft_model).__name__} drafts; expected a drafter of this "
+                    f"package, {PROPOSER} or {DRAFT_MODEL}, or vLLM's start_draft_weight_update"
+                )
             return None
         if isinstance(source, (str, Path)):
             info, speculator = read_checkpoint_info(source), served.speculator

@@ -98,6 +98,26 @@ def test_another_speculator_changes_nothing(served, tmp_path):
     assert drafts_of(worker) == before and worker.acceptance_stats()["version"] == 0
 
 
+@pytest.mark.parametrize("is_method", [True, False])
+def test_vllms_own_draft_model_is_refused_by_name(is_method):
+    """Ignored, it would go on drafting with old weights."""
+
+    class Eagle3LlamaForCausalLM:
+        pass
+
+    model = Eagle3LlamaForCausalLM()
+    runner = {"get_draft_model": lambda: model} if is_method else {"drafter": SimpleNamespace(model=model)}
+
+    class Worker(SpeculatorWorkerExtension):
+        model_runner, rank = SimpleNamespace(**runner), 0
+
+    with pytest.raises(
+        UserError, match="update_speculator: vLLM's own Eagle3LlamaForCausalLM drafts; expected a drafter"
+    ):
+        Worker().update_speculator({})
+    assert Worker().acceptance_stats() is None
+
+
 def test_workers_that_do_not_draft(served):
     """Earlier pipeline stages have no drafter, and a rollout without speculation another one."""
 
