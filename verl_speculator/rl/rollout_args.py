@@ -336,6 +336,11 @@ def rollout_arguments(
         if eagle3.unsupported_reason(info.config) is None:
             engine, reason = EAGLE3, f"vLLM itself serves {info.config.method}"
         notes = [f"--engine {engine}, since {reason}"]
+    if train and engine == EAGLE3:
+        raise UserError(
+            f"--train with --engine {EAGLE3}: vLLM's own drafter receives no newer speculator from verl 0.9.1; "
+            "expected no --train, or a speculator that our own drafter serves"
+        )
     if train and (engine, purpose) != (V1, "ppo"):
         raise UserError(
             f"--train with --engine {engine} --for {purpose}: only our own drafter in the V1 runner receives newer "

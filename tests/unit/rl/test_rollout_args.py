@@ -259,7 +259,7 @@ def test_what_eagle3_needs(draft, specs, monkeypatch):
     for engine in ("arctic", "vllm-medusa", "vllm-v1", "vllm-v2"):
         assert "vLLM serves eagle3 by itself: --format vllm-eagle3" in refusal(export, engine=engine)
     assert "method=medusa: it serves eagle3" in refusal(read_checkpoint_info(specs["medusa"]), engine="vllm-eagle3")
-    assert "only our own drafter in the V1 runner receives newer" in refusal(export, train=True)
+    assert "--train with --engine vllm-eagle3: vLLM's own drafter receives no newer" in refusal(export, train=True)
     assert "gives the speculator's weights back" in refusal(export, overrides=[FREED])
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     install(monkeypatch, "0.32.0")
