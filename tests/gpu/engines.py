@@ -76,6 +76,21 @@ def draft_counts(answers: list[Any], drafts: int) -> dict[str, Any]:
     }
 
 
+def eagle3_drafting(checkpoint: Path, drafts: int, **settings: Any) -> dict[str, Any]:
+    """Settings of an engine that drafts with an EAGLE-3 checkpoint in vLLM's own drafter, on either route.
+
+    Args:
+        checkpoint: as training wrote it; exported beside it.
+        drafts: draft length.
+        settings: of `speculative_config`.
+    """
+    exported = Path(f"{checkpoint}_export")
+    if not exported.exists():
+        export_speculator(read_checkpoint_info(checkpoint), "vllm-eagle3", exported)
+    speculation = {"method": "eagle3", "model": str(exported), "num_speculative_tokens": drafts}
+    return {"disable_log_stats": False, "speculative_config": speculation | settings}
+
+
 def drafting(
     route: str, checkpoint: Path, drafts: int, *, sampled: bool = False, export_to: Path | None = None, **settings: Any
 ) -> dict[str, Any]:

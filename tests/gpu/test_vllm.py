@@ -12,13 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import V1, V2, chat_prompts, draft_counts, drafting, engine_settings, missing, on_cuda, run, start
+from engines import (
+    V1,
+    V2,
+    chat_prompts,
+    draft_counts,
+    drafting,
+    eagle3_drafting,
+    engine_settings,
+    missing,
+    on_cuda,
+    run,
+    start,
+)
 
 from helpers.drafters import load_base
 from helpers.training_runs import overrides, script
-from verl_speculator import build_speculator, load_speculator, save_speculator
+from verl_speculator import SpeculatorConfig, build_speculator, load_speculator, save_speculator
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, read_checkpoint_info
 from verl_speculator.decoding import speculative_generate
+from verl_speculator.models.layers import copy_base_tables
 
 pytestmark = pytest.mark.slow
 
@@ -279,6 +292,98 @@ def test_two_tensor_parallel_workers(route, served, prompts, trained, alone, our
     result, seen = run(route, tmp_path, engine, two_steps(prompts))
     assert result["tokens"] == alone
     assert rate(seen) == pytest.approx(rate(ours["sum_rnn"][1]), rel=0.02)
+
+
+EAGLE3 = {
+    "one_layer": {"draft_vocab_size": 64},
+    "two_layers": {"num_layers": 2, "embedding": "own", "norm_before_residual": True, "draft_vocab_size": 24},
+    "whole_vocabulary": {},
+}
+
+
+class Eagle3Drafts(dict):
+    """Untrained EAGLE-3 drafts by their settings, which draft the tokens that the base model's answers use most."""
+
+    def __init__(self, base: Path, answers: list[list[int]], root: Path) -> None:
+        super().__init__()
+        self.base, self.answers, self.root = base, answers, root
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.make(name, seed=0)
+        return self[name]
+
+    def make(self, name: str, seed: int) -> Path:
+        """A draft of random layers that starts from the base model's tables and final norm."""
+        from transformers import AutoConfig
+
+        base, settings = load_base(self.base, torch.float32), EAGLE3[name]
+        config = SpeculatorConfig(method="eagle3", n_predict=DRAFTS, **settings)
+        vocab, width = base.get_output_embeddings().weight.shape
+        tokens = None
+        if (size := config.draft_vocab_size) is not None:
+            counts = torch.bincount(
+                torch.tensor([token for answer in self.answers for token in answer]), minlength=vocab
+            )
+            tokens = sorted(counts.topk(size).indices.tolist())
+        shape = {"hidden_size": width, "vocab_size": vocab, "draft_tokens": tokens}
+        draft = build_speculator(config.for_base(AutoConfig.from_pretrained(self.base)), **shape, seed=seed)
+        draft.copy_block(base)
+        copy_base_tables(draft, base)
+        if tokens is None:  # vLLM replaces a head that equals its target's by that one
+            draft.draft_head.weight.data.mul_(1.01)
+        return save_speculator(draft, self.root / f"{name}_{seed}")
+
+
+@pytest.fixture(scope="module")
+def eagle3_drafts(served, alone, tmp_path_factory) -> Eagle3Drafts:
+    return Eagle3Drafts(served, alone, tmp_path_factory.mktemp("eagle3"))
+
+
+def our_eagle3(checkpoint: Path, base: Path, prompts: list[list[int]]) -> tuple[list[list[int]], dict[str, object]]:
+    """The text in our own decoder, and how its drafts are accepted."""
+    model = load_base(base, torch.float32)
+    speculator = load_speculator(checkpoint)
+    speculator.attach(model)
+    texts = [speculative_generate(model, speculator, prompt, max_new_tokens=COUNT) for prompt in prompts]
+    return [text.tokens for text in texts], draft_counts(texts, DRAFTS)
+
+
+@pytest.mark.parametrize("name", EAGLE3)
+def test_eagle3_in_vllms_own_drafter(name, route, served, prompts, eagle3_drafts, alone, tmp_path):
+    """The text is the base's, and as many drafts are accepted at every position as in our decoder: with random layers
+    few, but not the same few if a layer, a position or a state were another."""
+    checkpoint = eagle3_drafts[name]
+    expected, counts = our_eagle3(checkpoint, served, prompts)
+    assert expected == alone and counts["accepted"] > 20
+    engine = engine_settings(served) | eagle3_drafting(checkpoint, DRAFTS)
+    result, seen = run(route, tmp_path, engine, two_steps(prompts))
+    assert result["tokens"] == expected
+    if on_cuda():
+        assert rate(seen) == pytest.approx(rate(counts), rel=0.1)
+    else:
+        assert {key: seen[key] for key in counts} == counts
+
+
+def test_vllms_own_update_of_eagle3(served, prompts, eagle3_drafts, tmp_path):
+    """Another draft, then this one in three chunks, with the names of our checkpoint."""
+    if (reason := missing(V2)) is not None:
+        pytest.skip(reason)
+    checkpoint, other = eagle3_drafts["one_layer"], eagle3_drafts.make("one_layer", seed=9)
+    expected, counts = our_eagle3(checkpoint, served, prompts)
+    chunks = [{"path": str(checkpoint / WEIGHTS_FILE), "index": i, "count": 3} for i in range(3)]
+    steps = [
+        *two_steps(prompts),
+        {"call": "start_draft_weight_update"},
+        *({"call": "update_weights", "arguments": [chunk]} for chunk in chunks),
+        {"call": "finish_weight_update"},
+        *two_steps(prompts),
+    ]
+    engine = engine_settings(served, weight_transfer_config={"backend": "file"}) | eagle3_drafting(other, DRAFTS)
+    results = run(V2, tmp_path, engine, steps)
+    assert results[0]["tokens"] == results[-2]["tokens"] == expected
+    before, after = results[1], results[-1]
+    assert before["accepted_per_position"] != counts["accepted_per_position"]
+    assert after["accepted"] - before["accepted"] == pytest.approx(counts["accepted"], rel=0.02)
 
 
 def untrained(checkpoint: Path, base: Path, folder: Path) -> Path:
