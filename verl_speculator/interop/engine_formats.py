@@ -41,15 +41,15 @@ KEY = "verl_speculator"
 _VOCABULARY = "draft_vocab_size={}: it drafts from the whole vocabulary; train with draft_vocab_size=null"
 
 
-def _as_eagle3(config: SpeculatorConfig) -> str:
-    """For messages: that vLLM serves this one by itself."""
-    return ", and vLLM serves eagle3 by itself: --format vllm-eagle3" if config.method == "eagle3" else ""
+def _instead(config: SpeculatorConfig, otherwise: str) -> str:
+    """What to do about a refusal: eagle3 is served by vLLM itself."""
+    return "vLLM serves eagle3 by itself: --format vllm-eagle3" if config.method == "eagle3" else otherwise
 
 
 def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why ArcticInference 0.3.0 cannot serve a speculator, and what to train instead; None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm"):
-        return f"method={config.method}: it serves sum_rnn and sum_lstm; train one of these{_as_eagle3(config)}"
+        return f"method={config.method}: it serves sum_rnn and sum_lstm; {_instead(config, 'train one of these')}"
     for name in config.base_tables:
         setting = f"{name}={getattr(config, name)}"
         return f"{setting}: it reads weights of the speculator's own; export it with --format arctic, which writes them"
@@ -79,10 +79,8 @@ def arctic_unsupported_reason(config: SpeculatorConfig) -> str | None:
 def arctic_mlp_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """As `arctic_unsupported_reason`, for its MLP speculator: sum_rnn with one width."""
     if config.method != "sum_rnn":
-        return (
-            f"method={config.method}: it serves sum_rnn alone; train it, or export with --format arctic"
-            f"{_as_eagle3(config)}"
-        )
+        advice = _instead(config, "train it, or export with --format arctic")
+        return f"method={config.method}: it serves sum_rnn alone; {advice}"
     if config.draft_vocab_size is not None:
         return _VOCABULARY.format(config.draft_vocab_size)
     dims = {name: getattr(config, name) for name in ("inner_dim", "emb_dim", "proj_dim")}
@@ -96,7 +94,7 @@ def medusa_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why vLLM 0.24 to 0.32 cannot serve a speculator as Medusa heads, None if it can."""
     if config.method != "medusa":
         by = "as Medusa heads" if config.method == "eagle3" else "by itself"
-        return f"method={config.method}: no released version serves it {by}; train medusa{_as_eagle3(config)}"
+        return f"method={config.method}: no released version serves it {by}; {_instead(config, 'train medusa')}"
     if config.inner_dim is not None:
         return f"inner_dim={config.inner_dim}: it knows no bottleneck; train with inner_dim=null"
     return proposer_unsupported_reason(config)
@@ -115,7 +113,9 @@ def proposer_unsupported_reason(config: SpeculatorConfig) -> str | None:
 def draft_model_unsupported_reason(config: SpeculatorConfig) -> str | None:
     """Why this package's draft model for vLLM's V2 runner cannot serve a speculator, None if it can."""
     if config.method not in ("sum_rnn", "sum_lstm", "medusa"):
-        return f"method={config.method}: it serves sum_rnn, sum_lstm and medusa{_as_eagle3(config)}"
+        return (
+            f"method={config.method}: it serves sum_rnn, sum_lstm and medusa; {_instead(config, 'train one of these')}"
+        )
     if config.hidden_state == "post_norm":
         return None
     return (

@@ -113,7 +113,8 @@ def test_a_refusal_says_why_and_what_to_train(name, one, tmp_path):
         export_speculator(read_checkpoint_info(tmp_path / "spec"), name, tmp_path / "out")
     told = str(error.value)
     assert told.startswith(f"--format {name}: {FORMATS[name].engine} cannot load {tmp_path / 'spec'}: ")
-    assert "train" in told.split(": ", 2)[2] and "\n" not in told
+    advice = "--format vllm-eagle3" if CONFIGURATIONS[one].method == "eagle3" else "train"
+    assert advice in told.split(": ", 2)[2] and "\n" not in told
     assert not (tmp_path / "out").exists()
 
 
