@@ -102,6 +102,29 @@ def optimize_for_cpu(base: nn.Module) -> None:
         pack_linears(base)
 
 
+def optimize_speculator_for_cpu(speculator: nn.Module) -> None:
+    """Prepare a speculator for drafting on a CPU, in place: it can neither be trained nor saved afterwards. A draft
+    multiplies a row or a few with each matrix, of which plain layouts take twice as long to read."""
+    pack_linears(speculator)
+    dtype = next(speculator.parameters()).dtype
+    if _computes_packed(dtype):
+        speculator.head_product = PackedHeads()
+
+
+class PackedHeads:
+    """The products of states with the heads of a speculator, `Speculator.head_product`. A head is packed where it is
+    used first, and again if its weight has changed."""
+
+    def __init__(self) -> None:
+        self.packed: dict[tuple[int, int | None], Tensor] = {}
+
+    def __call__(self, states: Tensor, head: Tensor) -> Tensor:
+        key = (head.data_ptr(), None if head.is_inference() else head._version)
+        if key not in self.packed:
+            self.packed[key] = torch.ops.mkldnn._reorder_linear_weight(head.detach(), None)
+        return torch.ops.mkldnn._linear_pointwise(states, self.packed[key], None, "none", [], "")
+
+
 def packing_pays(base: nn.Module) -> bool:
     """Whether a model on a CPU has linear layers of at least `LEAST_PACKED_BYTES` that can be packed. Architectures
     older than transformers' attention interface are left as they are: some use their weights in ways of their own."""
@@ -111,10 +134,11 @@ def packing_pays(base: nn.Module) -> bool:
     return sum(each.weight.nbytes for each in linears) >= LEAST_PACKED_BYTES
 
 
-def pack_linears(base: nn.Module) -> None:
-    """Replace the linear layers of a Hugging Face causal language model by `PackedLinear`, one after the other."""
-    head = base.get_output_embeddings()
-    for module, name in _packable(base):
+def pack_linears(model: nn.Module) -> None:
+    """Replace the linear layers of a Hugging Face causal language model, or of a speculator, by `PackedLinear`, one
+    after the other."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module, name in _packable(model):
         linear = getattr(module, name)
         setattr(module, name, PackedLinear(linear, keeps_plain=linear is head))
 
@@ -130,10 +154,13 @@ def _packable(base: nn.Module) -> list[tuple[nn.Module, str]]:
 
 def _can_pack(module: nn.Module) -> bool:
     """Whether this is a linear layer that torch's oneDNN computes from a packed weight on this machine."""
-    if type(module) is not nn.Linear or not torch.backends.mkldnn.is_available():
+    return type(module) is nn.Linear and _computes_packed(module.weight.dtype)
+
+
+def _computes_packed(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
         return False
-    dtype, computes_bf16 = module.weight.dtype, torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and computes_bf16)
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache

@@ -213,6 +213,7 @@ def load_models(base: str, speculator: str | None, loading: LoadingOptions) -> L
     Raises:
         UserError: for an unknown device or dtype, or a base model that cannot be loaded or decoded with.
     """
+    from verl_speculator.base_model.cpu import optimize_speculator_for_cpu
     from verl_speculator.base_model.loading import BaseModelLoader
     from verl_speculator.checkpoint.format import load_speculator
 
@@ -224,4 +225,6 @@ def load_models(base: str, speculator: str | None, loading: LoadingOptions) -> L
         draft = load_speculator(speculator, device=loader.device, dtype=loader.dtype).requires_grad_(False).eval()
         if draft.is_untrained():
             typer.echo(f"warning: {speculator}: no training step has changed its tensors", err=True)
+        if loader.device == "cpu":
+            optimize_speculator_for_cpu(draft)
     return LoadedModels(model, tokenizer, draft, loader.end_token_ids)

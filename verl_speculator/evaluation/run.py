@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import nn
 
 from verl_speculator.base_model.chat_template import end_token_ids
+from verl_speculator.base_model.cpu import optimize_speculator_for_cpu
 from verl_speculator.base_model.loading import BaseModelLoader, base_shape
 from verl_speculator.checkpoint.format import WEIGHTS_FILE, CheckpointInfo, load_speculator
 from verl_speculator.checkpoint.provenance import file_fingerprint, git_commit, hardware, versions, weights_fingerprint
@@ -207,6 +208,8 @@ def evaluate(settings: EvaluationSettings) -> None:
         if speculator.is_untrained() and not settings.allow_untrained:
             reason = "its tensors are those it was initialised with, no training step has changed them"
             raise UserError(f"speculator={name}: {reason}; --allow-untrained evaluates it all the same")
+        if loader.device == "cpu":
+            optimize_speculator_for_cpu(speculator)
         speculators[name] = speculator
     texts = read_texts(settings.texts, loader.tokenizer) if settings.texts else []
     evaluator = Evaluator(settings, loader, infos, speculators)
@@ -265,6 +268,8 @@ class Evaluator:
         if "random" in settings.baselines and first is not None:
             options = {"seed": settings.seed, "device": self.base.device, "dtype": self.base.dtype}
             untrained = build_speculator(first.config, **first.shape, **options).requires_grad_(False).eval()
+            if self.base.device.type == "cpu":
+                optimize_speculator_for_cpu(untrained)
             rows.append(self._speculator_row("random", untrained, {"shape_of": str(first.directory)}))
         for (name, speculator), (path, tree) in product(self.speculators.items(), {None: None, **trees}.items()):
             row = self._speculator_row(name, speculator, self.weights[name], path, tree)

@@ -247,8 +247,9 @@ class Eagle3(SpeculatorWithTables):
     def copy_block(self, base: nn.Module) -> None:
         """Start from the base model: the fusion passes on the last of its states, and the final norm is a copy unless
         the head is of another kind."""
-        self.fc.weight.zero_()
-        self.fc.weight[:, -self.hidden_size :].fill_diagonal_(1.0)
+        fusion = self.get_parameter("fc.weight")
+        fusion.zero_()
+        fusion[:, -self.hidden_size :].fill_diagonal_(1.0)
         if self.config.head != OWN:
             norm = FrozenNorm(self.hidden_size)
             norm.copy_from(final_norm(base))
@@ -284,7 +285,7 @@ class Eagle3(SpeculatorWithTables):
         Returns:
             The fused states [n, D], and keys and values of each layer.
         """
-        fused = state = self.fc(hidden.to(self.fc.weight.dtype))
+        fused = state = self.fc(hidden.to(self.norm.weight.dtype))
         embedding, rotation, entries = prefix.embed(tokens), self.rotation(prefix.positions), []
         for i, layer in enumerate(self.layers):
             x, residual = layer.inputs(embedding, state)
@@ -330,7 +331,7 @@ class Eagle3(SpeculatorWithTables):
     ) -> Tensor:
         """[R, K, D] the state z of every depth, before the norm."""
         table = (tables or {}).get(EMBEDDING, self.embedding.weight)
-        embed = lambda tokens: F.embedding(tokens, table).to(self.fc.weight.dtype)  # noqa: E731
+        embed = lambda tokens: F.embedding(tokens, table).to(self.norm.weight.dtype)  # noqa: E731
         hidden, (kept, batch) = taken.reshape(-1, taken.shape[-1]), batch.without_padding()
         if len(kept) < len(hidden):  # numbers in padding may be anything, NaN too
             hidden = hidden[kept]

@@ -170,6 +170,8 @@ class Speculator(nn.Module, abc.ABC):
     logit_cap: float | None = None
     # Where a head holds only some rows (vLLM's tensor parallelism): from their logits [..., R] to all [..., V′].
     gather_logits: Callable[[Tensor], Tensor] | None = None
+    # The product of states [..., E] with a head [V′, E], where a CPU computes it from another layout (`PackedHeads`).
+    head_product: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: SpeculatorConfig, *, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -241,7 +243,8 @@ class Speculator(nn.Module, abc.ABC):
 
     def draft_logits(self, depth: int, states: Tensor) -> Tensor:
         """[..., V′] logits of the draft vocabulary from the states [..., E] of a depth."""
-        logits = states @ self.head(depth).T
+        head = self.head(depth)
+        logits = states @ head.T if self.head_product is None else self.head_product(states, head)
         return soft_cap(logits if self.gather_logits is None else self.gather_logits(logits), self.logit_cap)
 
     def logits(self, depth: int, states: Tensor) -> Tensor:

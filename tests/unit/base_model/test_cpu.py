@@ -9,10 +9,19 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from helpers.drafters import untrained_speculator
+from helpers.family_variants import build_attached, configurations
 from helpers.tiny_models import ARCHITECTURES, base_config
 from verl_speculator.base_model import cpu
-from verl_speculator.base_model.cpu import FEW_QUERIES, GROUPED, PackedLinear, grouped_attention, optimize_for_cpu
+from verl_speculator.base_model.cpu import (
+    FEW_QUERIES,
+    GROUPED,
+    PackedLinear,
+    grouped_attention,
+    optimize_for_cpu,
+    optimize_speculator_for_cpu,
+)
 from verl_speculator.decoding import speculative_generate
+from verl_speculator.models.layers import tables_of
 
 EXIT = {"method": "early_exit", "exit_layer": 0}
 PROMPT = [5, 17, 3, 99, 42]
@@ -131,3 +140,26 @@ def test_attention_in_bf16_is_torchs(texts, queries, groups, masked):
     wide = [x.float() for x in narrow]
     expected = F.scaled_dot_product_attention(*wide, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("config", configurations().values(), ids=configurations())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_packed_speculator_drafts_what_it_drafted(config, dtype):
+    """Every family: the same logits up to rounding, also after its base model's tables have changed."""
+    plain, packed = (build_attached(config, 20, 60, seed=2, dtype=dtype) for _ in range(2))
+    optimize_speculator_for_cpu(packed)
+    states = torch.randn(3, packed.head(0).shape[1]).to(dtype)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for depth in range(packed.depths):
+        expected = plain.draft_logits(depth, states)
+        torch.testing.assert_close(packed.draft_logits(depth, states), expected, **tolerance)
+    for speculator in (plain, packed):
+        for table in tables_of(speculator).values():
+            table.weight = nn.Parameter(table.weight.clone().flip(0), requires_grad=False)
+    torch.testing.assert_close(packed.draft_logits(0, states), plain.draft_logits(0, states), **tolerance)
+    if config.method != "early_exit" and not config.reads_sequence:
+        hidden, tokens = torch.randn(3, 20).to(dtype), torch.randint(50, (3,))
+        outputs = [speculator.step(speculator.start(hidden), tokens).output for speculator in (plain, packed)]
+        torch.testing.assert_close(*outputs, **tolerance)
+    assert packed.head_product is not None and not any(type(m) is nn.Linear for m in packed.modules())
