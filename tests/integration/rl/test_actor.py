@@ -115,8 +115,9 @@ def update_keeping_gradients(worker, data):
         ("qwen2_tied", FAMILIES["sum_rnn"] | {"lr": 0.05}),
         ("qwen2_untied", FAMILIES["medusa"] | {"loss": "kl"}),
         ("qwen2_tied", FAMILIES["early_exit"]),
+        ("qwen2_untied", {"method": "eagle3", "n_predict": 2, "loss": "kl"}),
     ],
-    ids=["sum_rnn", "medusa_kl", "early_exit"],
+    ids=["sum_rnn", "medusa_kl", "early_exit", "eagle3_kl"],
 )
 def test_a_learning_speculator_does_not_move_the_policy_by_a_bit(bases, vocab_size, name, speculator):
     stock = build_actor(ppo_config(bases[name]))
