@@ -672,7 +672,7 @@ def test_script_without_an_environment_says_what_to_do(tmp_path):
 def test_train_command_is_the_launcher(tmp_path):
     command = [sys.executable, "-m", "verl_speculator", "train"]
     helped = subprocess.run([*command, "--help"], env=environment(), capture_output=True, text=True)
-    assert helped.returncode == 0 and "--recipe NAME" in helped.stdout and "n_predict=5" in helped.stdout
+    assert helped.returncode == 0 and "--recipe NAME" in helped.stdout and "n_predict=null" in helped.stdout
     wrong = subprocess.run(
         [*command, "1", str(tmp_path / "out"), "lr=3"], env=environment(), capture_output=True, text=True
     )
