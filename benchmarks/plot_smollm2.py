@@ -28,7 +28,7 @@ def label(row: pd.Series) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = ROOT / "benchmarks"
-    evaluations = [folder / "evaluation_smollm2" / f"fp32_threads_2{name}.csv" for name in ("", "_auto")]
+    evaluations = [folder / "evaluation_smollm2" / f"bf16_threads_1{name}.csv" for name in ("", "_auto")]
     parser.add_argument("--evaluation", type=Path, nargs="+", default=evaluations)
     parser.add_argument("--runs", nargs="+", default=["recipe small", "default tables"])
     parser.add_argument("--minutes", type=Path, default=folder / "training_minutes.csv")
@@ -46,7 +46,7 @@ def main() -> None:
     for place, (_, row) in enumerate(rows.iterrows()):
         text = f"τ {row['tau']:.2f}, × {row['speedup']:.2f}"
         speed.text(0.3, place, text, va="center", color="white", fontsize=8)
-    speed.set(xlabel="tokens per second", title="SmolLM2-135M on two CPU cores, batch 1")
+    speed.set(xlabel="tokens per second", title="SmolLM2-135M in bf16 on a CPU core, batch 1")
     for name, group in minutes[minutes["name"].isin(args.runs)].groupby("name", sort=False):
         training.plot(group["minutes_of_step"], group["tau"], "o-", label=name)
     training.set(xlabel="minutes of training on one core", ylabel="tokens per pass (τ)", title="chain of five drafts")
