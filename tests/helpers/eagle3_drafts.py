@@ -29,5 +29,5 @@ def check_drafts(read, speculator, count=3):
     hidden, tokens = text(count)
     ours = logits(speculator, hidden, tokens, count)
     for row in range(LENGTH):
-        theirs = read(hidden[: row + 1], tokens[1 : row + 1 + count], count)
-        torch.testing.assert_close(theirs, ours[row], rtol=1e-9, atol=1e-9)
+        expected = read(hidden[: row + 1], tokens[1 : row + 1 + count], count)
+        torch.testing.assert_close(expected, ours[row], rtol=1e-9, atol=1e-9)

@@ -82,10 +82,10 @@ def tables():
 
 def converted(folder, tables, **settings):
     out = folder.parent / "out"
-    said = convert(ConvertSettings(**{"source": folder, "out": out} | settings))
+    result = convert(ConvertSettings(**{"source": folder, "out": out} | settings))
     speculator = load_speculator(out).requires_grad_(False)
     speculator.attach(tables)
-    return said, speculator
+    return result, speculator
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
@@ -93,14 +93,14 @@ def converted(folder, tables, **settings):
 def test_safeailabs_format(file, embedding, tmp_path, tables):
     tensors = tensors_of(["midlayer"], embedding=embedding)
     folder = put(tmp_path / "src", tensors, SAFEAILAB, file)
-    said, speculator = converted(folder, tables, n_predict=3)
+    result, speculator = converted(folder, tables, n_predict=3)
     check_drafts(
         lambda *given: readings.eagle3(SAFEAILAB, tensors, *given, tables.get_input_embeddings().weight), speculator
     )
-    config = said.config
+    config = result.config
     assert (config.n_predict, config.aux_layers, config.draft_vocab_size) == (3, [1, 2, 4], M)
     assert config.embedding == ("own" if embedding else "base_frozen") and not config.norm_before_residual
-    assert "eagle3, num_layers=1, draft_vocab_size=40, aux_layers=[1, 2, 4], hidden_size=20" in said.summary()
+    assert "eagle3, num_layers=1, draft_vocab_size=40, aux_layers=[1, 2, 4], hidden_size=20" in result.summary()
     assert serving_engines(config)[VLLM_EAGLE3] is None
     assert read_checkpoint_info(tmp_path / "out").provenance["converted"]["format"] == "eagle3"
     with pytest.raises(UserError, match=r"an EAGLE-3 draft in another format; .* `verl-speculator convert"):
@@ -113,12 +113,12 @@ def test_the_format_of_speculators(layers, tmp_path, tables):
     verifier = {"verifier_norm.weight": torch.ones(D), "verifier_lm_head.weight": torch.ones(M, D)}
     nested = SPECULATORS["transformer_layer_config"] | {"num_hidden_layers": layers}
     folder = put(tmp_path / "src", tensors | verifier, SPECULATORS | {"transformer_layer_config": nested})
-    said, speculator = converted(folder, tables)
+    result, speculator = converted(folder, tables)
     flat = LLAMA | {"num_hidden_layers": layers, "norm_before_residual": True}
     check_drafts(
         lambda *given: readings.eagle3(flat, tensors, *given, tables.get_input_embeddings().weight), speculator, count=4
     )
-    assert said.config.n_predict == 4 and said.config.num_layers == layers
+    assert result.config.n_predict == 4 and result.config.num_layers == layers
     assert read_checkpoint_info(tmp_path / "out").base_name == "some/base"
 
 
@@ -134,8 +134,8 @@ def test_the_whole_vocabulary_has_no_map(tmp_path, tables):
     """SafeAILab's trainer writes one of zeros there."""
     tensors, config = tensors_of(["midlayer"], vocabulary=False), SAFEAILAB | {"draft_vocab_size": V}
     zeros = {"d2t": torch.zeros(V, dtype=torch.long), "t2d": torch.ones(V, dtype=torch.bool)}
-    said, speculator = converted(put(tmp_path / "src", tensors | zeros, config), tables)
-    assert said.config.draft_vocab_size is None
+    result, speculator = converted(put(tmp_path / "src", tensors | zeros, config), tables)
+    assert result.config.draft_vocab_size is None
     assert speculator.draft_tokens is None
 
 
@@ -144,9 +144,9 @@ def test_what_was_converted_can_be_exported(tmp_path):
     folder = put(tmp_path / "src", tensors, SPECULATORS)
     convert(ConvertSettings(source=folder, out=tmp_path / "out"))
     exported = export_speculator(read_checkpoint_info(tmp_path / "out"), "vllm-eagle3", tmp_path / "served")
-    found = load_file(exported / "model.safetensors")
-    assert found.keys() == {key.replace("layers.0.", "midlayer.") for key in tensors}
-    assert all(torch.equal(found[key.replace("layers.0.", "midlayer.")], value) for key, value in tensors.items())
+    written = load_file(exported / "model.safetensors")
+    assert written.keys() == {key.replace("layers.0.", "midlayer.") for key in tensors}
+    assert all(torch.equal(written[key.replace("layers.0.", "midlayer.")], value) for key, value in tensors.items())
 
 
 def test_the_usual_layers_come_from_the_base(tmp_path, monkeypatch):
@@ -160,8 +160,8 @@ def test_the_usual_layers_come_from_the_base(tmp_path, monkeypatch):
     base = LlamaConfig(**LLAMA | {"num_hidden_layers": 16}, architectures=["LlamaForCausalLM"])
     base.save_pretrained(tmp_path / "base")
     monkeypatch.setattr("verl_speculator.interop.convert.weights_fingerprint", lambda base: None)
-    said = convert(ConvertSettings(source=folder, out=tmp_path / "out", base=str(tmp_path / "base")))
-    assert said.config.aux_layers == [2, 8, 13]
+    result = convert(ConvertSettings(source=folder, out=tmp_path / "out", base=str(tmp_path / "base")))
+    assert result.config.aux_layers == [2, 8, 13]
     base.vocab_size = V + 1
     base.save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"vocab_size 62, .* holds a draft of vocab_size 61"):
@@ -287,12 +287,14 @@ def test_the_model_of_speculators_itself(layers, normed, tmp_path):
     assert speculator.n_predict == 3
 
     hidden, tokens = text(3)
-    found = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    package_logits = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: package_logits.append(output[0]))
     positions, document = torch.arange(len(tokens) - 1)[None], torch.zeros(1, len(tokens) - 1, dtype=torch.long)
     with torch.no_grad():
         model(hidden[None, :-1], tokens[None, 1:], document, position_ids=positions, ttt_steps=3)
-    assert len(found) == 3
+    assert len(package_logits) == 3
     ours = logits(speculator, hidden, tokens, 3)[..., speculator.draft_tokens]
-    for k, theirs in enumerate(found):
-        torch.testing.assert_close(ours[:, k], theirs[:LENGTH], rtol=1e-5, atol=1e-5)  # its norms are in float32
+    for k, expected_logits in enumerate(package_logits):
+        torch.testing.assert_close(
+            ours[:, k], expected_logits[:LENGTH], rtol=1e-5, atol=1e-5
+        )  # its norms are in float32

@@ -102,14 +102,14 @@ def test_training_computes_what_drafting_computes(model, documents, name, width)
     speculator = drafter_of(model, name)
     states, batch, rows, document = packed(model, speculator, documents, width)
     with torch.no_grad():
-        found = speculator.unroll(speculator.draft_states(states, rows.tokens, batch), rows.tokens)
+        computed = speculator.unroll(speculator.draft_states(states, rows.tokens, batch), rows.tokens)
     compared = 0
     for row, (start, index) in enumerate(zip(batch.rows.tolist(), document.tolist(), strict=True)):
         position = start - int(batch.documents[index, 0])
         expected = drafted_states(model, speculator, documents[0][index], position)
         depths = int(rows.valid[:, row].sum())
         assert len(expected) >= depths > 0
-        torch.testing.assert_close(found[:depths, row], expected[:depths], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(computed[:depths, row], expected[:depths], rtol=1e-12, atol=1e-12)
         compared += depths
     assert compared == int(rows.valid.sum()) > 60
 
@@ -120,10 +120,10 @@ def test_a_row_reads_nothing_later_and_no_other_document(model, documents, name)
     speculator = drafter_of(model, name)
     states, batch, rows, document = packed(model, speculator, documents)
     hidden = states.clone().requires_grad_()
-    found = speculator.unroll(speculator.draft_states(hidden, rows.tokens, batch), rows.tokens)
+    computed = speculator.unroll(speculator.draft_states(hidden, rows.tokens, batch), rows.tokens)
     for row in range(0, len(rows.positions), 5):
         for depth in range(int(rows.valid[:, row].sum())):
-            (gradient,) = torch.autograd.grad(found[depth, row].square().sum(), hidden, retain_graph=True)
+            (gradient,) = torch.autograd.grad(computed[depth, row].square().sum(), hidden, retain_graph=True)
             read = gradient[0].abs().sum(-1).nonzero().flatten().tolist()
             start, position = int(batch.documents[document[row], 0]), int(rows.positions[row])
             assert read == list(range(start, position + 1))
@@ -131,7 +131,7 @@ def test_a_row_reads_nothing_later_and_no_other_document(model, documents, name)
     changed[:, 2] = (changed[:, 2] + 1) % 300
     with torch.no_grad():
         other = speculator.unroll(speculator.draft_states(states, changed, batch), changed)
-    assert torch.equal(other[:2], found[:2]) and not torch.isclose(other[2], found[2]).all(-1).any()
+    assert torch.equal(other[:2], computed[:2]) and not torch.isclose(other[2], computed[2]).all(-1).any()
 
 
 def test_computing_activations_again_changes_no_gradient(model, documents, monkeypatch):
@@ -141,8 +141,8 @@ def test_computing_activations_again_changes_no_gradient(model, documents, monke
         speculator = drafter_of(model, "two")
         states, batch, rows, _ = packed(model, speculator, documents)
         trained = [p.requires_grad_() for n, p in speculator.named_parameters() if "head" not in n]
-        found = speculator.unroll(speculator.draft_states(states, rows.tokens, batch), rows.tokens)
-        gradients.append(torch.autograd.grad(found.square().sum(), trained))
+        computed = speculator.unroll(speculator.draft_states(states, rows.tokens, batch), rows.tokens)
+        gradients.append(torch.autograd.grad(computed.square().sum(), trained))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
         assert one.any()
@@ -202,11 +202,11 @@ def test_ttt_steps_and_n_predict_default_to_each_other():
 
 
 def test_blocks_of_rows_change_nothing(model, documents, monkeypatch):
-    found = []
+    computed = []
     for block in (eagle3.BLOCK, 3):
         monkeypatch.setattr(eagle3, "BLOCK", block)
         speculator = drafter_of(model, "two")
         states, batch, rows, _ = packed(model, speculator, documents)
         with torch.no_grad():
-            found.append(speculator.draft_states(states, rows.tokens, batch))
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+            computed.append(speculator.draft_states(states, rows.tokens, batch))
+    torch.testing.assert_close(*computed, rtol=1e-12, atol=1e-12)
